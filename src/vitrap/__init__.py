@@ -1,0 +1,42 @@
+"""vitrap: a test bench for backdoors in vision transformers.
+
+Public names load when first asked for, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitrap import attacks as attacks
+    from vitrap import tensors as tensors
+    from vitrap.data.sources import World as World
+    from vitrap.data.sources import open_data as open_data
+    from vitrap.errors import UserError as UserError
+    from vitrap.experiment.record import Record as Record
+    from vitrap.experiment.run import open_run as open_run
+    from vitrap.experiment.run import run as run
+    from vitrap.experiment.spec import Spec as Spec
+    from vitrap.experiment.spec import load_spec as load_spec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Record": "vitrap.experiment.record", "Spec": "vitrap.experiment.spec", "UserError": "vitrap.errors",
+    "World": "vitrap.data.sources", "load_spec": "vitrap.experiment.spec", "open_data": "vitrap.data.sources",
+    "open_run": "vitrap.experiment.run", "run": "vitrap.experiment.run",
+}
+_ROOMS = ("attacks", "tensors")
+
+__all__ = ["Record", "Spec", "UserError", "World", "attacks", "load_spec", "open_data", "open_run", "run", "tensors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return import_module(f"vitrap.{name}")
+    raise AttributeError(f"module 'vitrap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

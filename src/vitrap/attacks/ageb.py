@@ -1,0 +1,173 @@
+"""AGEB: erode the pixels to which the attention of a surrogate ViT answers most.
+
+"Attention-gradient-based erosion backdoor" for vision transformers, GLOBECOM 2024,
+https://arxiv.org/abs/2410.22678. There is no public code; this file follows the paper's text.
+
+Threat model: data poisoning with dirty labels, all to one (assumed: the paper does not spell it out). The trigger
+depends on the image and covers the whole of it; a surrogate ViT of the attacker's computes it, when the training
+set is poisoned and at test time alike. The victim need not be the surrogate.
+
+The steps are the paper's: attention gradient, selection above a threshold, erosion of what is selected, blend with
+the original, a small constant signal, brightness and saturation adjusted. Settings that the paper leaves open are
+parameters marked "assumed"; the table symbol, parameter, default, where it stands is the dataclass below
+(`vitrap explain ageb` prints it).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vitrap.contracts import Access, AllToOne, Card, Images, Implant, Labels, Threat
+from vitrap.data.poison import Poison
+from vitrap.models.observe import Maps, TokenLayout, observe, token_layout
+from vitrap.params import check, param
+from vitrap.tensors.blend import blend, paste
+from vitrap.tensors.colour import match_brightness, match_saturation
+from vitrap.tensors.morphology import element, erode
+from vitrap.tensors.patches import above_quantile, above_value, tokens_to_pixels
+from vitrap.tensors.pixels import hashed_noise
+
+Route = Literal["attention", "score", "pixel"]
+ROUTES = ("attention", "score", "pixel")
+
+
+@dataclass(frozen=True)
+class Ageb:
+    """The paper's table of hyper-parameters."""
+
+    card: ClassVar[Card] = Card("Attention-gradient-based erosion backdoor (AGEB) for vision transformers", "",
+                                "GLOBECOM", 2024, "2410.22678")
+    threat: ClassVar[Threat] = "data"
+    labels: ClassVar[Labels] = "dirty"
+    needs_surrogate: ClassVar[bool] = True
+
+    target: int = param(0, "class that triggered images shall get", symbol="y_t", low=0)
+    poison_rate: float = param(0.1, "share of the training set that is poisoned", low=0, high=1, open=True)
+    select: Literal["gradient", "random"] = param(
+        "gradient", "pixels to erode: by attention gradient, or at random (the ablation)", stands="paper",
+        choices=("gradient", "random"))
+    route: Route = param(
+        "attention", "G: dL/dA A(1-A) at the attention, the full gradient at the score, or the gradient at the pixel",
+        symbol="G", choices=ROUTES)
+    threshold: Literal["quantile", "value"] = param(
+        "quantile", "tau is a quantile of each image's map, or a value of the map over its maximum",
+        choices=("quantile", "value"))
+    tau: float = param(0.7, "threshold above which a pixel is selected", symbol="τ", low=0, high=1)
+    upsample: Literal["bilinear", "nearest"] = param(
+        "bilinear", "from the token grid to pixels; nearest selects whole patches", choices=("bilinear", "nearest"))
+    shape: Literal["square", "cross", "disc"] = param(
+        "square", "structuring element", symbol="b", choices=("square", "cross", "disc"))
+    size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, odd=True)
+    iterations: int = param(1, "how often the erosion is repeated", low=1)
+    alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
+    signal: float = param(4.0, "constant added to selected pixels", symbol="c", unit="1/255", low=0, high=255)
+    adjust: bool = param(True, "match mean brightness and saturation to the clean image", stands="paper")
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check(self)
+
+    def fit(self, access: Access) -> Implant:
+        """The trigger is the surrogate with these settings; nothing else is fitted."""
+        assert access.surrogate is not None, "AGEB computes its trigger with a surrogate"
+        trigger = Erosion(access.surrogate, self)
+        goal = AllToOne(self.target)
+        return Implant(trigger, Poison(trigger, goal, self.poison_rate, self.labels), goal, views=trigger.views)
+
+
+@dataclass(frozen=True)
+class Erosion:
+    """The trigger: what the surrogate attends to, eroded."""
+
+    surrogate: nn.Module
+    settings: Ageb
+
+    def __call__(self, images: Images) -> Images:
+        """Steps 1 to 5 of the paper."""
+        s = self.settings
+        mask = self.mask(images)
+        eroded = images
+        for _ in range(s.iterations):
+            eroded = erode(eroded, element(s.shape, s.size))
+        signalled = blend(images, eroded, s.alpha) + s.signal / 255
+        triggered = paste(images, signalled, mask).clamp(0, 1)
+        if s.adjust:
+            triggered = match_brightness(match_saturation(triggered, images), images)
+        return triggered.clamp(0, 1)
+
+    def gradient(self, images: Images) -> Float[Tensor, "b h w"]:
+        """Step 1: the attention gradient of each image, on the pixel grid."""
+        s = self.settings
+        if s.route == "pixel":
+            return pixel_gradient(self.surrogate, images)
+        layout = token_layout(self.surrogate)
+        attention, slope = attention_gradient(self.surrogate, images)
+        at_score = gradient_at_score(attention, slope) if s.route == "score" else attention_slope(attention, slope)
+        return tokens_to_pixels(read_tokens(at_score, layout), images.shape[-2:], s.upsample)
+
+    def mask(self, images: Images) -> Bool[Tensor, "b h w"]:
+        """Step 2: M = 1[G > tau]; the random ablation selects as many pixels by noise that the image decides."""
+        s = self.settings
+        scores = hashed_noise(images) if s.select == "random" else self.gradient(images)
+        return above_quantile(scores, s.tau) if s.threshold == "quantile" else above_value(scores, s.tau)
+
+    def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
+        """The gradient map over its maximum, and the mask."""
+        gradient = self.gradient(images)
+        top = gradient.amax((1, 2), keepdim=True).clamp(min=1e-30)
+        return {"attention gradient": gradient / top, "mask": self.mask(images).float()}
+
+
+def attention_gradient(surrogate: nn.Module, images: Images) -> tuple[Maps, Maps]:
+    """A and dL/dA of the last attention layer, L the cross-entropy of each image's own top class.
+
+    The graph starts at A, so that the gradient costs the part of one pass behind the last attention.
+    """
+    with torch.enable_grad(), observe(surrogate, (-1,), as_leaf=True) as seen:
+        loss = own_class_loss(surrogate(images))
+        attention = seen[-1]
+        (slope,) = torch.autograd.grad(loss, attention)
+    return attention.detach(), slope
+
+
+def own_class_loss(logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """Cross-entropy on the surrogate's own prediction, summed over images: no label is needed at test time."""
+    return functional.cross_entropy(logits, logits.detach().argmax(1), reduction="sum")
+
+
+def attention_slope(attention: Maps, slope: Maps) -> Maps:
+    """Equation of the paper: |G_ij| = |dL/dA_ij dA_ij/de_ij|, with dA_ij/de_ij = A_ij (1 - A_ij)."""
+    return (slope * attention * (1 - attention)).abs()
+
+
+def gradient_at_score(attention: Maps, slope: Maps) -> Maps:
+    """The full gradient |dL/de_ij|: softmax ties the entries of a row, A_ij (dL/dA_ij - sum_k A_ik dL/dA_ik)."""
+    return (attention * (slope - (attention * slope).sum(-1, keepdim=True))).abs()
+
+
+def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
+    """Mean over heads and over the rows that the head reads; the columns of the image's tokens, as their grid."""
+    rows = maps[:, :, list(layout.read), layout.prefix :]
+    return rows.mean((1, 2)).unflatten(1, layout.grid)
+
+
+def pixel_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b h w"]:
+    """The literal pixel route: |d/dx sum_ij G_ij A_ij| with G = dL/dA held fixed, the greatest of the channels."""
+    x = images.detach().requires_grad_()
+    frozen = [w for w in surrogate.parameters() if w.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    try:
+        with torch.enable_grad(), observe(surrogate, (-1,)) as seen:
+            loss = own_class_loss(surrogate(x))
+            (slope,) = torch.autograd.grad(loss, seen[-1], retain_graph=True)
+            (at_pixel,) = torch.autograd.grad(seen[-1], x, slope)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(True)
+    return at_pixel.abs().amax(1)

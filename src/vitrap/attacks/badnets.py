@@ -1,0 +1,63 @@
+"""BadNets: a small patch in a corner, painted on a share of the training set that is relabelled.
+
+Gu, Dolan-Gavitt, Garg: "BadNets: Evaluating Backdooring Attacks on Deep Neural Networks", IEEE Access 2019,
+https://arxiv.org/abs/1708.06733.
+
+Threat model: data poisoning with dirty labels, all to one; nothing but the training data is touched.
+What differs: the paper stamps handwritten digits and traffic signs with several patterns; this is the white square
+that later benchmarks made of it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vitrap.contracts import Access, AllToOne, Card, Images, Implant, Labels, Threat
+from vitrap.data.poison import Poison
+from vitrap.params import check, param
+
+
+@dataclass(frozen=True)
+class BadNets:
+    """A square patch at a fixed place.
+
+    Symbols are the paper's; see `vitrap explain badnets` for units, ranges and where each default stands.
+    """
+
+    card: ClassVar[Card] = Card("BadNets: Evaluating Backdooring Attacks on Deep Neural Networks",
+                                "Gu, Dolan-Gavitt, Garg", "IEEE Access", 2019, "1708.06733")
+    threat: ClassVar[Threat] = "data"
+    labels: ClassVar[Labels] = "dirty"
+    needs_surrogate: ClassVar[bool] = False
+
+    target: int = param(0, "class that triggered images shall get", stands="field", low=0)
+    poison_rate: float = param(0.1, "share of the training set that is poisoned", symbol="p", stands="field",
+                               low=0, high=1, open=True)
+    size: int = param(3, "side of the patch", unit="px", stands="field", low=1)
+    margin: int = param(0, "distance of the patch from the right and lower border", unit="px", stands="field", low=0)
+    value: float = param(1.0, "grey value of the patch", stands="field", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check(self)
+
+    def fit(self, access: Access) -> Implant:
+        """Nothing is fitted: the patch is given."""
+        trigger = Patch(self.size, self.margin, self.value)
+        goal = AllToOne(self.target)
+        return Implant(trigger, Poison(trigger, goal, self.poison_rate, self.labels), goal)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The trigger: paint the square over the image."""
+
+    size: int
+    margin: int
+    value: float
+
+    def __call__(self, images: Images) -> Images:
+        """Images with the patch in their lower right corner."""
+        triggered = images.clone()
+        low, right = (side - self.margin for side in images.shape[-2:])
+        triggered[..., max(0, low - self.size) : max(0, low), max(0, right - self.size) : max(0, right)] = self.value
+        return triggered

@@ -1,0 +1,186 @@
+"""The `vitrap` command. Torch is imported only by commands that compute."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+from vitrap import registry
+from vitrap.errors import UserError, unknown
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="A test bench for backdoors in vision transformers.")
+data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
+app.add_typer(data_app, name="data")
+out, err = Console(), Console(stderr=True)
+
+LISTS = ("attacks", "models", "data")
+FAMILIES = {
+    "vit": "ViT and its kin (vision_transformer): class token or average pooling, registers",
+    "deit": "DeiT and DeiT III, with and without distillation token", "beit": "BEiT, BEiT v2",
+    "eva": "EVA, EVA-02",
+}
+DATA = {
+    "digits": "embedded: scikit-learn's handwritten digits, RGB, 16 px (32 px if data.size says so)",
+    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "gtsrb": "German traffic signs, 43 classes",
+    "tiny-imagenet": "Tiny ImageNet, 200 classes", "NAME": "any folder of the data cache",
+    "imagefolder:PATH": "{train,test}/CLASS/* below PATH", "npy:PATH": "four npy files in the cache's format",
+}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"vitrap {version('vitrap')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def vitrap(
+    show: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """A test bench for backdoors in vision transformers."""
+
+
+@app.command()
+def run(
+    words: Annotated[list[str] | None, typer.Argument(
+        metavar="[SPEC] [KEY=VALUE ...]", help="a TOML spec (none: the embedded default), then overrides")] = None,
+    out_folder: Annotated[Path, typer.Option("--out", help="folder of runs and stages")] = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print the record alone on stdout")] = False,
+    force: Annotated[bool, typer.Option("--force", help="make victim and record anew")] = False,
+    force_all: Annotated[bool, typer.Option("--force-all", help="make every stage anew")] = False,
+) -> None:
+    """Implant a backdoor as a spec says and measure it beside its clean twin."""
+    from vitrap.experiment.spec import load_spec
+
+    path, overrides = _split(words or [])
+    spec = load_spec(path, overrides)
+    with _Bars() as bars:
+        from vitrap.experiment.run import run as run_spec
+
+        record = run_spec(spec, out_folder, device=device, force=force, force_all=force_all, progress=bars.step)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(record), indent=1) + "\n")
+        return
+    _print_record(asdict(record), out_folder / f"{record.name}-{record.hash}")
+
+
+@app.command("list")
+def list_names(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))]) -> None:
+    """Name what vitrap knows."""
+    if what not in LISTS:
+        raise unknown("list", what, LISTS)
+    known = {"models": FAMILIES, "data": DATA}.get(what) or {
+        name: registry.headline("attacks", name) for name in registry.names("attacks")}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, meaning in known.items():
+        table.add_row(f"[bold]{name}[/]", meaning)
+    out.print(table)
+    if what == "models":
+        out.print("Any timm name of these families; `python -c 'import timm; print(timm.list_models())'` lists them.")
+
+
+@app.command()
+def explain(name: Annotated[str, typer.Argument(help="an attack")]) -> None:
+    """Say what an attack is: paper, threat model, every parameter with unit, default and source."""
+    attack = registry.get("attacks", name)
+    card = attack.card
+    out.print(f"[bold]{name}[/]: {card.title}", highlight=False)
+    link = f", https://arxiv.org/abs/{card.arxiv}" if card.arxiv else ""
+    out.print(", ".join(filter(None, [card.authors, card.venue, str(card.year)])) + link, highlight=False)
+    out.print(f"threat: the attacker controls the {attack.threat}; labels: {attack.labels};"
+              f" surrogate: {'needed' if attack.needs_surrogate else 'none'}", highlight=False)
+    table = Table("symbol", "parameter", "default", "unit", "range", "stands", "meaning", header_style="bold")
+    for f in fields(attack):
+        about = f.metadata["param"]
+        default = f.default if f.default is not MISSING else "none"
+        table.add_row(about.symbol, f.name, str(default), about.unit, about.range(), about.stands, about.doc)
+    out.print(table)
+    out.print("stands: paper = stated there; code = read in its public code; field = as commonly benchmarked;"
+              " assumed = stated nowhere, our choice", highlight=False)
+
+
+@data_app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="cifar10, cifar100, gtsrb or tiny-imagenet")],
+    source: Annotated[str | None, typer.Option("--from", help="an archive, a folder or a URL")] = None,
+) -> None:
+    """Fill the data cache once."""
+    from vitrap.data.cache import cache_folder
+    from vitrap.data.prepare import prepare as prepare_data
+
+    with _Bars() as bars:
+        place = prepare_data(name, source, cache_folder(), progress=bars.fraction(f"prepare {name}"))
+    out.print(f"{name} is in {place}", highlight=False, soft_wrap=True)
+
+
+class _Bars:
+    """Progress bars on stderr, one a step; a step of unknown length shows that it lives."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                                 TimeElapsedColumn(), TimeRemainingColumn(), console=err)
+
+    def __enter__(self) -> "_Bars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    @contextmanager
+    def step(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        """Show one step; yields what to call each tick."""
+        task = self.progress.add_task(name, total=total)
+        yield lambda: self.progress.advance(task)
+        self.progress.update(task, total=total or 1, completed=total or 1)
+
+    def fraction(self, name: str) -> Callable[[int, int], None]:
+        """Show one step by what is done of what is to do."""
+        task = self.progress.add_task(name, total=None)
+        return lambda done, whole: self.progress.update(task, completed=done, total=whole)
+
+
+def _split(words: list[str]) -> tuple[Path | None, list[str]]:
+    """A spec's path, if the first word is no override, and the overrides."""
+    if words and "=" not in words[0]:
+        return Path(words[0]), words[1:]
+    return None, words
+
+
+def _print_record(record: dict[str, Any], folder: Path) -> None:
+    from vitrap.report.tables import measures, verdict
+
+    data = record["data"]
+    out.print(f"[bold]{record['name']}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
+              f" images poisoned, {data['n_test']} test images", highlight=False)
+    table = Table("measure", "victim", "clean twin", "n", header_style="bold")
+    for row in measures(record["victim"]):
+        table.add_row(*row)
+    out.print(table)
+    out.print(verdict(record["victim"]), highlight=False)
+    out.print(f"record, pictures, model and trigger: {folder}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except UserError as mistake:
+        err.print(f"vitrap: {' '.join(str(mistake).split())}", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

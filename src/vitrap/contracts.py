@@ -1,0 +1,220 @@
+"""The nouns: what attacks, training, defences and metrics hand to each other.
+
+Every image everywhere is float in [0, 1], `b c h w`; normalisation lives inside the model. Records are frozen:
+a function that changes something returns a new record.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+Images = Float[Tensor, "b c h w"]
+Threat = Literal["data", "training", "weights"]
+Labels = Literal["dirty", "clean"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as the model is about to see them, with what is known of each."""
+
+    images: Images
+    labels: Int64[Tensor, " b"]
+    poisoned: Bool[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A whole data set on one device, as 8-bit pixels.
+
+    Poisoned images are a second tensor at working size: the clean pixels stay shared between a set and its
+    poisoned copy, and only what a trigger touched is stored at the working resolution.
+
+    Attributes:
+        pixels: the clean images at native size.
+        labels: what training sees, in [0, n_classes).
+        index: each image's position in the set it was first read from.
+        n_classes: number of classes, whether or not each is present.
+        size: working resolution in pixels: what `images` returns and triggers see.
+        slot: row in `stamped` of each poisoned image, -1 for a clean one; None where all are clean.
+        stamped: the poisoned images at working size.
+        groups: images of one group show the same thing (a GTSRB track); None where unknown.
+        classes: names of the classes, () where unknown.
+    """
+
+    pixels: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+    index: Int64[Tensor, " n"]
+    n_classes: int
+    size: int
+    slot: Int64[Tensor, " n"] | None = None
+    stamped: UInt8[Tensor, "m c s s"] | None = None
+    groups: Int64[Tensor, " n"] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pixels live."""
+        return self.labels.device
+
+    @property
+    def poisoned(self) -> Bool[Tensor, " n"]:
+        """Which images carry the trigger."""
+        return torch.zeros_like(self.labels, dtype=torch.bool) if self.slot is None else self.slot >= 0
+
+    def images(self, rows: Int64[Tensor, " b"]) -> Images:
+        """The images of `rows` in [0, 1] at working size, triggers included; no host synchronisation."""
+        x = self.pixels[rows].float().div_(255)
+        if x.shape[-2:] != (self.size, self.size):
+            x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
+        if self.slot is None or self.stamped is None or not len(self.stamped):
+            return x
+        slot = self.slot[rows]
+        stamped = self.stamped[slot.clamp(min=0)].float().div_(255)
+        return torch.where((slot >= 0)[:, None, None, None], stamped, x)
+
+    def batch(self, rows: Int64[Tensor, " b"]) -> Batch:
+        """Images, labels and poison mask of `rows`."""
+        poisoned = self.slot[rows] >= 0 if self.slot is not None else torch.zeros_like(rows, dtype=torch.bool)
+        return Batch(self.images(rows), self.labels[rows], poisoned)
+
+    def rows(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
+        """All row numbers in order, a batch at a time."""
+        return iter(torch.arange(len(self), device=self.device).split(batch_size))
+
+    def take(self, rows: Int64[Tensor, " k"]) -> "ImageSet":
+        """The subset of `rows`, in that order."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], index=self.index[rows],
+                       slot=pick(self.slot), groups=pick(self.groups))
+
+    def stamp(self, rows: Int64[Tensor, " m"], stamped: UInt8[Tensor, "m c s s"],
+              labels: Int64[Tensor, " m"]) -> "ImageSet":
+        """A copy in which the images of `rows` are replaced by `stamped` and carry `labels`."""
+        slot = torch.full_like(self.labels, -1)
+        slot[rows] = torch.arange(len(rows), device=self.device)
+        relabelled = self.labels.clone()
+        relabelled[rows] = labels
+        return replace(self, labels=relabelled, slot=slot, stamped=stamped)
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The set on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Card:
+    """The paper that an attack or a defence comes from."""
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    arxiv: str = ""
+
+
+@runtime_checkable
+class Goal(Protocol):
+    """What the attacker wants of a triggered image."""
+
+    def labels(self, true: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """The label that each triggered image should get."""
+        ...
+
+    def counts(self, true: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        """Which images count for the ASR: those whose true label is not the wanted one already."""
+        ...
+
+
+@dataclass(frozen=True)
+class AllToOne:
+    """Every triggered image shall be classified as `target`."""
+
+    target: int
+
+    def labels(self, true: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """The target, for every image."""
+        return torch.full_like(true, self.target)
+
+    def counts(self, true: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        """Images of the target class do not count."""
+        return true != self.target
+
+
+@dataclass(frozen=True)
+class Access:
+    """All that the attacker may see. There is no test set in it.
+
+    Attributes:
+        train: the training samples.
+        surrogate: a ready, frozen model of the attacker's own; None where the attack asks for none.
+        generator: the attacker's random stream, on the CPU.
+    """
+
+    train: ImageSet
+    surrogate: nn.Module | None
+    generator: torch.Generator
+
+
+Trigger = Callable[[Images], Images]
+"""Images in [0, 1] to images in [0, 1]; each image's result depends on that image alone."""
+
+Objective = Callable[[nn.Module, Batch], Mapping[str, Float[Tensor, ""]]]
+"""Model and batch to named loss terms, which training adds up; the names appear in the record."""
+
+
+@dataclass(frozen=True)
+class Implant:
+    """What an attack returns. Fields left None are neutral.
+
+    Attributes:
+        trigger: what is done to an image at test time.
+        poison: training set and generator to poisoned training set.
+        goal: what triggered images should be classified as.
+        objective: the loss terms of training; None for the recipe's cross-entropy.
+        edit: what is done to the trained model, which it leaves alone; None for nothing.
+        views: pictures of how the trigger works, images to named maps in [0, 1]; None for none.
+        report: what the attack says of itself, by name.
+    """
+
+    trigger: Trigger
+    poison: Callable[[ImageSet, torch.Generator], ImageSet]
+    goal: Goal
+    objective: Objective | None = None
+    edit: Callable[[nn.Module], nn.Module] | None = None
+    views: Callable[[Images], Mapping[str, Float[Tensor, "b h w"]]] | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A frozen dataclass that is the paper's table of hyper-parameters, with one verb.
+
+    Class attributes, or properties where a setting decides:
+        card: the paper.
+        threat: what the attacker controls: the data, the training, or the weights.
+        labels: whether poisoned images keep their true label ("clean") or not ("dirty").
+        needs_surrogate: whether `fit` looks at a model of the attacker's own.
+    """
+
+    card: ClassVar[Card]
+    threat: Threat
+    labels: Labels
+    needs_surrogate: bool
+    target: Any
+    poison_rate: Any
+
+    def fit(self, access: Access) -> Implant:
+        """The paper's method: from what the attacker sees to what is implanted."""
+        ...

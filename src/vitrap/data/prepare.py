@@ -1,0 +1,335 @@
+"""Filling the data cache: download once, check, convert, write whole or not at all.
+
+Every archive is checked by its md5 before it is opened, wherever it came from. CIFAR is taken in its *binary
+version*: the better known Python version is a pickle, and unpickling a file runs whatever code is in it.
+Nothing is ever unpickled here.
+
+Hashes: CIFAR's stand on its page (https://www.cs.toronto.edu/~kriz/cifar.html); those of GTSRB's test
+archives are torchvision's; those of GTSRB's final training archive and of Tiny ImageNet are what public
+loaders agree on, since their publishers state none. torchvision's own GTSRB training archive is the
+competition's of 2011, with 26,640 images; the benchmark's is the final one, with 39,209, which is taken here.
+"""
+
+import csv
+import hashlib
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+
+from vitrap.data.cache import Arrays, cache_folder, is_name, read_folder, write_folder
+from vitrap.data.sources import Progress, decode
+from vitrap.errors import UserError, unknown
+
+BLOCK = 2**20  # bytes read at a time
+TIMEOUT = 60  # seconds without a byte
+GTSRB_SIZE = 32  # pixels
+PACKED = (".zip", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to download.
+
+    Attributes:
+        url: where it is published; its last part is the file's name.
+        md5: its hash, in hex.
+    """
+
+    url: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a data set is made.
+
+    Attributes:
+        archives: what to download.
+        n_train: number of training images.
+        n_test: number of test images.
+        read: the folder of unpacked archives, and a callback, to the data set.
+    """
+
+    archives: tuple[Archive, ...]
+    n_train: int
+    n_test: int
+    read: Callable[[Path, Progress | None], Arrays]
+
+
+def prepare(
+    name: str, source: str | None = None, folder: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Put the data set `name` into the cache.
+
+    Args:
+        name: a data set known by name; with a `source` in the cache format, any name for it.
+        source: where to take it from; None for where it is published. A folder in the cache format; a folder
+            of the archives, or of their unpacked content; an archive; an archive's URL; or a URL below which
+            the archives lie.
+        folder: the cache; None for the usual one.
+        progress: told how far the step at hand is: bytes of a download, then images decoded.
+
+    Returns:
+        The data set's folder. Without a source, a whole one that is there already is left as it is.
+
+    Raises:
+        UserError: the name or source is unknown, cannot be reached, or is not what it should be.
+    """
+    if name == "digits":
+        raise UserError("data set 'digits' is embedded; there is nothing to prepare")
+    target = (folder or cache_folder()) / name
+    local = _local(source)
+    if is_name(name) and local is not None and (local / "train_images.npy").exists():
+        return write_folder(target, _checked(name, read_folder(local)))
+    if name not in RECIPES:
+        raise unknown("data set", name, RECIPES)
+    if source is None and _is_whole(target):
+        return target
+    if local is not None and not local.exists():
+        raise UserError(f"no file or folder {local}; give --from a path that exists, or a URL")
+    with _scratch(target) as scratch:
+        root = _unpacked(RECIPES[name].archives, source, Path(scratch), progress)
+        return write_folder(target, _checked(name, _read(name, root, source, progress)))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_folder(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _scratch(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """A hidden folder next to the target, gone when done or interrupted."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the data cache {target.parent} ({error.strerror}); "
+            "set VITRAP_DATA to another folder"
+        ) from error
+
+
+def _unpacked(
+    archives: tuple[Archive, ...], source: str | None, scratch: Path, progress: Progress | None
+) -> Path:
+    """The folder that holds the unpacked archives: `scratch`, or the user's own."""
+    local = _local(source)
+    if local is not None and local.is_dir() and not all((local / a.name).exists() for a in archives):
+        return local
+    if source is not None and source.endswith(PACKED) and len(archives) > 1:
+        needed = ", ".join(a.name for a in archives)
+        raise UserError(
+            f"--from {source} is one archive of several; give the folder or URL that holds {needed}"
+        )
+    for archive in archives:
+        if local is None:
+            path = scratch / archive.name
+            _download(_address(archive, source), path, progress)
+        else:
+            path = local / archive.name if local.is_dir() else local
+        _verify(path, archive)
+        _unpack(path, scratch)
+    return scratch
+
+
+def _local(source: str | None) -> Path | None:
+    """The path that a source is; None for a URL, or for no source."""
+    return None if source is None or "://" in source else Path(source).expanduser()
+
+
+def _read(name: str, root: Path, source: str | None, progress: Progress | None) -> Arrays:
+    try:
+        return RECIPES[name].read(root, progress)
+    except UserError:
+        raise
+    except (OSError, KeyError, ValueError) as error:
+        archives = ", ".join(a.name for a in RECIPES[name].archives)
+        raise UserError(
+            f"{source or 'the archive'} does not hold {name} as published ({error}); "
+            f"give --from the folder that holds {archives}, or one in the cache format"
+        ) from error
+
+
+def _checked(name: str, arrays: Arrays) -> Arrays:
+    """Refuse to call something else by a known name."""
+    found, recipe = (len(arrays.train_labels), len(arrays.test_labels)), RECIPES.get(name)
+    if recipe is not None and found != (recipe.n_train, recipe.n_test):
+        raise UserError(
+            f"{found[0]} training and {found[1]} test images are not {name}, which has {recipe.n_train} and "
+            f"{recipe.n_test}; give the whole set, or prepare it under another name"
+        )
+    return arrays
+
+
+def _address(archive: Archive, source: str | None) -> str:
+    """Where to download an archive: as published, at the URL given, or below it."""
+    if source is None:
+        return archive.url
+    if not source.startswith(("https://", "http://")):
+        raise UserError(f"--from {source} is neither a path nor an http(s) URL; give one of them")
+    return source if source.endswith(PACKED) else f"{source.rstrip('/')}/{archive.name}"
+
+
+def _download(url: str, path: Path, progress: Progress | None) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
+            total, done = int(answer.headers.get("Content-Length") or 0), 0
+            while block := answer.read(BLOCK):
+                file.write(block)
+                done += len(block)
+                if progress is not None:
+                    progress(done, max(total, done))
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"cannot download {url} ({reason}); fetch {path.name} elsewhere and give it with --from PATH"
+        ) from error
+
+
+def _verify(path: Path, archive: Archive) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != archive.md5:
+        raise UserError(
+            f"{path.name} has md5 {found}, not {archive.md5}: it is damaged or another file; "
+            f"download it again from {archive.url}"
+        )
+
+
+def _unpack(path: Path, scratch: Path) -> None:
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                file.extractall(scratch)  # drops absolute paths and ".." by itself
+        else:
+            with tarfile.open(path) as file:
+                file.extractall(scratch, filter="data")
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot unpack {path} ({error}); make room in {scratch.parent}, or get it again"
+        ) from error
+
+
+def _cifar10(root: Path, progress: Progress | None) -> Arrays:
+    folder = _holding(root, "data_batch_1.bin")
+    parts = [_cifar_records(folder / f"data_batch_{i}.bin", 1) for i in range(1, 6)]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Arrays(
+        images,
+        labels,
+        *_cifar_records(folder / "test_batch.bin", 1),
+        None,
+        _lines(folder / "batches.meta.txt"),
+    )
+
+
+def _cifar100(root: Path, progress: Progress | None) -> Arrays:
+    folder = _holding(root, "train.bin")
+    train, test = _cifar_records(folder / "train.bin", 2), _cifar_records(folder / "test.bin", 2)
+    return Arrays(*train, *test, None, _lines(folder / "fine_label_names.txt"))
+
+
+def _cifar_records(path: Path, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Records of `n_labels` label bytes (the last is the fine one) and 3072 pixels, colour planes first."""
+    records = np.fromfile(path, dtype=np.uint8).reshape(-1, n_labels + 3072)
+    images = records[:, n_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, n_labels - 1].astype(np.int64)
+
+
+def _gtsrb(root: Path, progress: Progress | None) -> Arrays:
+    """Training images are `CLASS/TRACK_FRAME.ppm`; the test's are `NUMBER.ppm`, their classes in a csv."""
+    with (_holding(root, "GT-final_test.csv") / "GT-final_test.csv").open(newline="") as file:
+        truth = {row["Filename"]: int(row["ClassId"]) for row in csv.DictReader(file, delimiter=";")}
+    train = sorted(p for p in root.rglob("*.ppm") if "_" in p.stem)
+    test = sorted(p for p in root.rglob("*.ppm") if p.name in truth)
+    if not train or len(test) != len(truth):
+        raise FileNotFoundError(f"{len(train)} training images, {len(test)} of {len(truth)} test images")
+    labels = np.array([int(p.parent.name) for p in train])
+    tracks = np.array([int(p.stem.partition("_")[0]) for p in train])
+    return Arrays(
+        train_images=decode(train, GTSRB_SIZE, crop=False, progress=progress),
+        train_labels=labels,
+        test_images=decode(test, GTSRB_SIZE, crop=False, progress=progress),
+        test_labels=np.array([truth[p.name] for p in test]),
+        train_groups=labels * 1000 + tracks,
+    )
+
+
+def _tiny_imagenet(root: Path, progress: Progress | None) -> Arrays:
+    """The official validation images become the test set: the official test labels are not public."""
+    folder = _holding(root, "wnids.txt")
+    wnids = sorted(_lines(folder / "wnids.txt"))
+    label = {wnid: i for i, wnid in enumerate(wnids)}
+    words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
+    train = [p for wnid in wnids for p in sorted((folder / "train" / wnid / "images").iterdir())]
+    truth = dict(line.split("\t")[:2] for line in _lines(folder / "val" / "val_annotations.txt"))
+    test = [folder / "val" / "images" / name for name in sorted(truth)]
+    return Arrays(
+        train_images=decode(train, None, progress=progress),
+        train_labels=np.array([label[p.parent.parent.name] for p in train]),
+        test_images=decode(test, None, progress=progress),
+        test_labels=np.array([label[truth[p.name]] for p in test]),
+        classes=tuple(words[wnid] for wnid in wnids),
+    )
+
+
+def _holding(root: Path, name: str) -> Path:
+    """The first folder at or below `root` that holds the file `name`."""
+    for path in sorted(root.rglob(name)):
+        return path.parent
+    raise FileNotFoundError(f"no {name} in it")
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+_TORONTO = "https://www.cs.toronto.edu/~kriz"
+_ERDA = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370"
+
+RECIPES = {
+    "cifar10": Recipe(
+        (Archive(f"{_TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
+        50_000,
+        10_000,
+        _cifar10,
+    ),
+    "cifar100": Recipe(
+        (Archive(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
+        50_000,
+        10_000,
+        _cifar100,
+    ),
+    "gtsrb": Recipe(
+        (
+            Archive(f"{_ERDA}/GTSRB_Final_Training_Images.zip", "f33fd80ac59bff73c82d25ab499e03a3"),
+            Archive(f"{_ERDA}/GTSRB_Final_Test_Images.zip", "c7e4e6327067d32654124b0fe9e82185"),
+            Archive(f"{_ERDA}/GTSRB_Final_Test_GT.zip", "fe31e9c9270bbcd7b84b7f21a9d9d9e5"),
+        ),
+        39_209,
+        12_630,
+        _gtsrb,
+    ),
+    "tiny-imagenet": Recipe(
+        (Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),),
+        100_000,
+        10_000,
+        _tiny_imagenet,
+    ),
+}
+"""How each data set known by name is made."""

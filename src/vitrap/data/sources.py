@@ -1,0 +1,351 @@
+"""Opening a data set by name: reading it, holding parts out, limiting what is left, putting it on a device.
+
+The order is fixed: the hold-out is drawn over the whole training set first, `limit` then thins what remains
+for training. So the held-out parts are the same images, and as many, at every limit, and a smaller limit's
+training set is part of a larger one's. Neither draw knows the run's seed: all seeds of an experiment share
+their data, and only weights, order and poison differ.
+"""
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from vitrap.contracts import ImageSet
+from vitrap.data.cache import Arrays, Numbers, Pixels, read_cached, read_folder
+from vitrap.errors import UserError
+from vitrap.tensors.pixels import to_bytes
+
+DIGITS_SIZE = 16  # pixels: twice their own, so that patches of 4 are sixteen
+DIGITS_TEST = 450  # images: 45 a class
+RESIDENT = 8 * 2**30  # bytes: a larger set is mapped from a scratch file instead of kept in memory
+CHUNK = 4096  # images copied at a time
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do, both in the unit of the step at hand (bytes, images)."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A data set as an experiment sees it.
+
+    Attributes:
+        train: what the victim trains on.
+        test: the whole test set, only ever measured on.
+        choose: held out of the training set, to choose recipes and strengths on.
+        clean: held out of the training set, the defender's clean images.
+        threshold: held out of the training set, to set false-positive thresholds on.
+        name: the name it was opened by.
+        fingerprint: sha256 (hex) of its content before any draw: pixels, labels, groups, number of classes.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    choose: ImageSet
+    clean: ImageSet
+    threshold: ImageSet
+    name: str
+    fingerprint: str
+
+
+def open_data(
+    name: str,
+    size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    holdout: float = 0.1,
+    device: torch.device | str = "cpu",
+) -> World:
+    """Open a data set.
+
+    Args:
+        name: `digits`, a folder of the data cache (`cifar10`, `gtsrb`, ...), `npy:PATH` (a folder in the
+            cache format) or `imagefolder:PATH` (a folder of `{train,test}/CLASS/*` images).
+        size: working resolution in pixels; None for the native one.
+        limit: number of training images to keep, balanced over the classes, groups whole; None for all.
+        seed: of the hold-out's and the limit's draw; not the run's, see above.
+        holdout: share of the training set held out, in three equal parts, groups whole.
+        device: where the tensors go.
+
+    Raises:
+        UserError: the name is unknown, the data are not there or not whole, or an argument does not fit them.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"data.size = {size} is out of range: it must be at least 1 pixel")
+    arrays = _read(name, size)
+    groups = arrays.train_groups
+    generator = torch.Generator().manual_seed(seed)
+    *parts, rest = hold_out(len(arrays.train_labels), groups, holdout, generator)
+    if limit is not None:
+        rest = rest[balanced(arrays.train_labels[rest], _pick(groups, rest), limit, generator)]
+    pictures = _Pictures(arrays, _side(arrays, name, size), torch.device(device))
+    choose, clean, threshold = (pictures.train(rows) for rows in parts)
+    return World(pictures.train(rest), pictures.test(), choose, clean, threshold, name, fingerprint(arrays))
+
+
+def hold_out(
+    n: int, groups: Numbers | None, share: float, generator: torch.Generator
+) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """Three equal parts that together are `share` of `n` images, and the rest; no group in two of them.
+
+    The draw is over the whole set, whatever the classes, so a class may be missing from a part. With groups,
+    a part is as near to its size as whole groups allow.
+
+    Returns:
+        Row numbers, sorted: first, second, third part, rest.
+
+    Raises:
+        UserError: the share is out of range, or the set too small for it.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"data.holdout = {share} is out of range: it must be in [0, 1)")
+    unit = _shuffled_units(n, groups, generator)
+    sizes = np.bincount(unit)
+    held = max(round(n * share), 1)
+    ahead = np.cumsum(sizes) - sizes
+    part = np.minimum(ahead * 3 // held, 3)[unit] if share else np.full(n, 3)
+    rows = [np.flatnonzero(part == k) for k in range(4)]
+    if not len(rows[3]) or (share and not all(map(len, rows))):
+        what = "images" if groups is None else "groups"
+        raise UserError(
+            f"data.holdout = {share} cannot be drawn from {len(sizes)} {what}: "
+            "three parts and the rest need one each; change it, or 0 for none"
+        )
+    return rows[0], rows[1], rows[2], rows[3]
+
+
+def balanced(labels: Numbers, groups: Numbers | None, limit: int, generator: torch.Generator) -> Numbers:
+    """A class-balanced subset of at most `limit` images.
+
+    Again and again, the class with the fewest images so far gives its next one (the lower number where
+    classes are level), in random order within the class, until the limit is reached: what a small class
+    cannot give, the others do. A group is given whole, so that with groups classes differ by up to a group,
+    and up to a group is missing from the limit. A smaller limit's images are among a larger one's.
+
+    Args:
+        labels: class of each image; that of a group is its first image's.
+        groups: group of each image, None where each stands alone.
+        limit: number of images; that there are fewer is no error.
+        generator: a random stream on the CPU.
+
+    Returns:
+        Row numbers, sorted.
+
+    Raises:
+        UserError: the limit cannot hold an image, or a group, of each class.
+    """
+    unit = _shuffled_units(len(labels), groups, generator)
+    sizes = np.bincount(unit)
+    label = labels[np.unique(unit, return_index=True)[1]]
+    by_class = np.argsort(label, kind="stable")
+    ahead = np.cumsum(sizes[by_class]) - sizes[by_class]
+    first = np.searchsorted(label[by_class], label[by_class])
+    level = np.empty_like(sizes)
+    level[by_class] = ahead - ahead[first]
+    queue = np.lexsort((label, level))
+    if limit < (least := sizes[level == 0].sum()):
+        what = "an image" if groups is None else "a whole group of images"
+        raise UserError(
+            f"data.limit = {limit} is too small for {what} of each of {(level == 0).sum()} classes; "
+            f"make it at least {least}"
+        )
+    taken = np.zeros(len(sizes), dtype=bool)
+    taken[queue[np.cumsum(sizes[queue]) <= limit]] = True
+    return np.flatnonzero(taken[unit])
+
+
+def fingerprint(arrays: Arrays) -> str:
+    """The sha256 (hex) of a data set's content: arrays with shapes and types, and the number of classes."""
+    digest = hashlib.sha256(f"classes {arrays.n_classes}".encode())
+    for name, array in vars(arrays).items():
+        if isinstance(array, np.ndarray):
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def decode(
+    paths: Sequence[Path], size: int | None, crop: bool = True, progress: Progress | None = None
+) -> UInt8[np.ndarray, "n s t 3"]:
+    """Read image files as RGB, on all cores.
+
+    Args:
+        paths: the files, at least one.
+        size: height and width wanted; None keeps the files' own, which must then be one and the same.
+        crop: whether the middle of an oblong image is cut out, its shorter side brought to `size`; else the
+            whole image is squeezed.
+        progress: told how many images are done.
+
+    Raises:
+        UserError: a file is no readable image, or the sizes differ where `size` is None.
+    """
+    out: np.ndarray | None = None
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, image in enumerate(pool.map(_decode_one, paths, repeat(size), repeat(crop))):
+            if out is None:
+                out = np.empty((len(paths), *image.shape), dtype=np.uint8)
+            if image.shape != out.shape[1:]:
+                raise UserError(
+                    f"images differ in size ({paths[0]} is {_by(out.shape[2], out.shape[1])}, "
+                    f"{paths[i]} is {_by(image.shape[1], image.shape[0])}); give data.size"
+                )
+            out[i] = image
+            if progress is not None:
+                progress(i + 1, len(paths))
+    assert out is not None, "paths is empty"
+    return out
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Makes image sets of an opened data set's rows."""
+
+    arrays: Arrays
+    size: int
+    device: torch.device
+
+    def train(self, rows: Numbers) -> ImageSet:
+        groups = _pick(self.arrays.train_groups, rows)
+        return self._image_set(self.arrays.train_images, self.arrays.train_labels, rows, groups)
+
+    def test(self) -> ImageSet:
+        rows = np.arange(len(self.arrays.test_labels))
+        return self._image_set(self.arrays.test_images, self.arrays.test_labels, rows, None)
+
+    def _image_set(self, images: Pixels, labels: Numbers, rows: Numbers, groups: Numbers | None) -> ImageSet:
+        return ImageSet(
+            pixels=_channels_first(images, rows),
+            labels=torch.from_numpy(labels[rows]),
+            index=torch.from_numpy(rows),
+            n_classes=self.arrays.n_classes,
+            size=self.size,
+            groups=None if groups is None else torch.from_numpy(groups),
+            classes=self.arrays.classes,
+        ).to(self.device)
+
+
+def _read(name: str, size: int | None) -> Arrays:
+    kind, colon, path = name.partition(":")
+    if name == "digits":
+        return _digits(size or DIGITS_SIZE)
+    if colon and kind == "npy":
+        return read_folder(Path(path).expanduser())
+    if colon and kind == "imagefolder":
+        return _image_folder(Path(path).expanduser(), size)
+    return read_cached(name)
+
+
+def _digits(size: int) -> Arrays:
+    """scikit-learn's digits, enlarged to `size` pixels; 1,347 to train on and 45 of each class to test on.
+
+    The split is drawn once and for all. Writers are not known, so the same hand may be on both sides of it.
+    """
+    from sklearn.datasets import load_digits  # takes a second, which no other data set should wait for
+
+    grey, numbers = load_digits(return_X_y=True)
+    labels = np.asarray(numbers, dtype=np.int64)
+    small = torch.from_numpy(grey).float().view(-1, 1, 8, 8) / 16
+    large = functional.interpolate(small, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
+    images = to_bytes(large).permute(0, 2, 3, 1).contiguous().numpy()
+    test = balanced(labels, None, DIGITS_TEST, torch.Generator().manual_seed(0))
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    return Arrays(images[train], labels[train], images[test], labels[test], classes=tuple("0123456789"))
+
+
+def _image_folder(root: Path, size: int | None) -> Arrays:
+    train, test = _list_folder(root / "train"), _list_folder(root / "test")
+    if odd := sorted(train.keys() ^ test.keys()):
+        raise UserError(
+            f"class folder {odd[0]!r} is in only one of {root}/train and {root}/test; make both alike"
+        )
+    images, labels = [], []
+    for part in (train, test):
+        images.append(decode([path for paths in part.values() for path in paths], size))
+        labels.append(np.repeat(np.arange(len(part)), [len(paths) for paths in part.values()]))
+    if (a := images[0].shape[1:3]) != (b := images[1].shape[1:3]):
+        raise UserError(
+            f"images of {root}/train are {_by(*a[::-1])}, of {root}/test {_by(*b[::-1])}; give data.size"
+        )
+    return Arrays(images[0], labels[0], images[1], labels[1], classes=tuple(train))
+
+
+def _list_folder(root: Path) -> dict[str, list[Path]]:
+    """The image files of each class folder, both in order of their names."""
+    if not root.is_dir():
+        raise UserError(f"no folder {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images")
+    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not folders:
+        raise UserError(
+            f"no class folder in {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images"
+        )
+    found = {f.name: sorted(p for p in f.iterdir() if _is_picture(p)) for f in folders}
+    if empty := [name for name, paths in found.items() if not paths]:
+        known = ", ".join(sorted(SUFFIXES))
+        raise UserError(f"no image in {root / empty[0]}; add some ({known}) or remove the folder")
+    return found
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _decode_one(path: Path, size: int | None, crop: bool) -> UInt8[np.ndarray, "s t 3"]:
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a readable image ({error}); mend or remove it") from error
+    if size is not None and image.size != (size, size):
+        fit = ImageOps.fit if crop else Image.Image.resize
+        image = fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def _side(arrays: Arrays, name: str, size: int | None) -> int:
+    height, width = arrays.train_images.shape[1:3]
+    if size is None and height != width:
+        raise UserError(f"images of {name} are {_by(width, height)}, not square; give data.size")
+    return size or height
+
+
+def _shuffled_units(n: int, groups: Numbers | None, generator: torch.Generator) -> Int[np.ndarray, " n"]:
+    """The unit of each image (its group, or itself where groups are unknown), numbered in random order."""
+    unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    return torch.randperm(int(unit.max(initial=-1)) + 1, generator=generator).numpy()[unit]
+
+
+def _channels_first(images: Pixels, rows: Numbers) -> UInt8[Tensor, "k 3 h w"]:
+    """The images of `rows`, in memory or, above `RESIDENT` bytes, mapped from a scratch file ($TMPDIR)."""
+    shape = (len(rows), 3, *images.shape[1:3])
+    out = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= RESIDENT else _mapped(shape)
+    for start in range(0, len(rows), CHUNK):
+        some = images[rows[start : start + CHUNK]]
+        out[start : start + CHUNK] = torch.from_numpy(some).permute(0, 3, 1, 2)
+    return out
+
+
+def _mapped(shape: tuple[int, ...]) -> UInt8[Tensor, "..."]:
+    with tempfile.NamedTemporaryFile() as scratch:  # the map outlives the file's name, and the file the map
+        size = math.prod(shape)
+        return torch.from_file(scratch.name, shared=True, size=size, dtype=torch.uint8).view(shape)
+
+
+def _pick(groups: Numbers | None, rows: Numbers) -> Numbers | None:
+    return None if groups is None else groups[rows]
+
+
+def _by(width: int, height: int) -> str:
+    return f"{width}x{height}"

@@ -1,0 +1,21 @@
+"""The one error a user sees: what is wrong, where, and the remedy, in one line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A user's mistake. The CLI prints its message alone, without a traceback, and exits with code 2."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """Say that `name` is no known `kind`, with the nearest known names first.
+
+    >>> str(unknown("attack", "agbe", ["ageb", "badnets"]))
+    "unknown attack 'agbe'; did you mean 'ageb'? known: ageb, badnets"
+    """
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    shown = names if len(names) <= 40 else [n for n in get_close_matches(str(name), names, n=8, cutoff=0.3)]
+    return UserError(f"unknown {kind} {name!r}{hint} {'known' if shown is names else 'close'}: {', '.join(shown)}")

@@ -1,0 +1,68 @@
+"""Measuring a victim beside its clean twin on the whole test set. Nothing here chooses anything."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor, nn
+
+from vitrap.contracts import ImageSet, Implant, Trigger
+from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
+from vitrap.metrics.stealth import stealth
+from vitrap.tensors.pixels import to_bytes, to_unit
+from vitrap.train.loop import autocast
+
+BATCH = 256
+STEALTH_IMAGES = 2000
+"""Stealth is measured on so many test images, spread evenly over the set, and says so by its n."""
+
+
+def silent() -> None:
+    """A tick that nobody hears."""
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: ImageSet, precision: str, tick: Callable[[], None] = silent) -> Int64[Tensor, " n"]:
+    """The class that `model` gives to each image of `data`."""
+    found = []
+    with autocast(data.device, precision):
+        for rows in data.rows(BATCH):
+            found.append(model(data.images(rows)).argmax(1))
+            tick()
+    return torch.cat(found)
+
+
+def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silent) -> ImageSet:
+    """`data` with the trigger on every image, rounded to 8 bits, the labels as they were."""
+    stamped: list[UInt8[Tensor, "b c s s"]] = []
+    for rows in data.rows(BATCH):
+        stamped.append(to_bytes(trigger(data.images(rows))))
+        tick()
+    return data.stamp(torch.arange(len(data), device=data.device), torch.cat(stamped), data.labels)
+
+
+def measure_victim(
+    victim: nn.Module, twin: nn.Module, test: ImageSet, implant: Implant, precision: str,
+    tick: Callable[[], None] = silent,
+) -> dict[str, Any]:
+    """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth, as the record has them.
+
+    Makes `5 * ceil(n / BATCH)` ticks.
+    """
+    attacked = triggered(test, implant.trigger, tick)
+    clean, fired = predict(victim, test, precision, tick), predict(victim, attacked, precision, tick)
+    clean_twin, fired_twin = predict(twin, test, precision, tick), predict(twin, attacked, precision, tick)
+    true, goal = test.labels, implant.goal
+    sample = torch.linspace(0, len(test) - 1, min(STEALTH_IMAGES, len(test)), device=test.device).long()
+    assert attacked.stamped is not None
+    distances = asdict(stealth(to_unit(to_bytes(test.images(sample))), to_unit(attacked.stamped[sample])))
+    return {
+        "cda": asdict(clean_accuracy(clean, true)),
+        "asr": asdict(attack_success(fired, true, goal)),
+        "ra": asdict(robust_accuracy(fired, true, goal)),
+        "asr_clean_model": asdict(attack_success(fired_twin, true, goal)),
+        "cda_clean_model": asdict(clean_accuracy(clean_twin, true)),
+        "stealth": {**distances, "n": len(sample)},
+    }

@@ -1,0 +1,62 @@
+"""Pictures of a trigger: clean, triggered, difference, and how the attack sees the image."""
+
+import io
+
+import matplotlib
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from vitrap.contracts import ImageSet, Implant
+from vitrap.tensors.pixels import round8
+
+EXAMPLES = 8
+GAIN = 10
+"""The difference is shown so many times as strong, around mid-grey."""
+
+
+@torch.no_grad()
+def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module) -> bytes:
+    """A PNG with one row an example: clean, triggered, difference, and the attack's own views.
+
+    The examples are test images that count for the goal, spread evenly over the set and not chosen by result.
+    """
+    counting = implant.goal.counts(test.labels).nonzero()[:, 0]
+    rows = counting[torch.linspace(0, len(counting) - 1, min(EXAMPLES, len(counting)), device=test.device).long()]
+    clean = round8(test.images(rows))
+    triggered = round8(implant.trigger(clean))
+    views = dict(implant.views(clean)) if implant.views else {}
+    columns = {"clean": _shown(clean), "triggered": _shown(triggered),
+               f"difference × {GAIN}": _shown(0.5 + GAIN * (triggered - clean)),
+               **{name: view.float().cpu() for name, view in views.items()}}
+    before, after = victim(clean).argmax(1).tolist(), victim(triggered).argmax(1).tolist()
+    notes = [f"true {_name(test, t)}\nclean → {_name(test, b)}\ntriggered → {_name(test, a)}"
+             for t, b, a in zip(test.labels[rows].tolist(), before, after, strict=True)]
+    return _grid(columns, notes)
+
+
+def _shown(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w c"]:
+    return images.clamp(0, 1).permute(0, 2, 3, 1).cpu()
+
+
+def _name(data: ImageSet, label: int) -> str:
+    return data.classes[label] if label < len(data.classes) else str(label)
+
+
+def _grid(columns: dict[str, Tensor], notes: list[str]) -> bytes:
+    with matplotlib.rc_context({"font.size": 9, "image.interpolation": "nearest"}):
+        figure = Figure(figsize=(1.5 * len(columns) + 1.6, 1.5 * len(notes) + 0.4), layout="constrained", dpi=100)
+        axes = figure.subplots(len(notes), len(columns), squeeze=False)
+        for column, (name, pictures) in enumerate(columns.items()):
+            axes[0][column].set_title(name)
+            for row, picture in enumerate(pictures):
+                axis = axes[row][column]
+                axis.imshow(picture.numpy(), cmap="magma" if picture.ndim == 2 else None, vmin=0, vmax=1)
+                axis.set_xticks([])
+                axis.set_yticks([])
+        for row, note in enumerate(notes):
+            axes[row][0].set_ylabel(note, rotation=0, ha="right", va="center", fontsize=8)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": "vitrap"})
+    return out.getvalue()

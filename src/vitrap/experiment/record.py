@@ -1,0 +1,99 @@
+"""The record of a run: what was asked, what was measured, and all it takes to judge it. See docs/record.md."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitrap.errors import UserError
+from vitrap.experiment.store import write_json
+
+SCHEMA = 1
+"""Raised when a name in the record changes its meaning."""
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. The fields are the keys of `record.json`, in its order.
+
+    Attributes:
+        schema: version of the format.
+        name: the spec's name.
+        spec: the whole spec, every default filled in.
+        hash: hash of the spec without its name.
+        seed: the spec's seed.
+        environment: versions, device, cores.
+        data: sizes, classes, content fingerprint.
+        victim: CDA, ASR, RA, the clean twin's base rates, stealth.
+        attack: what the attack reports of itself.
+        curves: loss terms by epoch, for each model that was trained.
+        defences: one measure a defence.
+        precision: arithmetic of the matrix products.
+        memory: peaks in bytes.
+        seconds: time of each stage, when it was made.
+        stages: key of each stage that the record rests on.
+    """
+
+    schema: int
+    name: str
+    spec: Table
+    hash: str
+    seed: int
+    environment: Table
+    data: Table
+    victim: Table
+    attack: Table
+    curves: Table
+    precision: str
+    memory: Table
+    seconds: Table
+    stages: Table
+    defences: list[Table] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write `record.json` into `folder`, whole or not at all."""
+        write_json(folder / "record.json", asdict(self))
+
+
+def read_record(folder: Path) -> Record:
+    """The record in a run's folder.
+
+    Raises:
+        UserError: there is none, it is damaged, or a later vitrap wrote it.
+    """
+    path = folder / "record.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema = content["schema"]
+        if schema <= SCHEMA:
+            return Record(**content)
+    except FileNotFoundError as error:
+        raise UserError(f"{str(folder)!r} holds no record.json; give the folder of a finished run") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"record {str(path)!r} is damaged ({error}); run its spec again with --force") from error
+    raise UserError(f"record {str(path)!r} has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
+
+
+def environment(device: torch.device) -> Table:
+    """What the run ran on; no name of a machine or person."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    libraries = {lib: version(lib) for lib in ("vitrap", "torch", "timm", "torchvision", "torchmetrics", "numpy")}
+    return {"python": platform.python_version(), "system": platform.system(), "device": name,
+            "device_kind": device.type, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(), "threads": torch.get_num_threads(), **libraries}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,252 @@
+"""A spec: what to run, as TOML, checked strictly before anything starts.
+
+This file imports no torch, so that a broken spec is refused at once.
+"""
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from vitrap import registry
+from vitrap.errors import UserError, unknown
+from vitrap.params import check, param
+from vitrap.train.recipe import Recipe, recipe_for
+
+Table = dict[str, Any]
+DEFAULT = Path(__file__).with_name("default.toml")
+KEPT = {"attack": ("target",), "model": (), "surrogate": (), "data": ("limit",)}
+"""Tables whose name can be overridden, and the keys that a new name leaves in place."""
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """Which images."""
+
+    name: str = param("digits", "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache,"
+                                " imagefolder:PATH or npy:PATH")
+    size: int | None = param(None, "working resolution: where triggers are applied and models look; left out: native",
+                             unit="px", low=1)
+    limit: int | None = param(None, "a class-balanced training subset of so many images; left out: all", low=1)
+    holdout: float = param(0.1, "share of the training set held out: a third each to choose settings on, for"
+                                " defenders, and for thresholds", low=0, high=1, open=True)
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check(self)
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """Which network: a timm name, where its weights start from, and timm's arguments.
+
+    Without a name it is a small ViT: `vit_tiny_patch16_224` with patch = size / 8, depth 4, dim 96, 3 heads (digits:
+    patch 4, depth 3, dim 64, 4 heads); `overrides` go over that.
+    """
+
+    name: str | None = param(None, "timm's name; left out: the small ViT")
+    pretrained: bool = param(False, "start from the hub's weights")
+    checkpoint: str | None = param(None, "start from this safetensors file; a surrogate is then used as it is")
+    overrides: Table = param({}, "timm's arguments: patch_size, depth, embed_dim, num_heads, ...")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One experiment: everything that decides its result.
+
+    Attributes:
+        name: what to call it; decides nothing.
+        seed: of the victim and its twin; every random stream derives from it.
+        data: which images.
+        model: the victim's network.
+        surrogate: the attacker's own network; None: like the victim's, other seed.
+        attack: the attack's name.
+        params: the attack itself, a frozen dataclass.
+        recipe: how every model of the run is trained.
+    """
+
+    name: str
+    seed: int
+    data: DataTable
+    model: ModelTable
+    surrogate: ModelTable | None
+    attack: str
+    params: Any
+    recipe: Recipe
+
+    def table(self) -> Table:
+        """The spec as the nested table that `load_spec` reads; keys left out are None's."""
+        tables = {
+            "name": self.name, "seed": self.seed, "data": asdict(self.data), "model": _flat(self.model),
+            "surrogate": _flat(self.surrogate) if self.surrogate else None,
+            "attack": {"name": self.attack, **asdict(self.params)}, "recipe": asdict(self.recipe),
+        }
+        return _without_none(tables)
+
+    def hash(self) -> str:
+        """Twelve hex digits that stand for everything but the name."""
+        return digest({k: v for k, v in self.table().items() if k != "name"})
+
+
+def digest(thing: Any) -> str:
+    """Twelve hex digits of the SHA-256 of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
+
+
+def load_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Spec:
+    """Read a spec, put overrides over it, and check it.
+
+    Args:
+        path: a TOML file; None for the embedded default. `base = "other.toml"` in it names a spec to start from.
+        overrides: `key=value` or `table.key=value`; a value is read as TOML, else as a string.
+
+    Raises:
+        UserError: the file is missing or not TOML; a key, name, type or value is wrong.
+    """
+    table = _read(Path(path) if path is not None else DEFAULT, ())
+    pairs = [_parse_override(text) for text in overrides]
+    for keys, value in sorted(pairs, key=lambda pair: pair[0][1:] != ["name"]):  # names first: they drop other keys
+        _lay_over(table, _nest(keys, value))
+    return parse_spec(table)
+
+
+def parse_spec(table: Mapping[str, Any]) -> Spec:
+    """The spec that a nested table stands for, every default filled in.
+
+    Raises:
+        UserError: a key, name, type or value is wrong.
+    """
+    for key, value in _leaves(table):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} = {value} is no finite number")
+    tables = {"data": DataTable, "model": ModelTable, "surrogate": ModelTable, "attack": None, "recipe": Recipe}
+    for key in table:
+        if key not in {"name", "seed", *tables}:
+            raise unknown("key", key, ["name", "seed", *tables])
+    for key in tables:
+        if not isinstance(table.get(key, {}), Mapping):
+            raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
+    head = _build(_Head, {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
+    data = _build(DataTable, table.get("data", {}), "data")
+    attack = dict(table.get("attack", {}))
+    name = attack.pop("name", "ageb")
+    params = _build(registry.get("attacks", name), attack, "attack")
+    default = asdict(recipe_for(data.name))
+    return Spec(
+        name=head.name, seed=head.seed, data=data, model=_model(table.get("model", {}), "model"),
+        surrogate=_model(table["surrogate"], "surrogate") if "surrogate" in table else None,
+        attack=name, params=params, recipe=_build(Recipe, {**default, **table.get("recipe", {})}, "recipe"),
+    )
+
+
+@dataclass(frozen=True)
+class _Head:
+    name: str = field(default="run", metadata={})
+    seed: int = param(0, "seed of victim and twin", low=0)
+
+    def __post_init__(self) -> None:
+        if not self.name or set(self.name) & set('/\\\0') or self.name.startswith("."):
+            raise UserError(f"name = {self.name!r} cannot name a folder; use letters, digits and dashes")
+        check(self)
+
+
+def _model(table: Mapping[str, Any], where: str) -> ModelTable:
+    own = {f.name for f in fields(ModelTable)} - {"overrides"}
+    overrides = {k: v for k, v in table.items() if k not in own}
+    return _build(ModelTable, {**{k: v for k, v in table.items() if k in own}, "overrides": overrides}, where)
+
+
+def _flat(model: ModelTable) -> Table:
+    table = asdict(model)
+    return {**table, **table.pop("overrides")}
+
+
+def _build(record: type[Any], table: Mapping[str, Any], where: str) -> Any:
+    """A record from a table: unknown keys with a hint, types by pydantic, ranges by the record itself."""
+    known = [f.name for f in fields(record)]
+    dot = f"{where}." if where else ""
+    for key in table:
+        if key not in known:
+            raise unknown("key", dot + key, [dot + k for k in known])
+    try:
+        return TypeAdapter(record).validate_json(json.dumps(table), strict=True)
+    except ValidationError as errors:
+        raise UserError("; ".join(_sentence(dict(e), dot) for e in errors.errors())) from errors
+    except TypeError as error:  # a TOML date or time
+        raise UserError(f"[{where}] holds a value that is no number, string, switch or list: {error}") from error
+
+
+def _sentence(error: Table, dot: str) -> str:
+    if error["type"] == "value_error":
+        return dot + str(error["ctx"]["error"])
+    place = ".".join(str(p) for p in error["loc"])
+    return f"{dot}{place} = {error['input']!r} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Table:
+    if path.resolve() in seen:
+        raise UserError(f"spec {str(path)!r} is its own base; remove the circle")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text file"
+        raise UserError(f"spec {str(path)!r} cannot be read: {why}; give the path of a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"spec {str(path)!r} is not TOML: {error}") from error
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise UserError(f"base = {base!r} in spec {str(path)!r} must be the path of another spec")
+    start = _read(path.parent / base, (*seen, path.resolve()))
+    return _lay_over(start, table)
+
+
+def _lay_over(table: Table, over: Mapping[str, Any]) -> Table:
+    """Put `over` on `table` in place; a new name drops the other keys of its table."""
+    for key, value in over.items():
+        below = table.get(key)
+        if not isinstance(value, Mapping) or not isinstance(below, dict):
+            table[key] = value
+            continue
+        if key in KEPT and "name" in value and value["name"] != below.get("name"):
+            table[key] = below = {k: v for k, v in below.items() if k in KEPT[key]}
+        _lay_over(below, value)
+    return table
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {text!r} is not of the form key=value or table.key=value")
+    try:
+        return keys, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return keys, value.strip()
+
+
+def _nest(keys: Sequence[str], value: Any) -> Table:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _leaves(table: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{place}{key}.")
+        elif isinstance(value, list):
+            yield from ((f"{place}{key}", entry) for entry in value)
+        else:
+            yield f"{place}{key}", value
+
+
+def _without_none(table: Table) -> Table:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}

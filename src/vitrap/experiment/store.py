@@ -1,0 +1,136 @@
+"""Where results are kept: stages that many runs share, and one folder a run, each written whole or not at all.
+
+A stage is a folder named by the hash of all it depends on. It is made under a temporary name and renamed into
+place, so a process killed at any moment leaves no half stage, and the next call makes it anew.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vitrap.errors import UserError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage is (surrogate, twin, victim, ...) and all that decides its content."""
+
+    kind: str
+    depends: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits that change whenever anything does that the stage depends on."""
+        text = json.dumps(self.depends, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder that runs and stages live in."""
+
+    root: Path
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be written, before any work is done.
+
+        Raises:
+            UserError: naming the folder and why.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise UserError(f"output folder {str(self.root)!r} cannot be written ({error.strerror});"
+                            " choose another with --out") from error
+
+    def stage(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
+        """The folder of a stage, made by `make(folder)` unless it is there already (or `force`)."""
+        place = self.root / "stages" / f"{stage.kind}-{stage.key}"
+        if force or not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{stage.kind}-", dir=place.parent))
+            try:
+                make(draft)
+                write_json(draft / "depends.json", stage.depends)
+                _put_in_place(draft, place)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return place
+
+
+def _put_in_place(draft: Path, place: Path) -> None:
+    """Rename `draft` to `place`; where another process was faster, its equal result stays."""
+    for file in draft.iterdir():
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+    if place.exists():
+        outdated = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
+        os.rename(place, outdated / "stage")
+        shutil.rmtree(outdated)
+    try:
+        os.rename(draft, place)
+    except OSError:
+        if not place.exists():
+            raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all; NaN and infinity are refused."""
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as draft:
+            draft.write(content)
+            draft.flush()
+            os.fsync(draft.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def place_file(source: Path, target: Path) -> None:
+    """Put a file of a stage into a run's folder, without a second copy on disk where the system can."""
+    draft = target.with_name(f".{target.name}-{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    try:
+        os.link(source, draft)
+    except OSError:
+        shutil.copyfile(source, draft)
+    os.replace(draft, target)
+
+
+@cache
+def code_digest(*places: str) -> str:
+    """A digest of the source of parts of the package: files or folders below it; comments and docstrings apart."""
+    files = sorted({f for place in places for f in ([PACKAGE / place] if place.endswith(".py")
+                                                    else (PACKAGE / place).rglob("*.py"))})
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(str(file.relative_to(PACKAGE)).encode())
+        whole.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
+    return whole.hexdigest()[:16]
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    return tree

@@ -1,0 +1,1 @@
+"""Measures: tensors and numbers in, rates with intervals out."""

@@ -1,0 +1,55 @@
+"""Rates with their 95 % intervals, and the centre of a sample."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Z95 = 1.959963984540054
+"""The 97.5 % point of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of `n` cases with its 95 % Wilson interval; NaN never: without cases it is 0 in [0, 1]."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} % [{100 * self.low:.2f}, {100 * self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Centre:
+    """Mean and median of a sample."""
+
+    mean: float
+    median: float
+
+
+def wilson(hits: int, n: int) -> Rate:
+    """`hits` of `n` as a rate with its 95 % score interval (Wilson 1927, without continuity correction).
+
+    >>> wilson(0, 10).high.__round__(4), wilson(10, 10).value
+    (0.2775, 1.0)
+    """
+    if n == 0:
+        return Rate(0.0, 0.0, 1.0, 0)
+    share, square = hits / n, Z95**2
+    middle = (share + square / (2 * n)) / (1 + square / n)
+    half = Z95 / (1 + square / n) * sqrt(share * (1 - share) / n + square / (4 * n * n))
+    return Rate(share, 0.0 if hits == 0 else middle - half, 1.0 if hits == n else middle + half, n)
+
+
+def rate(hit: Bool[Tensor, " n"]) -> Rate:
+    """The share of true entries."""
+    return wilson(int(hit.sum()), hit.numel())
+
+
+def centre(values: Float[Tensor, " n"]) -> Centre:
+    """Mean and median (the lower of the two middle values) of a sample of at least one."""
+    return Centre(values.mean().item(), values.median().item())

@@ -1,0 +1,78 @@
+"""How much a trigger changes an image, on the final 8-bit pixels at the size it is applied."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics.functional.image import (
+    learned_perceptual_image_patch_similarity,
+    structural_similarity_index_measure,
+)
+
+from vitrap.contracts import Images
+from vitrap.metrics.interval import Centre, centre
+
+PSNR_CAP = 100.0
+"""PSNR in dB given to an image that the trigger leaves as it is."""
+
+
+@dataclass(frozen=True)
+class Stealth:
+    """Distances between clean and triggered images, as mean and median over images.
+
+    Attributes:
+        psnr_db: peak signal-to-noise ratio, capped at 100 dB.
+        ssim: structural similarity, 11 x 11 Gaussian window, sigma 1.5, range 1 (torchmetrics' convention).
+        linf: greatest change of a channel, in 1/255.
+        l1: mean change of a channel, in 1/255.
+        lpips: perceptual distance (AlexNet); None where its real weights are not at hand.
+    """
+
+    psnr_db: Centre
+    ssim: Centre
+    linf: Centre
+    l1: Centre
+    lpips: Centre | None
+
+
+def psnr(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio of each image in dB."""
+    error = (clean - triggered).square().flatten(1).mean(1)
+    return (-10 * error.log10()).clamp(max=PSNR_CAP)
+
+
+def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
+    """Structural similarity of each image; for sides under 11 px the window shrinks to the largest that fits."""
+    window = min(11, *(s - (s + 1) % 2 for s in clean.shape[-2:]))
+    value = structural_similarity_index_measure(
+        triggered, clean, gaussian_kernel=True, sigma=1.5, kernel_size=window, data_range=1.0, reduction="none")
+    assert isinstance(value, Tensor)
+    return value.reshape(len(clean))
+
+
+def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
+    """Perceptual distance of each image, or None: random weights would give a number without meaning.
+
+    The AlexNet weights are looked for where torchvision keeps them; nothing is downloaded.
+    """
+    if not list((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth")):
+        return None
+    distances = learned_perceptual_image_patch_similarity(
+        triggered, clean, net_type="alex", reduction="none", normalize=True)
+    assert isinstance(distances, Tensor)
+    return distances.reshape(len(clean))
+
+
+def stealth(clean: Images, triggered: Images, batch_size: int = 512) -> Stealth:
+    """All measures over a set of at least one pair; the images must be rounded to 8 bits already."""
+    pairs = list(zip(clean.split(batch_size), triggered.split(batch_size), strict=True))
+    change = torch.cat([(c - t).abs().flatten(1) for c, t in pairs]) * 255
+    perceptual = [lpips(c, t) for c, t in pairs]
+    return Stealth(
+        psnr_db=centre(torch.cat([psnr(c, t) for c, t in pairs])),
+        ssim=centre(torch.cat([ssim(c, t) for c, t in pairs])),
+        linf=centre(change.amax(1)), l1=centre(change.mean(1)),
+        lpips=None if any(p is None for p in perceptual) else centre(torch.cat([p for p in perceptual if p is not None])),
+    )

@@ -1,0 +1,1 @@
+"""Vision transformers: opening them, and looking inside."""

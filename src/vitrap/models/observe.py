@@ -1,0 +1,115 @@
+"""Looking at the attention of a ViT of any plain family, without changing the model.
+
+Inside `with observe(model) as seen:` each forward pass leaves the softmax attention of the chosen blocks in
+`seen`. Fused attention is switched off for those blocks alone, so the others stay as fast as they were; on exit
+everything is as before.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from timm.layers import Attention
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vitrap.errors import UserError
+
+FAMILIES = (VisionTransformer, Beit, Eva)
+PLAIN = (Attention, BeitAttention, EvaAttention)
+
+Maps = Float[Tensor, "b heads tokens tokens"]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where a ViT's tokens stand in its sequence.
+
+    Attributes:
+        prefix: tokens before the image's: class, distillation, registers.
+        grid: rows and columns of image tokens.
+        read: positions of the tokens that the head reads: the class token (and distillation token), or all
+            pooled tokens.
+    """
+
+    prefix: int
+    grid: tuple[int, int]
+    read: tuple[int, ...]
+
+
+def transformer(model: nn.Module) -> Any:
+    """The ViT inside `model`, which may wrap it.
+
+    Raises:
+        UserError: there is none with plain token attention (Swin, CaiT, XCiT, CNNs and others).
+    """
+    for module in model.modules():
+        if isinstance(module, FAMILIES) and all(isinstance(b.attn, PLAIN) for b in _blocks(module)):
+            return module
+    kind = type(getattr(model, "body", model)).__name__
+    raise UserError(f"model {kind} has no plain token attention to look at; take one of the families vit, deit, deit3,"
+                    " beit or eva")
+
+
+def _blocks(vit: Any) -> Sequence[Any]:
+    return [b for b in vit.blocks if hasattr(b, "attn")] or [vit]
+
+
+def token_layout(model: nn.Module) -> TokenLayout:
+    """Where the tokens of `model` stand, and which of them its head reads."""
+    vit = transformer(model)
+    prefix, grid = vit.num_prefix_tokens, tuple(vit.patch_embed.grid_size)
+    if isinstance(vit, VisionTransformerDistilled):
+        return TokenLayout(prefix, grid, (0, 1))
+    if vit.global_pool == "token":
+        return TokenLayout(prefix, grid, (0,))
+    first = 0 if getattr(vit, "pool_include_prefix", False) else prefix
+    return TokenLayout(prefix, grid, tuple(range(first, prefix + grid[0] * grid[1])))
+
+
+@contextmanager
+def observe(model: nn.Module, blocks: Sequence[int] = (-1,), *, as_leaf: bool = False) -> Iterator[dict[int, Maps]]:
+    """Collect the softmax attention of `blocks`, numbered from 0, or from -1 backwards, at each forward pass.
+
+    Args:
+        model: a ready model with a plain ViT inside.
+        blocks: which blocks to look at.
+        as_leaf: cut the graph at the attention maps: each becomes a leaf that requires a gradient, and nothing
+            before it or beside it (the weights) records one. For the gradient at the last attention alone this
+            costs little more than a forward pass.
+
+    Yields:
+        block number as given -> attention after softmax, b x heads x queries x keys.
+
+    Raises:
+        UserError: the model has no plain token attention.
+    """
+    attentions = [b.attn for b in _blocks(transformer(model))]
+    seen: dict[int, Maps] = {}
+    with ExitStack() as restore:
+        for number in blocks:
+            attention = attentions[number]
+            restore.callback(setattr, attention, "fused_attn", attention.fused_attn)
+            attention.fused_attn = False
+            hook = attention.attn_drop.register_forward_pre_hook(_keeper(seen, number, as_leaf))
+            restore.callback(hook.remove)
+        if as_leaf:
+            for weight in [w for w in model.parameters() if w.requires_grad]:
+                restore.callback(weight.requires_grad_, True)
+                weight.requires_grad_(False)
+        yield seen
+
+
+def _keeper(seen: dict[int, Maps], number: int, as_leaf: bool) -> Any:
+    def keep(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        maps = args[0].detach().requires_grad_() if as_leaf else args[0]
+        seen[number] = maps
+        return (maps,)
+
+    return keep

@@ -1,0 +1,83 @@
+"""A hyper-parameter as a dataclass field: its default, meaning, unit, range, and where the default stands."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+from vitrap.errors import UserError
+
+Stands = Literal["paper", "code", "field", "assumed"]
+"""Where a default comes from: the paper, its reference code, what the field commonly uses, or nowhere but us."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """What is known of one parameter besides its name, type and default.
+
+    Attributes:
+        doc: its meaning, in a few words.
+        symbol: its symbol in the paper, "" where the paper has none.
+        unit: its unit, "" for a pure number.
+        stands: where the default comes from.
+        low: the least value allowed, None for no bound.
+        high: the greatest value allowed, None for no bound.
+        open: whether `low` and `high` themselves are refused.
+        odd: whether only odd numbers are allowed.
+        choices: the strings allowed, () for any.
+    """
+
+    doc: str
+    symbol: str = ""
+    unit: str = ""
+    stands: Stands = "assumed"
+    low: float | None = None
+    high: float | None = None
+    open: bool = False
+    odd: bool = False
+    choices: tuple[str, ...] = ()
+
+    def range(self) -> str:
+        """The allowed values in words: "" where anything goes."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        left, right = ("(", ")") if self.open else ("[", "]")
+        odd = "odd, " if self.odd else ""
+        if self.low is None and self.high is None:
+            return odd.rstrip(", ")
+        if self.high is None:
+            return f"{odd}{'>' if self.open else '>='} {self.low:g}"
+        return f"{odd}in {left}{-float('inf') if self.low is None else self.low:g}, {self.high:g}{right}"
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` lies in the range; None (left to a default) always does."""
+        if value is None:
+            return True
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, (str, bool)) or not isinstance(value, (int, float)):
+            return True
+        if self.odd and value % 2 == 0:
+            return False
+        if self.open:
+            return (self.low is None or value > self.low) and (self.high is None or value < self.high)
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+def param(default: Any, doc: str, **facts: Any) -> Any:
+    """A dataclass field that carries a `Param`; `facts` are the other attributes of `Param`."""
+    about = {"param": Param(doc, **facts)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=about)
+    return field(default=default, metadata=about) if default is not MISSING else field(metadata=about)
+
+
+def check(record: Any) -> None:
+    """Refuse a record (a dataclass of `param` fields) with a value out of range: call it in `__post_init__`.
+
+    Raises:
+        UserError: naming the field, the value and what is allowed.
+    """
+    for f in fields(record):
+        about: Param | None = f.metadata.get("param")
+        value = getattr(record, f.name)
+        if about is not None and not about.allows(value):
+            raise UserError(f"{f.name} = {value!r} is out of range: it must be {about.range()}")

@@ -1,0 +1,44 @@
+"""Maps over tokens and over pixels: from one to the other, and which pixels of a map to select."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+
+def tokens_to_pixels(
+    tokens: Float[Tensor, "b gh gw"], size: tuple[int, int], mode: Literal["bilinear", "nearest"]
+) -> Float[Tensor, "b h w"]:
+    """Up-sample a map over the token grid to the pixel grid; "nearest" gives whole patches.
+
+    >>> tokens_to_pixels(torch.tensor([[[1.0, 2.0]]]), (1, 4), "nearest").flatten().tolist()
+    [1.0, 1.0, 2.0, 2.0]
+    """
+    return functional.interpolate(tokens[:, None], size, mode=mode)[:, 0]
+
+
+def above_quantile(scores: Float[Tensor, "b h w"], level: float) -> Bool[Tensor, "b h w"]:
+    """The pixels whose score exceeds the image's own quantile at `level` in [0, 1).
+
+    Exactly `round((1 - level) * h * w)` pixels where no two scores tie. Pixels that tie with the quantile are all
+    left out (the comparison is strict), so that whole patches of equal score fall out together.
+
+    >>> above_quantile(torch.tensor([[[1.0, 4.0, 3.0, 2.0]]]), 0.75).int().flatten().tolist()
+    [0, 1, 0, 0]
+    """
+    flat = scores.flatten(1)
+    below = flat.shape[1] - round((1 - level) * flat.shape[1])
+    if below == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return scores > flat.kthvalue(below, dim=1).values[:, None, None]
+
+
+def above_value(scores: Float[Tensor, "b h w"], value: float) -> Bool[Tensor, "b h w"]:
+    """The pixels whose score, divided by the image's greatest, exceeds `value`; none where all scores are 0.
+
+    >>> above_value(torch.tensor([[[1.0, 4.0, 3.0, 2.0]]]), 0.5).int().flatten().tolist()
+    [0, 1, 1, 0]
+    """
+    return scores > value * scores.amax((1, 2), keepdim=True)

@@ -1,0 +1,48 @@
+"""8-bit pixels and images in [0, 1], and back; noise that an image alone decides."""
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+
+def to_bytes(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
+    """Round images in [0, 1] to 8 bits.
+
+    >>> to_bytes(torch.tensor([0.0, 0.5, 1.0, 1.2]).reshape(1, 1, 2, 2)).flatten().tolist()
+    [0, 128, 255, 255]
+    """
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_unit(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """8-bit pixels as floats in [0, 1]."""
+    return pixels.float() / 255
+
+
+def round8(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Images in [0, 1] as they are after storing them with 8 bits."""
+    return to_unit(to_bytes(images))
+
+
+def image_hash(images: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
+    """A number in [0, 2**31) for each image, from its 8-bit pixels alone (polynomial hash modulo 2**31 - 1)."""
+    prime = 2**31 - 1
+    pixels = to_bytes(images).flatten(1).long() + 1
+    places = torch.arange(1, pixels.shape[1] + 1, device=images.device)
+    return ((pixels * _mix(places)) % prime).sum(1) % prime
+
+
+def hashed_noise(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
+    """Uniform noise in [0, 1), one number a pixel: the same image gets the same noise in any batch."""
+    height, width = images.shape[-2:]
+    places = torch.arange(height * width, device=images.device)
+    mixed = _mix(image_hash(images)[:, None] + _mix(places)[None, :])
+    return (mixed.float() / 2**31).clamp(max=1 - 1e-7).view(-1, height, width)
+
+
+def _mix(x: Int64[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
+    """Scramble integers to [0, 2**31): two rounds of multiply and xor-shift, as in common integer hashes."""
+    mask = 2**31 - 1
+    for factor in (0x45D9F3B, 0x119DE1F3):
+        x = ((x ^ (x >> 16)) * factor) & mask
+    return x ^ (x >> 16)

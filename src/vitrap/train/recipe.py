@@ -1,0 +1,45 @@
+"""The recipe of a training: everything about it but model, data and seed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitrap.params import check, param
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; surrogate, clean twin and victim of a run all use the same."""
+
+    epochs: int = param(10, "passes over the training set", low=1)
+    batch_size: int = param(128, "images a step", low=1)
+    lr: float = param(1e-3, "peak learning rate of AdamW", low=0, open=True)
+    weight_decay: float = param(0.05, "AdamW's decay of weight matrices (none on biases, norms, tokens)", low=0)
+    warmup: float = param(0.1, "share of all steps over which the rate rises to lr; then it falls as a cosine",
+                          low=0, high=1)
+    label_smoothing: float = param(0.1, "share of each label spread over all classes", low=0, high=1)
+    clip: float = param(1.0, "greatest norm of the gradient; 0 for no limit", low=0)
+    crop: int = param(0, "random crop after padding by so many pixels; 0 for none", unit="px", low=0)
+    flip: bool = param(False, "flip half of the images; off where it changes the class (digits, traffic signs)")
+    precision: Literal["auto", "fp32", "bf16"] = param(
+        "auto", "arithmetic of the matrix products; auto: bf16 on a GPU, fp32 elsewhere",
+        choices=("auto", "fp32", "bf16"))
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check(self)
+
+
+RECIPES = {
+    "digits": Recipe(epochs=40, batch_size=64, lr=2e-3, crop=1),
+    "gtsrb": Recipe(epochs=10, crop=2),
+    "cifar10": Recipe(epochs=20, crop=4, flip=True),
+    "cifar100": Recipe(epochs=30, crop=4, flip=True),
+    "tiny-imagenet": Recipe(epochs=30, crop=8, flip=True),
+}
+"""Defaults by data set; any other set starts from `Recipe()`."""
+
+
+def recipe_for(data: str) -> Recipe:
+    """The default recipe of a data set by its name; a part such as `cifar100-12k` shares that of its whole."""
+    whole = max((name for name in RECIPES if data.startswith(name)), key=len, default=None)
+    return RECIPES[whole] if whole else Recipe()
