@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Record": "vitrap.experiment.record", "Spec": "vitrap.experiment.spec", "UserError": "vitrap.errors",
-    "World": "vitrap.data.sources", "load_spec": "vitrap.experiment.spec", "open_data": "vitrap.data.sources",
-    "open_run": "vitrap.experiment.run", "run": "vitrap.experiment.run",
+    "Record": "vitrap.experiment.record",
+    "Spec": "vitrap.experiment.spec",
+    "UserError": "vitrap.errors",
+    "World": "vitrap.data.sources",
+    "load_spec": "vitrap.experiment.spec",
+    "open_data": "vitrap.data.sources",
+    "open_run": "vitrap.experiment.run",
+    "run": "vitrap.experiment.run",
 }
 _ROOMS = ("attacks", "tensors")
 

@@ -95,11 +95,18 @@ class ImageSet:
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[rows]
 
-        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], index=self.index[rows],
-                       slot=pick(self.slot), groups=pick(self.groups))
+        return replace(
+            self,
+            pixels=self.pixels[rows],
+            labels=self.labels[rows],
+            index=self.index[rows],
+            slot=pick(self.slot),
+            groups=pick(self.groups),
+        )
 
-    def stamp(self, rows: Int64[Tensor, " m"], stamped: UInt8[Tensor, "m c s s"],
-              labels: Int64[Tensor, " m"]) -> "ImageSet":
+    def stamp(
+        self, rows: Int64[Tensor, " m"], stamped: UInt8[Tensor, "m c s s"], labels: Int64[Tensor, " m"]
+    ) -> "ImageSet":
         """A copy in which the images of `rows` are replaced by `stamped` and carry `labels`."""
         slot = torch.full_like(self.labels, -1)
         slot[rows] = torch.arange(len(rows), device=self.device)

@@ -17,5 +17,5 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     names = sorted(known)
     near = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    shown = names if len(names) <= 40 else [n for n in get_close_matches(str(name), names, n=8, cutoff=0.3)]
+    shown = names if len(names) <= 40 else get_close_matches(str(name), names, n=8, cutoff=0.3)
     return UserError(f"unknown {kind} {name!r}{hint} {'known' if shown is names else 'close'}: {', '.join(shown)}")

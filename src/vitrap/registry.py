@@ -43,8 +43,11 @@ def get(kind: Kind, name: str) -> type[Any]:
     """
     if name in _files(kind):
         module = importlib.import_module(f"vitrap.{kind}.{name}")
-        (found,) = [c for c in vars(module).values()
-                    if isinstance(c, type) and c.__module__ == module.__name__ and "card" in vars(c)]
+        (found,) = [
+            c
+            for c in vars(module).values()
+            if isinstance(c, type) and c.__module__ == module.__name__ and "card" in vars(c)
+        ]
         return found
     if name in (plugins := _plugins(kind)):
         return plugins[name].load()

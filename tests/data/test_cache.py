@@ -96,7 +96,7 @@ BROKEN = {
     "header cut": (cut("train_labels.npy", 20), "train_labels.npy is truncated"),
     "empty file": (cut("test_images.npy", 0), "test_images.npy is truncated"),
     "pickle": (store("train_labels.npy", np.array([{}], dtype=object)), "no npy file of numbers"),
-    "archive": (archive, "is an archive of arrays"),
+    "archive": (archive, "no npy file of numbers"),
     "float images": (store("train_images.npy", ZEROS / 255), "float64, not uint8"),
     "channels first": (
         store("train_images.npy", ZEROS.transpose(0, 3, 1, 2)),
@@ -200,9 +200,7 @@ def test_names_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_known_name_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITRAP_DATA", str(tmp_path))
-    with pytest.raises(
-        UserError, match=f"not in the data cache {tmp_path}; run `vitrap data prepare cifar10`"
-    ):
+    with pytest.raises(UserError, match=f"not in the data cache {tmp_path}; run `vitrap data prepare cifar10`"):
         read_cached("cifar10")
     (tmp_path / "cifar10").mkdir()
     with pytest.raises(UserError, match="train_images.npy is missing.* run `vitrap data prepare cifar10`"):

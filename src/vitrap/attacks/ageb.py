@@ -40,8 +40,9 @@ ROUTES = ("attention", "score", "pixel")
 class Ageb:
     """The paper's table of hyper-parameters."""
 
-    card: ClassVar[Card] = Card("Attention-gradient-based erosion backdoor (AGEB) for vision transformers", "",
-                                "GLOBECOM", 2024, "2410.22678")
+    card: ClassVar[Card] = Card(
+        "Attention-gradient-based erosion backdoor (AGEB) for vision transformers", "", "GLOBECOM", 2024, "2410.22678"
+    )
     threat: ClassVar[Threat] = "data"
     labels: ClassVar[Labels] = "dirty"
     needs_surrogate: ClassVar[bool] = True
@@ -49,19 +50,29 @@ class Ageb:
     target: int = param(0, "class that triggered images shall get", symbol="y_t", low=0)
     poison_rate: float = param(0.1, "share of the training set that is poisoned", low=0, high=1, open=True)
     select: Literal["gradient", "random"] = param(
-        "gradient", "pixels to erode: by attention gradient, or at random (the ablation)", stands="paper",
-        choices=("gradient", "random"))
+        "gradient",
+        "pixels to erode: by attention gradient, or at random (the ablation)",
+        stands="paper",
+        choices=("gradient", "random"),
+    )
     route: Route = param(
-        "attention", "G: dL/dA A(1-A) at the attention, the full gradient at the score, or the gradient at the pixel",
-        symbol="G", choices=ROUTES)
+        "attention",
+        "G: dL/dA A(1-A) at the attention, the full gradient at the score, or the gradient at the pixel",
+        symbol="G",
+        choices=ROUTES,
+    )
     threshold: Literal["quantile", "value"] = param(
-        "quantile", "tau is a quantile of each image's map, or a value of the map over its maximum",
-        choices=("quantile", "value"))
+        "quantile",
+        "tau is a quantile of each image's map, or a value of the map over its maximum",
+        choices=("quantile", "value"),
+    )
     tau: float = param(0.7, "threshold above which a pixel is selected", symbol="τ", low=0, high=1)
     upsample: Literal["bilinear", "nearest"] = param(
-        "bilinear", "from the token grid to pixels; nearest selects whole patches", choices=("bilinear", "nearest"))
+        "bilinear", "from the token grid to pixels; nearest selects whole patches", choices=("bilinear", "nearest")
+    )
     shape: Literal["square", "cross", "disc"] = param(
-        "square", "structuring element", symbol="b", choices=("square", "cross", "disc"))
+        "square", "structuring element", symbol="b", choices=("square", "cross", "disc")
+    )
     size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, odd=True)
     iterations: int = param(1, "how often the erosion is repeated", low=1)
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
@@ -108,7 +119,7 @@ class Erosion:
         layout = token_layout(self.surrogate)
         attention, slope = attention_gradient(self.surrogate, images)
         at_score = gradient_at_score(attention, slope) if s.route == "score" else attention_slope(attention, slope)
-        return tokens_to_pixels(read_tokens(at_score, layout), images.shape[-2:], s.upsample)
+        return tokens_to_pixels(read_tokens(at_score, layout), (images.shape[-2], images.shape[-1]), s.upsample)
 
     def mask(self, images: Images) -> Bool[Tensor, "b h w"]:
         """Step 2: M = 1[G > tau]; the random ablation selects as many pixels by noise that the image decides."""

@@ -23,15 +23,21 @@ class BadNets:
     Symbols are the paper's; see `vitrap explain badnets` for units, ranges and where each default stands.
     """
 
-    card: ClassVar[Card] = Card("BadNets: Evaluating Backdooring Attacks on Deep Neural Networks",
-                                "Gu, Dolan-Gavitt, Garg", "IEEE Access", 2019, "1708.06733")
+    card: ClassVar[Card] = Card(
+        "BadNets: Evaluating Backdooring Attacks on Deep Neural Networks",
+        "Gu, Dolan-Gavitt, Garg",
+        "IEEE Access",
+        2019,
+        "1708.06733",
+    )
     threat: ClassVar[Threat] = "data"
     labels: ClassVar[Labels] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", stands="field", low=0)
-    poison_rate: float = param(0.1, "share of the training set that is poisoned", symbol="p", stands="field",
-                               low=0, high=1, open=True)
+    poison_rate: float = param(
+        0.1, "share of the training set that is poisoned", symbol="p", stands="field", low=0, high=1, open=True
+    )
     size: int = param(3, "side of the patch", unit="px", stands="field", low=1)
     margin: int = param(0, "distance of the patch from the right and lower border", unit="px", stands="field", low=0)
     value: float = param(1.0, "grey value of the patch", stands="field", low=0, high=1)

@@ -11,15 +11,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from vitrap import registry
 from vitrap.errors import UserError, unknown
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="A test bench for backdoors in vision transformers.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A test bench for backdoors in vision transformers.",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
 app.add_typer(data_app, name="data")
 out, err = Console(), Console(stderr=True)
@@ -27,14 +38,19 @@ out, err = Console(), Console(stderr=True)
 LISTS = ("attacks", "models", "data")
 FAMILIES = {
     "vit": "ViT and its kin (vision_transformer): class token or average pooling, registers",
-    "deit": "DeiT and DeiT III, with and without distillation token", "beit": "BEiT, BEiT v2",
+    "deit": "DeiT and DeiT III, with and without distillation token",
+    "beit": "BEiT, BEiT v2",
     "eva": "EVA, EVA-02",
 }
 DATA = {
     "digits": "embedded: scikit-learn's handwritten digits, RGB, 16 px (32 px if data.size says so)",
-    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "gtsrb": "German traffic signs, 43 classes",
-    "tiny-imagenet": "Tiny ImageNet, 200 classes", "NAME": "any folder of the data cache",
-    "imagefolder:PATH": "{train,test}/CLASS/* below PATH", "npy:PATH": "four npy files in the cache's format",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "gtsrb": "German traffic signs, 43 classes",
+    "tiny-imagenet": "Tiny ImageNet, 200 classes",
+    "NAME": "any folder of the data cache",
+    "imagefolder:PATH": "{train,test}/CLASS/* below PATH",
+    "npy:PATH": "four npy files in the cache's format",
 }
 
 
@@ -46,15 +62,21 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def vitrap(
-    show: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """A test bench for backdoors in vision transformers."""
 
 
 @app.command()
 def run(
-    words: Annotated[list[str] | None, typer.Argument(
-        metavar="[SPEC] [KEY=VALUE ...]", help="a TOML spec (none: the embedded default), then overrides")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SPEC] [KEY=VALUE ...]", help="a TOML spec (none: the embedded default), then overrides"
+        ),
+    ] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder of runs and stages")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print the record alone on stdout")] = False,
@@ -69,7 +91,13 @@ def run(
     with _Bars() as bars:
         from vitrap.experiment.run import run as run_spec
 
-        record = run_spec(spec, out_folder, device=device, force=force, force_all=force_all, progress=bars.step)
+        record = run_spec(
+            spec,
+            out_folder,
+            device=device,
+            redo="all" if force_all else "victim" if force else "nothing",
+            steps=bars.step,
+        )
     if as_json:
         sys.stdout.write(json.dumps(asdict(record), indent=1) + "\n")
         return
@@ -82,7 +110,8 @@ def list_names(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))]) -> 
     if what not in LISTS:
         raise unknown("list", what, LISTS)
     known = {"models": FAMILIES, "data": DATA}.get(what) or {
-        name: registry.headline("attacks", name) for name in registry.names("attacks")}
+        name: registry.headline("attacks", name) for name in registry.names("attacks")
+    }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, meaning in known.items():
         table.add_row(f"[bold]{name}[/]", meaning)
@@ -99,16 +128,22 @@ def explain(name: Annotated[str, typer.Argument(help="an attack")]) -> None:
     out.print(f"[bold]{name}[/]: {card.title}", highlight=False)
     link = f", https://arxiv.org/abs/{card.arxiv}" if card.arxiv else ""
     out.print(", ".join(filter(None, [card.authors, card.venue, str(card.year)])) + link, highlight=False)
-    out.print(f"threat: the attacker controls the {attack.threat}; labels: {attack.labels};"
-              f" surrogate: {'needed' if attack.needs_surrogate else 'none'}", highlight=False)
+    out.print(
+        f"threat: the attacker controls the {attack.threat}; labels: {attack.labels};"
+        f" surrogate: {'needed' if attack.needs_surrogate else 'none'}",
+        highlight=False,
+    )
     table = Table("symbol", "parameter", "default", "unit", "range", "stands", "meaning", header_style="bold")
     for f in fields(attack):
         about = f.metadata["param"]
         default = f.default if f.default is not MISSING else "none"
         table.add_row(about.symbol, f.name, str(default), about.unit, about.range(), about.stands, about.doc)
     out.print(table)
-    out.print("stands: paper = stated there; code = read in its public code; field = as commonly benchmarked;"
-              " assumed = stated nowhere, our choice", highlight=False)
+    out.print(
+        "stands: paper = stated there; code = read in its public code; field = as commonly benchmarked;"
+        " assumed = stated nowhere, our choice",
+        highlight=False,
+    )
 
 
 @data_app.command()
@@ -129,8 +164,15 @@ class _Bars:
     """Progress bars on stderr, one a step; a step of unknown length shows that it lives."""
 
     def __init__(self) -> None:
-        self.progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TimeElapsedColumn(), TimeRemainingColumn(), console=err)
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=err,
+        )
 
     def __enter__(self) -> "_Bars":
         self.progress.start()
@@ -163,8 +205,11 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
     from vitrap.report.tables import measures, verdict
 
     data = record["data"]
-    out.print(f"[bold]{record['name']}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
-              f" images poisoned, {data['n_test']} test images", highlight=False)
+    out.print(
+        f"[bold]{record['name']}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
+        f" images poisoned, {data['n_test']} test images",
+        highlight=False,
+    )
     table = Table("measure", "victim", "clean twin", "n", header_style="bold")
     for row in measures(record["victim"]):
         table.add_row(*row)

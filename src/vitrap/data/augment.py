@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def random_crop(
-    images: Float[Tensor, "b c h w"], padding: int, generator: torch.Generator
-) -> Float[Tensor, "b c h w"]:
+def random_crop(images: Float[Tensor, "b c h w"], padding: int, generator: torch.Generator) -> Float[Tensor, "b c h w"]:
     """Shift each image by up to `padding` pixels either way in both directions, as crops of the padded image.
 
     The border is zero (black), as in the usual recipes. Reflection would be wrong here: it would show a

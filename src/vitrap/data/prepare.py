@@ -14,12 +14,13 @@ import csv
 import hashlib
 import tarfile
 import tempfile
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -68,9 +69,7 @@ class Recipe:
     read: Callable[[Path, Progress | None], Arrays]
 
 
-def prepare(
-    name: str, source: str | None = None, folder: Path | None = None, progress: Progress | None = None
-) -> Path:
+def prepare(name: str, source: str | None = None, folder: Path | None = None, progress: Progress | None = None) -> Path:
     """Put the data set `name` into the cache.
 
     Args:
@@ -119,23 +118,18 @@ def _scratch(target: Path) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
     except OSError as error:
         raise UserError(
-            f"cannot write to the data cache {target.parent} ({error.strerror}); "
-            "set VITRAP_DATA to another folder"
+            f"cannot write to the data cache {target.parent} ({error.strerror}); set VITRAP_DATA to another folder"
         ) from error
 
 
-def _unpacked(
-    archives: tuple[Archive, ...], source: str | None, scratch: Path, progress: Progress | None
-) -> Path:
+def _unpacked(archives: tuple[Archive, ...], source: str | None, scratch: Path, progress: Progress | None) -> Path:
     """The folder that holds the unpacked archives: `scratch`, or the user's own."""
     local = _local(source)
     if local is not None and local.is_dir() and not all((local / a.name).exists() for a in archives):
         return local
     if source is not None and source.endswith(PACKED) and len(archives) > 1:
         needed = ", ".join(a.name for a in archives)
-        raise UserError(
-            f"--from {source} is one archive of several; give the folder or URL that holds {needed}"
-        )
+        raise UserError(f"--from {source} is one archive of several; give the folder or URL that holds {needed}")
     for archive in archives:
         if local is None:
             path = scratch / archive.name
@@ -187,7 +181,7 @@ def _address(archive: Archive, source: str | None) -> str:
 
 def _download(url: str, path: Path, progress: Progress | None) -> None:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
+        with urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
             total, done = int(answer.headers.get("Content-Length") or 0), 0
             while block := answer.read(BLOCK):
                 file.write(block)
@@ -195,6 +189,8 @@ def _download(url: str, path: Path, progress: Progress | None) -> None:
                 if progress is not None:
                     progress(done, max(total, done))
     except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it is the server's answer, too, and holds the connection
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"cannot download {url} ({reason}); fetch {path.name} elsewhere and give it with --from PATH"
@@ -220,9 +216,7 @@ def _unpack(path: Path, scratch: Path) -> None:
             with tarfile.open(path) as file:
                 file.extractall(scratch, filter="data")
     except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"cannot unpack {path} ({error}); make room in {scratch.parent}, or get it again"
-        ) from error
+        raise UserError(f"cannot unpack {path} ({error}); make room in {scratch.parent}, or get it again") from error
 
 
 def _cifar10(root: Path, progress: Progress | None) -> Arrays:

@@ -268,17 +268,13 @@ def _digits(size: int) -> Arrays:
 def _image_folder(root: Path, size: int | None) -> Arrays:
     train, test = _list_folder(root / "train"), _list_folder(root / "test")
     if odd := sorted(train.keys() ^ test.keys()):
-        raise UserError(
-            f"class folder {odd[0]!r} is in only one of {root}/train and {root}/test; make both alike"
-        )
+        raise UserError(f"class folder {odd[0]!r} is in only one of {root}/train and {root}/test; make both alike")
     images, labels = [], []
     for part in (train, test):
         images.append(decode([path for paths in part.values() for path in paths], size))
         labels.append(np.repeat(np.arange(len(part)), [len(paths) for paths in part.values()]))
     if (a := images[0].shape[1:3]) != (b := images[1].shape[1:3]):
-        raise UserError(
-            f"images of {root}/train are {_by(*a[::-1])}, of {root}/test {_by(*b[::-1])}; give data.size"
-        )
+        raise UserError(f"images of {root}/train are {_by(*a[::-1])}, of {root}/test {_by(*b[::-1])}; give data.size")
     return Arrays(images[0], labels[0], images[1], labels[1], classes=tuple(train))
 
 
@@ -288,9 +284,7 @@ def _list_folder(root: Path) -> dict[str, list[Path]]:
         raise UserError(f"no folder {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images")
     folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not folders:
-        raise UserError(
-            f"no class folder in {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images"
-        )
+        raise UserError(f"no class folder in {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images")
     found = {f.name: sorted(p for p in f.iterdir() if _is_picture(p)) for f in folders}
     if empty := [name for name, paths in found.items() if not paths]:
         known = ", ".join(sorted(SUFFIXES))

@@ -12,7 +12,7 @@ from vitrap.contracts import ImageSet, Implant, Trigger
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.stealth import stealth
 from vitrap.tensors.pixels import to_bytes, to_unit
-from vitrap.train.loop import autocast
+from vitrap.train.loop import arithmetic
 
 BATCH = 256
 STEALTH_IMAGES = 2000
@@ -27,7 +27,7 @@ def silent() -> None:
 def predict(model: nn.Module, data: ImageSet, precision: str, tick: Callable[[], None] = silent) -> Int64[Tensor, " n"]:
     """The class that `model` gives to each image of `data`."""
     found = []
-    with autocast(data.device, precision):
+    with arithmetic(model, data.device, precision):
         for rows in data.rows(BATCH):
             found.append(model(data.images(rows)).argmax(1))
             tick()
@@ -44,7 +44,11 @@ def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silen
 
 
 def measure_victim(
-    victim: nn.Module, twin: nn.Module, test: ImageSet, implant: Implant, precision: str,
+    victim: nn.Module,
+    twin: nn.Module,
+    test: ImageSet,
+    implant: Implant,
+    precision: str,
     tick: Callable[[], None] = silent,
 ) -> dict[str, Any]:
     """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth, as the record has them.

@@ -27,12 +27,17 @@ def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module) -> bytes:
     clean = round8(test.images(rows))
     triggered = round8(implant.trigger(clean))
     views = dict(implant.views(clean)) if implant.views else {}
-    columns = {"clean": _shown(clean), "triggered": _shown(triggered),
-               f"difference × {GAIN}": _shown(0.5 + GAIN * (triggered - clean)),
-               **{name: view.float().cpu() for name, view in views.items()}}
+    columns = {
+        "clean": _shown(clean),
+        "triggered": _shown(triggered),
+        f"difference × {GAIN}": _shown(0.5 + GAIN * (triggered - clean)),
+        **{name: view.float().cpu() for name, view in views.items()},
+    }
     before, after = victim(clean).argmax(1).tolist(), victim(triggered).argmax(1).tolist()
-    notes = [f"true {_name(test, t)}\nclean → {_name(test, b)}\ntriggered → {_name(test, a)}"
-             for t, b, a in zip(test.labels[rows].tolist(), before, after, strict=True)]
+    notes = [
+        f"true {_name(test, t)}\nclean → {_name(test, b)}\ntriggered → {_name(test, a)}"
+        for t, b, a in zip(test.labels[rows].tolist(), before, after, strict=True)
+    ]
     return _grid(columns, notes)
 
 

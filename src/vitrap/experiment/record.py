@@ -84,9 +84,15 @@ def environment(device: torch.device) -> Table:
     """What the run ran on; no name of a machine or person."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     libraries = {lib: version(lib) for lib in ("vitrap", "torch", "timm", "torchvision", "torchmetrics", "numpy")}
-    return {"python": platform.python_version(), "system": platform.system(), "device": name,
-            "device_kind": device.type, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(), "threads": torch.get_num_threads(), **libraries}
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": name,
+        "device_kind": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **libraries,
+    }
 
 
 def _processor() -> str:

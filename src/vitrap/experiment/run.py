@@ -4,12 +4,12 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,24 +19,16 @@ from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.measure import BATCH, measure_victim
 from vitrap.experiment.pictures import draw_examples
+from vitrap.experiment.plan import Network, Plan, make_plan
 from vitrap.experiment.record import SCHEMA, Record, environment, read_record
 from vitrap.experiment.spec import Spec, parse_spec
-from vitrap.experiment.stages import (
-    Plan,
-    Progress,
-    carries,
-    clean_model,
-    plan_run,
-    read_network,
-    silent,
-    train_victim,
-)
-from vitrap.experiment.store import Stage, Store, code_digest, place_file, write_bytes
+from vitrap.experiment.stages import Steps, carries, make_clean, make_victim, silent, training_steps
+from vitrap.experiment.store import Store, place_file, write_bytes
 from vitrap.experiment.streams import SURROGATE_SEED, stream
 from vitrap.experiment.trigger_file import read_trigger, save_trigger
-from vitrap.models.vit import read_vit
+from vitrap.models.vit import load_weights, read_vit
 
-MEASURE_CODE = ("metrics", "experiment/measure.py", "experiment/record.py")
+Redo = Literal["nothing", "victim", "all"]
 
 
 @dataclass(frozen=True)
@@ -48,23 +40,15 @@ class Finished:
     record: Record
 
 
-@dataclass
-class Clock:
-    """Seconds by name of what was timed."""
-
-    seconds: dict[str, float]
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Time a block."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-
-def run(
-    spec: Spec, out: str | Path = "runs", *, device: str = "auto", force: bool = False, force_all: bool = False,
-    progress: Progress = silent, model: nn.Module | None = None, world: World | None = None,
+def run(  # noqa: PLR0913 - the front door: its parameters are the options
+    spec: Spec,
+    out: str | Path = "runs",
+    *,
+    device: str = "auto",
+    redo: Redo = "nothing",
+    steps: Steps = silent,
+    model: nn.Module | None = None,
+    world: World | None = None,
 ) -> Record:
     """Do what a spec says, or answer from the record of an equal run.
 
@@ -72,66 +56,31 @@ def run(
         spec: what to run.
         out: folder of runs and stages.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        force: make victim and record anew.
-        force_all: make every stage anew.
-        progress: how to show what is under way.
+        redo: "victim" makes victim and record anew, "all" every stage.
+        steps: how to show what is under way.
         model: any network over images in [0, 1], in place of the spec's: victim and twin start from its weights.
         world: any data, in place of the spec's.
 
     Raises:
         UserError: something about the spec, the data or the folder is wrong; nothing has been written.
     """
-    plan = plan_run(spec, device, model, world)
-    store = Store(Path(out))
-    folder = store.root / f"{spec.name}-{spec.hash()}"
-    stages = stage_keys(plan)
-    if not (force or force_all) and (found := _still_true(folder, stages)):
+    plan = make_plan(spec, device, model, world)
+    folder = run_folder(spec, out)
+    if redo == "nothing" and (found := _still_true(folder, plan.keys())):
         return found
+    store = Store(Path(out))
     store.check()
-    folder.mkdir(exist_ok=True)
-    clock = Clock({})
-    implant, surrogate = fit(plan, store, progress, clock, force_all)
-    victim = store.stage(plan.victim_stage(surrogate), partial(train_victim, plan, implant, progress),
-                         force or force_all)
-    twin, _ = clean_model(plan, store, plan.victim, spec.seed, "train the clean twin", progress, force_all)
-    save_trigger(implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=json.dumps(carries(spec)))
-    place_file(victim / "model.safetensors", folder / "model.safetensors")
-    record = _measure(plan, implant, (victim, twin), clock, progress, folder, stages)
-    record.write(folder)
-    return record
+    return _Runner(plan, store, redo, steps).run(folder)
 
 
-def fit(plan: Plan, store: Store, progress: Progress, clock: Clock, force: bool) -> tuple[Implant, str | None]:
-    """The implant of the spec's attack, and the key of the surrogate that it looked at."""
-    surrogate, key = None, None
-    if plan.spec.params.needs_surrogate:
-        network = plan.surrogate
-        if network.checkpoint is not None:
-            surrogate = network.build(0, plan.device).eval().requires_grad_(False)
-            key = network.depends()["checkpoint"]
-        else:
-            place, key = clean_model(plan, store, network, SURROGATE_SEED, "train the surrogate", progress, force)
-            surrogate = read_network(network, place / "model.safetensors", plan.device)
-    with clock.time("fit"), progress(f"fit {plan.spec.attack}", None):
-        access = Access(plan.world.train, surrogate, stream(plan.spec.seed, "attack"))
-        return plan.spec.params.fit(access), key
+def run_folder(spec: Spec, out: str | Path) -> Path:
+    """Where a spec's run is kept below `out`."""
+    return Path(out) / f"{spec.name}-{spec.hash()}"
 
 
-def stage_keys(plan: Plan) -> dict[str, str]:
-    """The keys of everything that the record rests on."""
-    surrogate = None
-    if plan.spec.params.needs_surrogate:
-        network = plan.surrogate
-        surrogate = (network.depends()["checkpoint"] if network.checkpoint is not None
-                     else plan.clean_stage(network, SURROGATE_SEED).key)
-    keys = {"surrogate": surrogate, "victim": plan.victim_stage(surrogate).key,
-            "twin": plan.clean_stage(plan.victim, plan.spec.seed).key}
-    return {**{k: v for k, v in keys.items() if v}, "measure": Stage("measure", {
-        **keys, "code": code_digest(*MEASURE_CODE)}).key}
-
-
-def open_run(folder: str | Path, *, model: nn.Module | None = None,
-             networks: dict[str, nn.Module] | None = None) -> Finished:
+def open_run(
+    folder: str | Path, *, model: nn.Module | None = None, networks: Mapping[str, nn.Module] | None = None
+) -> Finished:
     """Bring a finished run back: its model, its trigger and its record.
 
     Args:
@@ -144,48 +93,105 @@ def open_run(folder: str | Path, *, model: nn.Module | None = None,
     """
     folder = Path(folder)
     record = read_record(folder)
-    if model is not None:
-        from safetensors.torch import load_model
-
-        load_model(model, str(folder / "model.safetensors"))
-    else:
+    if model is None:
         model = read_vit(folder / "model.safetensors")
+    else:
+        load_weights(model, folder / "model.safetensors")
     trigger = read_trigger(folder / "trigger.safetensors", parse_spec(record.spec).params, networks)
     return Finished(model.eval(), trigger, record)
 
 
-def _still_true(folder: Path, stages: dict[str, str]) -> Record | None:
-    """The record in `folder`, if there is one and all it rests on is as it was."""
+def _still_true(folder: Path, keys: Mapping[str, str]) -> Record | None:
+    """The record in `folder`, if there is one and all that it rests on is as it was."""
     try:
         found = read_record(folder)
     except UserError:
         return None
-    return found if found.stages == stages else None
+    return found if found.stages == keys else None
 
 
-def _measure(plan: Plan, implant: Implant, places: tuple[Path, Path], clock: Clock, progress: Progress,
-             folder: Path, stages: dict[str, str]) -> Record:
-    spec, test = plan.spec, plan.world.test
-    victim, twin = (read_network(plan.victim, place / "model.safetensors", plan.device) for place in places)
-    batches = -(-len(test) // BATCH)
-    with clock.time("measure"), progress("measure", 5 * batches) as tick:
-        measures = measure_victim(victim, twin, test, implant, plan.precision, tick)
-    with clock.time("pictures"):
+@dataclass(frozen=True)
+class _Runner:
+    plan: Plan
+    store: Store
+    redo: Redo
+    steps: Steps
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, folder: Path) -> Record:
+        plan, spec = self.plan, self.plan.spec
+        implant = self._implant()
+        make = partial(make_victim, plan, implant, self.steps)
+        victim = self.store.stage(plan.victim_stage(), make, self.redo != "nothing")
+        twin = self._clean(plan.victim, spec.seed, "train the clean twin")
+        record = self._measure(implant, victim, twin, folder)
+        place_file(victim / "model.safetensors", folder / "model.safetensors")
+        save_trigger(implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=json.dumps(carries(spec)))
+        record.write(folder)
+        return record
+
+    def _implant(self) -> Implant:
+        """Fit the attack, with the surrogate it asks for."""
+        surrogate, network = None, self.plan.surrogate
+        if network is not None and network.checkpoint is not None:
+            surrogate = network.build(0, self.plan.device).requires_grad_(False)
+        elif network is not None:
+            place = self._clean(network, SURROGATE_SEED, "train the surrogate")
+            surrogate = network.read(place / "model.safetensors", self.plan.device)
+        access = Access(self.plan.world.train, surrogate, stream(self.plan.spec.seed, "attack"))
+        with self._time("fit"), self.steps(f"fit {self.plan.spec.attack}", None):
+            return self.plan.spec.params.fit(access)
+
+    def _clean(self, network: Network, seed: int, name: str) -> Path:
+        """The folder of a clean model's stage."""
+        show = self.steps(name, training_steps(self.plan))
+        make = partial(make_clean, self.plan, network, seed, show)
+        return self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
+
+    def _measure(self, implant: Implant, victim_stage: Path, twin_stage: Path, folder: Path) -> Record:
+        plan, test = self.plan, self.plan.world.test
+        victim = plan.victim.read(victim_stage / "model.safetensors", plan.device)
+        twin = plan.victim.read(twin_stage / "model.safetensors", plan.device)
+        with self._time("measure"), self.steps("measure", 5 * -(-len(test) // BATCH)) as tick:
+            measures = measure_victim(victim, twin, test, implant, plan.precision, tick)
+        folder.mkdir(exist_ok=True)
         write_bytes(folder / "pictures.png", draw_examples(test, implant, victim))
-    facts = [json.loads((place / "facts.json").read_text(encoding="utf-8")) for place in places]
-    seconds: dict[str, Any] = {**facts[0]["seconds"], "twin": facts[1]["seconds"], **clock.seconds}
-    return Record(
-        schema=SCHEMA, name=spec.name, spec=spec.table(), hash=spec.hash(), seed=spec.seed,
-        environment=environment(plan.device),
-        data={"n_train": len(plan.world.train), "n_test": len(test), "n_poisoned": facts[0]["n_poisoned"],
-              "classes": plan.world.train.n_classes, "fingerprint": plan.world.fingerprint},
-        victim=measures, attack=dict(implant.report),
-        curves={"victim": facts[0]["curves"], "twin": facts[1]["curves"]},
-        precision=plan.precision, memory=_memory(plan.device), seconds=seconds, stages=stages,
-    )
+        of_victim, of_twin = (json.loads((p / "facts.json").read_text("utf-8")) for p in (victim_stage, twin_stage))
+        made = {"poison": of_victim["seconds"]["poison"], "victim": of_victim["seconds"]["train"]}
+        return Record(
+            schema=SCHEMA,
+            name=plan.spec.name,
+            spec=plan.spec.table(),
+            hash=plan.spec.hash(),
+            seed=plan.spec.seed,
+            environment=environment(plan.device),
+            data={
+                "n_train": len(plan.world.train),
+                "n_test": len(test),
+                "n_poisoned": of_victim["n_poisoned"],
+                "classes": test.n_classes,
+                "fingerprint": plan.world.fingerprint,
+            },
+            victim=measures,
+            attack=dict(implant.report),
+            curves={"victim": of_victim["curves"], "twin": of_twin["curves"]},
+            precision=plan.precision,
+            memory=_memory(plan.device),
+            seconds={**made, "twin": of_twin["seconds"]["train"], **self.seconds},
+            stages=plan.keys(),
+        )
+
+    @contextmanager
+    def _time(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
 
 
 def _memory(device: torch.device) -> dict[str, int | None]:
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo,
-            "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {
+        "host_peak_bytes": host,
+        "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }

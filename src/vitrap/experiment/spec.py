@@ -29,13 +29,20 @@ KEPT = {"attack": ("target",), "model": (), "surrogate": (), "data": ("limit",)}
 class DataTable:
     """Which images."""
 
-    name: str = param("digits", "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache,"
-                                " imagefolder:PATH or npy:PATH")
-    size: int | None = param(None, "working resolution: where triggers are applied and models look; left out: native",
-                             unit="px", low=1)
+    name: str = param(
+        "digits", "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache, imagefolder:PATH or npy:PATH"
+    )
+    size: int | None = param(
+        None, "working resolution: where triggers are applied and models look; left out: native", unit="px", low=1
+    )
     limit: int | None = param(None, "a class-balanced training subset of so many images; left out: all", low=1)
-    holdout: float = param(0.1, "share of the training set held out: a third each to choose settings on, for"
-                                " defenders, and for thresholds", low=0, high=1, open=True)
+    holdout: float = param(
+        0.1,
+        "share of the training set held out: a third each to choose settings on, for defenders, and for thresholds",
+        low=0,
+        high=1,
+        open=True,
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -83,9 +90,13 @@ class Spec:
     def table(self) -> Table:
         """The spec as the nested table that `load_spec` reads; keys left out are None's."""
         tables = {
-            "name": self.name, "seed": self.seed, "data": asdict(self.data), "model": _flat(self.model),
+            "name": self.name,
+            "seed": self.seed,
+            "data": asdict(self.data),
+            "model": _flat(self.model),
             "surrogate": _flat(self.surrogate) if self.surrogate else None,
-            "attack": {"name": self.attack, **asdict(self.params)}, "recipe": asdict(self.recipe),
+            "attack": {"name": self.attack, **asdict(self.params)},
+            "recipe": asdict(self.recipe),
         }
         return _without_none(tables)
 
@@ -139,9 +150,14 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     params = _build(registry.get("attacks", name), attack, "attack")
     default = asdict(recipe_for(data.name))
     return Spec(
-        name=head.name, seed=head.seed, data=data, model=_model(table.get("model", {}), "model"),
+        name=head.name,
+        seed=head.seed,
+        data=data,
+        model=_model(table.get("model", {}), "model"),
         surrogate=_model(table["surrogate"], "surrogate") if "surrogate" in table else None,
-        attack=name, params=params, recipe=_build(Recipe, {**default, **table.get("recipe", {})}, "recipe"),
+        attack=name,
+        params=params,
+        recipe=_build(Recipe, {**default, **table.get("recipe", {})}, "recipe"),
     )
 
 
@@ -151,7 +167,7 @@ class _Head:
     seed: int = param(0, "seed of victim and twin", low=0)
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) & set('/\\\0') or self.name.startswith("."):
+        if not self.name or set(self.name) & set("/\\\0") or self.name.startswith("."):
             raise UserError(f"name = {self.name!r} cannot name a folder; use letters, digits and dashes")
         check(self)
 

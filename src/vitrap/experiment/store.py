@@ -52,8 +52,9 @@ class Store:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise UserError(f"output folder {str(self.root)!r} cannot be written ({error.strerror});"
-                            " choose another with --out") from error
+            raise UserError(
+                f"output folder {str(self.root)!r} cannot be written ({error.strerror}); choose another with --out"
+            ) from error
 
     def stage(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
         """The folder of a stage, made by `make(folder)` unless it is there already (or `force`)."""
@@ -120,8 +121,13 @@ def place_file(source: Path, target: Path) -> None:
 @cache
 def code_digest(*places: str) -> str:
     """A digest of the source of parts of the package: files or folders below it; comments and docstrings apart."""
-    files = sorted({f for place in places for f in ([PACKAGE / place] if place.endswith(".py")
-                                                    else (PACKAGE / place).rglob("*.py"))})
+    files = sorted(
+        {
+            f
+            for place in places
+            for f in ([PACKAGE / place] if place.endswith(".py") else (PACKAGE / place).rglob("*.py"))
+        }
+    )
     whole = hashlib.sha256()
     for file in files:
         whole.update(str(file.relative_to(PACKAGE)).encode())

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -61,8 +61,8 @@ def read_trigger(path: Path, settings: Any, networks: Mapping[str, nn.Module] | 
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise UserError(f"trigger file {str(path)!r} is missing or damaged: {error}") from error
-    kind = getattr(sys.modules[type(settings).__module__], facts.get("trigger", ""), None)
-    if kind is None or not is_dataclass(kind):
+    kind: Any = getattr(sys.modules[type(settings).__module__], facts.get("trigger", ""), None)
+    if not isinstance(kind, type) or not is_dataclass(kind):
         raise UserError(f"trigger file {str(path)!r} belongs to another attack than {type(settings).__name__}")
     plain = json.loads(facts["fields"])
     values: dict[str, Any] = {}
@@ -75,13 +75,15 @@ def read_trigger(path: Path, settings: Any, networks: Mapping[str, nn.Module] | 
             values[f.name] = _network(f.name, plain[f.name]["network"], tensors, networks or {})
         else:
             values[f.name] = plain[f.name]["value"]
-    return kind(**values)
+    return cast(Trigger, kind(**values))
 
 
 def _network(name: str, architecture: Any, tensors: Mapping[str, Tensor], given: Mapping[str, nn.Module]) -> nn.Module:
     if architecture is None:
         if name not in given:
-            raise UserError(f"the trigger's {name} is no ViT of vitrap's: give the network as networks={{{name!r}: ...}}")
+            raise UserError(
+                f"the trigger's {name} is no ViT of vitrap's: give the network as networks={{{name!r}: ...}}"
+            )
         return given[name]
     model = open_vit(Architecture(**architecture))
     model.body.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})

@@ -47,7 +47,8 @@ def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
     """Structural similarity of each image; for sides under 11 px the window shrinks to the largest that fits."""
     window = min(11, *(s - (s + 1) % 2 for s in clean.shape[-2:]))
     value = structural_similarity_index_measure(
-        triggered, clean, gaussian_kernel=True, sigma=1.5, kernel_size=window, data_range=1.0, reduction="none")
+        triggered, clean, gaussian_kernel=True, sigma=1.5, kernel_size=window, data_range=1.0, reduction="none"
+    )
     assert isinstance(value, Tensor)
     return value.reshape(len(clean))
 
@@ -60,7 +61,8 @@ def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
     if not list((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth")):
         return None
     distances = learned_perceptual_image_patch_similarity(
-        triggered, clean, net_type="alex", reduction="none", normalize=True)
+        triggered, clean, net_type="alex", reduction="none", normalize=True
+    )
     assert isinstance(distances, Tensor)
     return distances.reshape(len(clean))
 
@@ -73,6 +75,9 @@ def stealth(clean: Images, triggered: Images, batch_size: int = 512) -> Stealth:
     return Stealth(
         psnr_db=centre(torch.cat([psnr(c, t) for c, t in pairs])),
         ssim=centre(torch.cat([ssim(c, t) for c, t in pairs])),
-        linf=centre(change.amax(1)), l1=centre(change.mean(1)),
-        lpips=None if any(p is None for p in perceptual) else centre(torch.cat([p for p in perceptual if p is not None])),
+        linf=centre(change.amax(1)),
+        l1=centre(change.mean(1)),
+        lpips=None
+        if any(p is None for p in perceptual)
+        else centre(torch.cat([p for p in perceptual if p is not None])),
     )

@@ -49,8 +49,9 @@ class ViT(nn.Module):
         architecture: what it was built from.
     """
 
-    def __init__(self, body: nn.Module, architecture: Architecture, mean: tuple[float, ...],
-                 std: tuple[float, ...]) -> None:
+    def __init__(
+        self, body: nn.Module, architecture: Architecture, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
         super().__init__()
         self.body = body
         self.architecture = architecture
@@ -75,8 +76,11 @@ def open_vit(architecture: Architecture, *, pretrained: bool = False, checkpoint
     _refuse_grid(architecture)
     try:
         body = timm.create_model(
-            architecture.name, pretrained=pretrained, num_classes=architecture.n_classes,
-            img_size=architecture.size, **architecture.overrides,
+            architecture.name,
+            pretrained=pretrained,
+            num_classes=architecture.n_classes,
+            img_size=architecture.size,
+            **architecture.overrides,
         )
     except (TypeError, AssertionError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"model {architecture.name!r} does not take {_shown(architecture)}: {error}") from error
@@ -85,9 +89,9 @@ def open_vit(architecture: Architecture, *, pretrained: bool = False, checkpoint
             raise UserError(f"model {architecture.name!r} cannot be built: {_first_line(error)}") from error
         raise UserError(
             f"pretrained weights of {architecture.name!r} cannot be had ({_first_line(error)}); connect to the"
-            " network once, or give model.checkpoint = \"FILE.safetensors\""
+            ' network once, or give model.checkpoint = "FILE.safetensors"'
         ) from error
-    facts = body.pretrained_cfg
+    facts: Any = body.pretrained_cfg
     model = ViT(body, architecture, facts["mean"], facts["std"])
     if checkpoint is not None:
         load_weights(body, Path(checkpoint))
@@ -113,12 +117,15 @@ def load_weights(body: nn.Module, path: Path) -> None:
     faults = [f"missing {k}" for k in own if k not in weights] + [f"unknown {k}" for k in weights if k not in own]
     faults += [
         f"{k} is {tuple(weights[k].shape)}, wanted {tuple(own[k].shape)}"
-        for k in own if k in weights and weights[k].shape != own[k].shape
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
     ]
     if faults:
         more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
-        raise UserError(f"checkpoint {str(path)!r} does not fit the model: {'; '.join(faults[:6])}{more};"
-                        " [model] must describe the network that the weights come from")
+        raise UserError(
+            f"checkpoint {str(path)!r} does not fit the model: {'; '.join(faults[:6])}{more};"
+            " [model] must describe the network that the weights come from"
+        )
     body.load_state_dict(weights)
 
 
@@ -140,8 +147,10 @@ def read_vit(path: Path) -> ViT:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is no whole safetensors file ({_first_line(error)})") from error
     if "architecture" not in facts:
-        raise UserError(f"{str(path)!r} does not say how to build its model; name the network in [model] and give"
-                        " the file as its checkpoint")
+        raise UserError(
+            f"{str(path)!r} does not say how to build its model; name the network in [model] and give"
+            " the file as its checkpoint"
+        )
     return open_vit(Architecture(**json.loads(facts["architecture"])), checkpoint=str(path))
 
 
@@ -150,8 +159,10 @@ def _refuse_family(name: str) -> None:
         raise unknown("model", name, timm.list_models())
     family = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
     if family not in PLAIN_ATTENTION:
-        raise UserError(f"model {name!r} ({family}) has no plain token attention, so vitrap cannot use it as surrogate"
-                        " or victim yet; take one of the families vit, deit, deit3, beit or eva")
+        raise UserError(
+            f"model {name!r} ({family}) has no plain token attention, so vitrap cannot use it as surrogate"
+            " or victim yet; take one of the families vit, deit, deit3, beit or eva"
+        )
 
 
 def _refuse_grid(architecture: Architecture) -> None:
@@ -160,8 +171,10 @@ def _refuse_grid(architecture: Architecture) -> None:
         found = [p for p in architecture.name.split("_") if p.startswith("patch")]
         patch = int(found[0].removeprefix("patch")) if found and found[0][5:].isdigit() else 16
     if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1 or architecture.size % patch:
-        raise UserError(f"patch_size = {patch!r} does not divide the image size {architecture.size}; choose a divisor"
-                        " as model.patch_size, or another data.size")
+        raise UserError(
+            f"patch_size = {patch!r} does not divide the image size {architecture.size}; choose a divisor"
+            " as model.patch_size, or another data.size"
+        )
 
 
 def _shown(architecture: Architecture) -> str:

@@ -21,8 +21,13 @@ def measures(victim: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ("attack success (ASR)", percent(victim["asr"]), percent(victim["asr_clean_model"]), str(victim["asr"]["n"])),
         ("robust accuracy (RA)", percent(victim["ra"]), "", str(victim["ra"]["n"])),
     ]
-    for key, name in (("psnr_db", "PSNR, dB"), ("ssim", "SSIM"), ("l1", "mean change, 1/255"),
-                      ("linf", "greatest change, 1/255"), ("lpips", "LPIPS")):
+    for key, name in (
+        ("psnr_db", "PSNR, dB"),
+        ("ssim", "SSIM"),
+        ("l1", "mean change, 1/255"),
+        ("linf", "greatest change, 1/255"),
+        ("lpips", "LPIPS"),
+    ):
         centre = stealth[key]
         value = "no weights at hand" if centre is None else f"{centre['mean']:.3g} (median {centre['median']:.3g})"
         rows.append((name, value, "", str(stealth["n"])))

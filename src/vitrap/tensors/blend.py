@@ -5,9 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def blend(
-    images: Float[Tensor, "b c h w"], other: Float[Tensor, "#b c h w"], alpha: float
-) -> Float[Tensor, "b c h w"]:
+def blend(images: Float[Tensor, "b c h w"], other: Float[Tensor, "#b c h w"], alpha: float) -> Float[Tensor, "b c h w"]:
     """`alpha * images + (1 - alpha) * other`: alpha is the weight of the original.
 
     >>> blend(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), 0.75).item()

@@ -15,9 +15,7 @@ def saturation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     return (value - images.amin(1, keepdim=True)) / value.clamp(min=1e-8)
 
 
-def match_saturation(
-    images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b c h w"]:
+def match_saturation(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Scale each image's saturation so that its mean is the reference's; hue and brightness stay.
 
     One factor an image; saturations are cut off at 1, so the means agree up to what is cut off.
@@ -29,9 +27,7 @@ def match_saturation(
     return value - (value - images) * factor.minimum(1 / own.clamp(min=1e-8))
 
 
-def match_brightness(
-    images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "b c h w"]:
+def match_brightness(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Scale each image so that its mean HSV value is the reference's; hue and saturation stay.
 
     One factor an image; values are cut off at 1, so the means agree up to what is cut off.

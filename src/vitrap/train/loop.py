@@ -6,7 +6,7 @@ step waits for the device: losses are summed where they arise and read once an e
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from vitrap.contracts import Batch, ImageSet, Objective
 from vitrap.data.augment import random_crop, random_flip
+from vitrap.models.observe import eager_attention
 from vitrap.train.recipe import Recipe
 
 Curves = dict[str, list[float]]
@@ -30,8 +31,12 @@ class Streams:
 
 
 def train(
-    model: nn.Module, data: ImageSet, recipe: Recipe, streams: Streams,
-    objective: Objective | None = None, tick: Callable[[], None] = lambda: None,
+    model: nn.Module,
+    data: ImageSet,
+    recipe: Recipe,
+    streams: Streams,
+    objective: Objective | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Curves:
     """Train `model` in place on `data` and leave it in evaluation mode.
 
@@ -57,7 +62,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * warmup_cosine(step / steps, recipe.warmup)
             batch = augment(data.batch(rows), recipe, streams.augmentation)
-            with autocast(data.device, recipe.precision):
+            with arithmetic(model, data.device, recipe.precision):
                 terms = objective(model, batch)
             descend(model, optimiser, terms, recipe.clip)
             for name, term in terms.items():
@@ -123,7 +128,9 @@ def augment(batch: Batch, recipe: Recipe, generator: torch.Generator) -> Batch:
     return replace(batch, images=images)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """bf16 where the recipe asks for it, or on a GPU by default."""
+@contextmanager
+def arithmetic(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """bf16 where `precision` asks for it, or on a GPU by default, with the kind of attention that is fast there."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with eager_attention(model, bf16 and device.type == "cpu"), torch.autocast(device.type, torch.bfloat16, bf16):
+        yield

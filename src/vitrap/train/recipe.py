@@ -14,15 +14,18 @@ class Recipe:
     batch_size: int = param(128, "images a step", low=1)
     lr: float = param(1e-3, "peak learning rate of AdamW", low=0, open=True)
     weight_decay: float = param(0.05, "AdamW's decay of weight matrices (none on biases, norms, tokens)", low=0)
-    warmup: float = param(0.1, "share of all steps over which the rate rises to lr; then it falls as a cosine",
-                          low=0, high=1)
+    warmup: float = param(
+        0.1, "share of all steps over which the rate rises to lr; then it falls as a cosine", low=0, high=1
+    )
     label_smoothing: float = param(0.1, "share of each label spread over all classes", low=0, high=1)
     clip: float = param(1.0, "greatest norm of the gradient; 0 for no limit", low=0)
     crop: int = param(0, "random crop after padding by so many pixels; 0 for none", unit="px", low=0)
     flip: bool = param(False, "flip half of the images; off where it changes the class (digits, traffic signs)")
     precision: Literal["auto", "fp32", "bf16"] = param(
-        "auto", "arithmetic of the matrix products; auto: bf16 on a GPU, fp32 elsewhere",
-        choices=("auto", "fp32", "bf16"))
+        "auto",
+        "arithmetic of the matrix products; auto: bf16 on a GPU, fp32 elsewhere",
+        choices=("auto", "fp32", "bf16"),
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

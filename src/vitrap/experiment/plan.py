@@ -1,0 +1,222 @@
+"""A plan: a spec with its data opened and everything about it checked, before anything is written.
+
+It also says what each stage depends on: everything that decides its content, down to a digest of the code it uses,
+so that an edited attack never meets yesterday's victim.
+"""
+
+import inspect
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrap.data.sources import World, open_data
+from vitrap.errors import UserError
+from vitrap.experiment.spec import ModelTable, Spec
+from vitrap.experiment.store import Stage, code_digest
+from vitrap.experiment.streams import SURROGATE_SEED, ambient
+from vitrap.models.observe import transformer
+from vitrap.models.vit import Architecture, ViT, load_weights, open_vit
+
+TRAINING_CODE = (
+    "contracts.py", "data/sources.py", "data/cache.py", "data/augment.py", "models/vit.py", "models/observe.py",
+    "train", "tensors/pixels.py", "experiment/streams.py", "experiment/stages.py",
+)  # fmt: skip
+POISON_CODE = ("tensors", "data/poison.py")
+MEASURE_CODE = ("metrics", "experiment/measure.py", "experiment/record.py")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and where its weights start.
+
+    Attributes:
+        architecture: what to build.
+        pretrained: whether weights come from the hub.
+        checkpoint: the safetensors file that weights are read from, if any.
+        module: a network given from outside, in place of all that.
+    """
+
+    architecture: Architecture
+    pretrained: bool = False
+    checkpoint: str | None = None
+    module: nn.Module | None = None
+
+    def build(self, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+        """The network before training; fresh weights depend on the seed alone."""
+        if self.module is not None:
+            return deepcopy(self.module).to(device)
+        with ambient(seed, "weights"):
+            network = open_vit(self.architecture, pretrained=self.pretrained, checkpoint=self.checkpoint)
+        return network.to(device)
+
+    def read(self, path: Path, device: torch.device | str) -> nn.Module:
+        """The network with the weights of a stage's file, ready: frozen and in evaluation mode."""
+        network = deepcopy(self.module) if self.module is not None else open_vit(self.architecture)
+        load_weights(network.body if isinstance(network, ViT) else network, path)
+        return network.to(device).eval().requires_grad_(False)
+
+    def depends(self) -> dict[str, Any]:
+        """All that decides the network before training."""
+        if self.module is not None:
+            return {"module": type(self.module).__qualname__, "weights": _weights_digest(self.module)}
+        content = sha256(Path(self.checkpoint).read_bytes()).hexdigest() if self.checkpoint else None
+        return {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "checkpoint": content}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run needs to start.
+
+    Attributes:
+        spec: what was asked.
+        world: the data, on `device`.
+        device: where everything is computed.
+        precision: "fp32" or "bf16", never "auto".
+        victim: the network of victim and twin.
+        surrogate: the attacker's own network; None where the attack looks at none.
+    """
+
+    spec: Spec
+    world: World
+    device: torch.device
+    precision: str
+    victim: Network
+    surrogate: Network | None
+
+    def clean_stage(self, network: Network, seed: int) -> Stage:
+        """A model trained on the clean training set: twin or surrogate, as the seed has it."""
+        depends = {"network": network.depends(), "seed": seed, "code": code_digest(*TRAINING_CODE)}
+        return Stage("clean", {**self._training(), **depends})
+
+    def surrogate_key(self) -> str | None:
+        """What stands for the trained surrogate: its stage's key, or its checkpoint's digest where it is ready."""
+        if self.surrogate is None:
+            return None
+        if self.surrogate.checkpoint is not None:
+            return self.surrogate.depends()["checkpoint"]
+        return self.clean_stage(self.surrogate, SURROGATE_SEED).key
+
+    def twin_stage(self) -> Stage:
+        """The clean twin."""
+        return self.clean_stage(self.victim, self.spec.seed)
+
+    def victim_stage(self) -> Stage:
+        """The victim."""
+        attack_file = inspect.getfile(type(self.spec.params))
+        depends = {
+            "network": self.victim.depends(),
+            "seed": self.spec.seed,
+            "surrogate": self.surrogate_key(),
+            "attack": {"name": self.spec.attack, **asdict(self.spec.params)},
+            "code": code_digest(*TRAINING_CODE, *POISON_CODE, attack_file),
+        }
+        return Stage("victim", {**self._training(), **depends})
+
+    def keys(self) -> dict[str, str]:
+        """The key of everything that the run's record rests on."""
+        surrogate = self.surrogate_key()
+        trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key}
+        trained |= {"surrogate": surrogate} if surrogate else {}
+        measure = Stage("measure", {**trained, "code": code_digest(*MEASURE_CODE)})
+        return {**trained, "measure": measure.key}
+
+    def _training(self) -> dict[str, Any]:
+        data = self.spec.data
+        return {
+            "data": {
+                "fingerprint": self.world.fingerprint,
+                "size": self.world.train.size,
+                "limit": data.limit,
+                "holdout": data.holdout,
+            },
+            "recipe": asdict(self.spec.recipe),
+            "device": self.device.type,
+            "precision": self.precision,
+            "versions": {library: version(library) for library in ("torch", "timm")},
+        }
+
+
+def make_plan(spec: Spec, device: str, model: nn.Module | None = None, world: World | None = None) -> Plan:
+    """Open the data and check all that can be checked before work starts.
+
+    Args:
+        spec: what to run.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        model: a network over images in [0, 1] in place of the spec's.
+        world: data in place of the spec's.
+
+    Raises:
+        UserError: data, device, model, checkpoint or target do not fit.
+    """
+    chosen = choose_device(device)
+    data = spec.data
+    if world is None:
+        world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
+    _check_target(spec, world)
+    victim = Network(_architecture(spec.model, world), spec.model.pretrained, spec.model.checkpoint, model)
+    surrogate = _surrogate(spec, world, victim) if spec.params.needs_surrogate else None
+    for network in filter(None, (victim, surrogate)):
+        network.build(0)
+    if surrogate is not None:
+        transformer(surrogate.build(0))
+    precision = spec.recipe.precision
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" else "fp32"
+    return Plan(spec, world, chosen, precision, victim, surrogate)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        UserError: the device is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise UserError(f"device {name!r} is not there ({found} GPUs found); use --device cpu")
+    return device
+
+
+def _check_target(spec: Spec, world: World) -> None:
+    target, classes = spec.params.target, world.train.n_classes
+    if target >= classes:
+        raise UserError(f"attack.target = {target} is no class of {world.name}: its {classes} are 0 to {classes - 1}")
+
+
+def _surrogate(spec: Spec, world: World, victim: Network) -> Network:
+    """The spec's own, or one like the victim's: the same start, another seed."""
+    if spec.surrogate is None:
+        return replace(victim, checkpoint=None)
+    return Network(_architecture(spec.surrogate, world), spec.surrogate.pretrained, spec.surrogate.checkpoint)
+
+
+def _architecture(table: ModelTable, world: World) -> Architecture:
+    size = world.train.size
+    small = {"patch_size": max(1, size // 8), "depth": 4, "embed_dim": 96, "num_heads": 3}
+    if world.name == "digits":
+        small = {"patch_size": max(1, size // 4), "depth": 3, "embed_dim": 64, "num_heads": 4}
+    overrides = dict(table.overrides) if table.name else {**small, **table.overrides}
+    return Architecture(table.name or "vit_tiny_patch16_224", size, world.train.n_classes, overrides)
+
+
+def _weights_digest(module: nn.Module) -> str:
+    whole = sha256()
+    for name, weight in module.state_dict().items():
+        content = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+        whole.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        whole.update(content.numpy().tobytes())
+    return whole.hexdigest()
