@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -88,16 +90,15 @@ def run(
 
     path, overrides = _split(words or [])
     spec = load_spec(path, overrides)
-    with _Bars() as bars:
-        from vitrap.experiment.run import run as run_spec
+    try:
+        with _Bars() as bars:
+            from vitrap.experiment.run import run as run_spec
 
-        record = run_spec(
-            spec,
-            out_folder,
-            device=device,
-            redo="all" if force_all else "victim" if force else "nothing",
-            steps=bars.step,
-        )
+            redo = "all" if force_all else "victim" if force else "nothing"
+            record = run_spec(spec, out_folder, device=device, redo=redo, steps=bars.step)
+    except KeyboardInterrupt:
+        err.print("vitrap: interrupted; the next call goes on from the last finished stage", soft_wrap=True)
+        raise typer.Exit(130) from None
     if as_json:
         sys.stdout.write(json.dumps(asdict(record), indent=1) + "\n")
         return
@@ -157,7 +158,7 @@ def prepare(
 
     with _Bars() as bars:
         place = prepare_data(name, source, cache_folder(), progress=bars.fraction(f"prepare {name}"))
-    out.print(f"{name} is in {place}", highlight=False, soft_wrap=True)
+    out.print(f"{name} is in {place}", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Bars:
@@ -175,23 +176,28 @@ class _Bars:
         )
 
     def __enter__(self) -> "_Bars":
-        self.progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
+        if self.progress.tasks:
+            self.progress.stop()
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
         """Show one step; yields what to call each tick."""
-        task = self.progress.add_task(name, total=total)
+        task = self._add(name, total)
         yield lambda: self.progress.advance(task)
         self.progress.update(task, total=total or 1, completed=total or 1)
 
     def fraction(self, name: str) -> Callable[[int, int], None]:
         """Show one step by what is done of what is to do."""
-        task = self.progress.add_task(name, total=None)
+        task = self._add(name, None)
         return lambda done, whole: self.progress.update(task, completed=done, total=whole)
+
+    def _add(self, name: str, total: int | None) -> TaskID:
+        """A bar; the first one starts the display, so that a refusal before it is the only line."""
+        self.progress.start()
+        return self.progress.add_task(name, total=total)
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
@@ -206,7 +212,7 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
 
     data = record["data"]
     out.print(
-        f"[bold]{record['name']}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
+        f"[bold]{escape(record['name'])}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
         f" images poisoned, {data['n_test']} test images",
         highlight=False,
     )
@@ -215,7 +221,7 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
         table.add_row(*row)
     out.print(table)
     out.print(verdict(record["victim"]), highlight=False)
-    out.print(f"record, pictures, model and trigger: {folder}", highlight=False, soft_wrap=True)
+    out.print(f"record, pictures, model and trigger: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

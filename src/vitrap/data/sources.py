@@ -75,7 +75,7 @@ def open_data(
         name: `digits`, a folder of the data cache (`cifar10`, `gtsrb`, ...), `npy:PATH` (a folder in the
             cache format) or `imagefolder:PATH` (a folder of `{train,test}/CLASS/*` images).
         size: working resolution in pixels; None for the native one.
-        limit: number of training images to keep, balanced over the classes, groups whole; None for all.
+        limit: number of training images to keep, balanced over the classes; None for all.
         seed: of the hold-out's and the limit's draw; not the run's, see above.
         holdout: share of the training set held out, in three equal parts, groups whole.
         device: where the tensors go.
@@ -90,7 +90,7 @@ def open_data(
     generator = torch.Generator().manual_seed(seed)
     *parts, rest = hold_out(len(arrays.train_labels), groups, holdout, generator)
     if limit is not None:
-        rest = rest[balanced(arrays.train_labels[rest], _pick(groups, rest), limit, generator)]
+        rest = rest[balanced(arrays.train_labels[rest], limit, generator)]
     pictures = _Pictures(arrays, _side(arrays, name, size), torch.device(device))
     choose, clean, threshold = (pictures.train(rows) for rows in parts)
     return World(pictures.train(rest), pictures.test(), choose, clean, threshold, name, fingerprint(arrays))
@@ -127,17 +127,16 @@ def hold_out(
     return rows[0], rows[1], rows[2], rows[3]
 
 
-def balanced(labels: Numbers, groups: Numbers | None, limit: int, generator: torch.Generator) -> Numbers:
-    """A class-balanced subset of at most `limit` images.
+def balanced(labels: Numbers, limit: int, generator: torch.Generator) -> Numbers:
+    """A class-balanced subset of `limit` images.
 
-    Again and again, the class with the fewest images so far gives its next one (the lower number where
-    classes are level), in random order within the class, until the limit is reached: what a small class
-    cannot give, the others do. A group is given whole, so that with groups classes differ by up to a group,
-    and up to a group is missing from the limit. A smaller limit's images are among a larger one's.
+    Again and again, the class with the fewest images so far gives its next one (the lower number where classes are
+    level), in random order within the class, until the limit is reached: what a small class cannot give, the others
+    do. A smaller limit's images are among a larger one's. Groups play no part: a few frames of every track teach
+    far more than all frames of a few, and no held-out image shares a group with what is left to draw from.
 
     Args:
-        labels: class of each image; that of a group is its first image's.
-        groups: group of each image, None where each stands alone.
+        labels: class of each image.
         limit: number of images; that there are fewer is no error.
         generator: a random stream on the CPU.
 
@@ -145,26 +144,18 @@ def balanced(labels: Numbers, groups: Numbers | None, limit: int, generator: tor
         Row numbers, sorted.
 
     Raises:
-        UserError: the limit cannot hold an image, or a group, of each class.
+        UserError: the limit cannot hold an image of each class.
     """
-    unit = _shuffled_units(len(labels), groups, generator)
-    sizes = np.bincount(unit)
-    label = labels[np.unique(unit, return_index=True)[1]]
-    by_class = np.argsort(label, kind="stable")
-    ahead = np.cumsum(sizes[by_class]) - sizes[by_class]
-    first = np.searchsorted(label[by_class], label[by_class])
-    level = np.empty_like(sizes)
-    level[by_class] = ahead - ahead[first]
-    queue = np.lexsort((label, level))
-    if limit < (least := sizes[level == 0].sum()):
-        what = "an image" if groups is None else "a whole group of images"
+    classes = len(np.unique(labels))
+    if limit < classes:
         raise UserError(
-            f"data.limit = {limit} is too small for {what} of each of {(level == 0).sum()} classes; "
-            f"make it at least {least}"
+            f"data.limit = {limit} is too small for an image of each of {classes} classes; make it at least {classes}"
         )
-    taken = np.zeros(len(sizes), dtype=bool)
-    taken[queue[np.cumsum(sizes[queue]) <= limit]] = True
-    return np.flatnonzero(taken[unit])
+    order = torch.randperm(len(labels), generator=generator).numpy()
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    first = np.searchsorted(labels[by_class], labels[by_class])
+    turn = np.arange(len(labels)) - first
+    return np.sort(by_class[np.lexsort((labels[by_class], turn))[:limit]])
 
 
 def fingerprint(arrays: Arrays) -> str:
@@ -260,7 +251,7 @@ def _digits(size: int) -> Arrays:
     small = torch.from_numpy(grey).float().view(-1, 1, 8, 8) / 16
     large = functional.interpolate(small, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
     images = to_bytes(large).permute(0, 2, 3, 1).contiguous().numpy()
-    test = balanced(labels, None, DIGITS_TEST, torch.Generator().manual_seed(0))
+    test = balanced(labels, DIGITS_TEST, torch.Generator().manual_seed(0))
     train = np.setdiff1d(np.arange(len(labels)), test)
     return Arrays(images[train], labels[train], images[test], labels[test], classes=tuple("0123456789"))
 

@@ -124,6 +124,7 @@ class _Runner:
         make = partial(make_victim, plan, implant, self.steps)
         victim = self.store.stage(plan.victim_stage(), make, self.redo != "nothing")
         twin = self._clean(plan.victim, spec.seed, "train the clean twin")
+        (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
         record = self._measure(implant, victim, twin, folder)
         place_file(victim / "model.safetensors", folder / "model.safetensors")
         save_trigger(implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=json.dumps(carries(spec)))

@@ -145,20 +145,11 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
             raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
     head = _build(_Head, {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
     data = _build(DataTable, table.get("data", {}), "data")
-    attack = dict(table.get("attack", {}))
-    name = attack.pop("name", "ageb")
-    params = _build(registry.get("attacks", name), attack, "attack")
-    default = asdict(recipe_for(data.name))
-    return Spec(
-        name=head.name,
-        seed=head.seed,
-        data=data,
-        model=_model(table.get("model", {}), "model"),
-        surrogate=_model(table["surrogate"], "surrogate") if "surrogate" in table else None,
-        attack=name,
-        params=params,
-        recipe=_build(Recipe, {**default, **table.get("recipe", {})}, "recipe"),
-    )
+    model = _model(table.get("model", {}), "model")
+    surrogate = _model(table["surrogate"], "surrogate") if "surrogate" in table else None
+    recipe = _build(Recipe, {**asdict(recipe_for(data.name)), **table.get("recipe", {})}, "recipe")
+    attack, params = _attack(table.get("attack", {}))  # last: its file imports torch
+    return Spec(head.name, head.seed, data, model, surrogate, attack, params, recipe)
 
 
 @dataclass(frozen=True)
@@ -172,6 +163,15 @@ class _Head:
         check(self)
 
 
+def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
+    """The attack's name and the attack."""
+    name = table.get("name", "ageb")
+    if not isinstance(name, str):
+        raise UserError(f"attack.name = {name!r} is wrong: it must be one of {', '.join(registry.names('attacks'))}")
+    settings = {k: v for k, v in table.items() if k != "name"}
+    return name, _build(registry.get("attacks", name), settings, "attack", ("name",))
+
+
 def _model(table: Mapping[str, Any], where: str) -> ModelTable:
     own = {f.name for f in fields(ModelTable)} - {"overrides"}
     overrides = {k: v for k, v in table.items() if k not in own}
@@ -180,16 +180,20 @@ def _model(table: Mapping[str, Any], where: str) -> ModelTable:
 
 def _flat(model: ModelTable) -> Table:
     table = asdict(model)
-    return {**table, **table.pop("overrides")}
+    overrides = table.pop("overrides")
+    return {**table, **overrides}
 
 
-def _build(record: type[Any], table: Mapping[str, Any], where: str) -> Any:
-    """A record from a table: unknown keys with a hint, types by pydantic, ranges by the record itself."""
+def _build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequence[str] = ()) -> Any:
+    """A record from a table: unknown keys with a hint, types by pydantic, ranges by the record itself.
+
+    `more` are keys of the table that are read elsewhere.
+    """
     known = [f.name for f in fields(record)]
     dot = f"{where}." if where else ""
     for key in table:
         if key not in known:
-            raise unknown("key", dot + key, [dot + k for k in known])
+            raise unknown("key", dot + key, [dot + k for k in (*known, *more)])
     try:
         return TypeAdapter(record).validate_json(json.dumps(table), strict=True)
     except ValidationError as errors:

@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 from vitrap.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
+STALE = 7 * 24 * 3600
+"""Seconds after which a draft counts as left behind."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class Store:
             raise UserError(
                 f"output folder {str(self.root)!r} cannot be written ({error.strerror}); choose another with --out"
             ) from error
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove the drafts that killed processes left behind: those so old that no stage can still be made there."""
+        for draft in (self.root / "stages").glob(".*"):
+            with suppress(OSError):  # another process may be sweeping, too
+                if time.time() - draft.stat().st_mtime > STALE:
+                    shutil.rmtree(draft)
 
     def stage(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
         """The folder of a stage, made by `make(folder)` unless it is there already (or `force`)."""
@@ -65,18 +77,19 @@ class Store:
             try:
                 make(draft)
                 write_json(draft / "depends.json", stage.depends)
-                _put_in_place(draft, place)
+                _put_in_place(draft, place, force)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return place
 
 
-def _put_in_place(draft: Path, place: Path) -> None:
-    """Rename `draft` to `place`; where another process was faster, its equal result stays."""
+def _put_in_place(draft: Path, place: Path, force: bool) -> None:
+    """Rename `draft` to `place`; where another process was faster, its equal result stays (unless `force`)."""
     for file in draft.iterdir():
         with file.open("rb") as content:
             os.fsync(content.fileno())
-    if place.exists():
+    draft.chmod(0o755)
+    if force and place.exists():
         outdated = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
         os.rename(place, outdated / "stage")
         shutil.rmtree(outdated)
@@ -130,7 +143,8 @@ def code_digest(*places: str) -> str:
     )
     whole = hashlib.sha256()
     for file in files:
-        whole.update(str(file.relative_to(PACKAGE)).encode())
+        own = file.is_relative_to(PACKAGE)  # a third party's attack lies elsewhere
+        whole.update(str(file.relative_to(PACKAGE) if own else file.name).encode())
         whole.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
     return whole.hexdigest()[:16]
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.contracts import Trigger
 from vitrap.errors import UserError
+from vitrap.experiment.store import write_bytes
 from vitrap.models.vit import Architecture, ViT, open_vit
 
 
@@ -41,7 +42,7 @@ def save_trigger(trigger: Trigger, settings: Any, path: Path, **facts: str) -> N
         elif value is not settings:
             plain[f.name] = {"value": value}
     kept = {"trigger": type(trigger).__name__, "fields": json.dumps(plain)}
-    save_file(tensors, path, {**kept, **facts})
+    write_bytes(path, save(tensors, {**kept, **facts}))
 
 
 def read_trigger(path: Path, settings: Any, networks: Mapping[str, nn.Module] | None = None) -> Trigger:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from vitrap.contracts import Batch, ImageSet, Objective
 from vitrap.data.augment import random_crop, random_flip
+from vitrap.errors import UserError
 from vitrap.models.observe import eager_attention
 from vitrap.train.recipe import Recipe
 
@@ -50,6 +51,9 @@ def train(
 
     Returns:
         The mean of each loss term, epoch by epoch.
+
+    Raises:
+        UserError: a loss term is no longer finite.
     """
     objective = objective or cross_entropy(recipe.label_smoothing)
     optimiser = adamw(model, recipe)
@@ -71,6 +75,8 @@ def train(
             tick()
         for name, total in sums.items():
             curves.setdefault(name, []).append(total.item() / len(data))
+            if not math.isfinite(curves[name][-1]):
+                raise UserError(f"training diverged ({name} is {curves[name][-1]}); lower recipe.lr = {recipe.lr:g}")
     model.eval()
     return curves
 
