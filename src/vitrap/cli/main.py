@@ -134,11 +134,16 @@ def explain(name: Annotated[str, typer.Argument(help="an attack")]) -> None:
         f" surrogate: {'needed' if attack.needs_surrogate else 'none'}",
         highlight=False,
     )
-    table = Table("symbol", "parameter", "default", "unit", "range", "stands", "meaning", header_style="bold")
+    table = Table(
+        "symbol", "parameter", "default", "stands", "meaning [unit; range]", header_style="bold", pad_edge=False
+    )
+    table.columns[1].no_wrap = True
     for f in fields(attack):
         about = f.metadata["param"]
         default = f.default if f.default is not MISSING else "none"
-        table.add_row(about.symbol, f.name, str(default), about.unit, about.range(), about.stands, about.doc)
+        facts = "; ".join(filter(None, [about.unit, about.range()]))
+        meaning = about.doc + (f" \\[{facts}]" if facts else "")
+        table.add_row(about.symbol, f.name, str(default), about.stands, meaning)
     out.print(table)
     out.print(
         "stands: paper = stated there; code = read in its public code; field = as commonly benchmarked;"

@@ -23,6 +23,8 @@ Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
 KEPT = {"attack": ("target",), "model": (), "surrogate": (), "data": ("limit",)}
 """Tables whose name can be overridden, and the keys that a new name leaves in place."""
+UNNAMED = {"attack": "ageb", "data": "digits"}
+"""What a table without a name stands for."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class DataTable:
     """Which images."""
 
     name: str = param(
-        "digits", "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache, imagefolder:PATH or npy:PATH"
+        UNNAMED["data"],
+        "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache, imagefolder:PATH or npy:PATH",
     )
     size: int | None = param(
         None, "working resolution: where triggers are applied and models look; left out: native", unit="px", low=1
@@ -165,7 +168,7 @@ class _Head:
 
 def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
     """The attack's name and the attack."""
-    name = table.get("name", "ageb")
+    name = table.get("name", UNNAMED["attack"])
     if not isinstance(name, str):
         raise UserError(f"attack.name = {name!r} is wrong: it must be one of {', '.join(registry.names('attacks'))}")
     settings = {k: v for k, v in table.items() if k != "name"}
@@ -235,7 +238,7 @@ def _lay_over(table: Table, over: Mapping[str, Any]) -> Table:
         if not isinstance(value, Mapping) or not isinstance(below, dict):
             table[key] = value
             continue
-        if key in KEPT and "name" in value and value["name"] != below.get("name"):
+        if key in KEPT and "name" in value and value["name"] != below.get("name", UNNAMED.get(key)):
             table[key] = below = {k: v for k, v in below.items() if k in KEPT[key]}
         _lay_over(below, value)
     return table

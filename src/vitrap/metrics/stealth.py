@@ -44,10 +44,13 @@ def psnr(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
 
 
 def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
-    """Structural similarity of each image; for sides under 11 px the window shrinks to the largest that fits."""
-    window = min(11, *(s - (s + 1) % 2 for s in clean.shape[-2:]))
+    """Structural similarity of each image: Gaussian window of sigma 1.5 (11 px), borders mirrored.
+
+    For sides under 6 px, where the mirror ends, the window shrinks until it fits.
+    """
+    sigma = min(1.5, (min(clean.shape[-2:]) - 0.6) / 3.5)  # torchmetrics reaches int(3.5 sigma + 0.5) px
     value = structural_similarity_index_measure(
-        triggered, clean, gaussian_kernel=True, sigma=1.5, kernel_size=window, data_range=1.0, reduction="none"
+        triggered, clean, gaussian_kernel=True, sigma=sigma, data_range=1.0, reduction="none"
     )
     assert isinstance(value, Tensor)
     return value.reshape(len(clean))

@@ -50,16 +50,15 @@ def transformer(model: nn.Module) -> Any:
         UserError: there is none with plain token attention (Swin, CaiT, XCiT, CNNs and others).
     """
     for module in model.modules():
-        if isinstance(module, FAMILIES) and all(isinstance(b.attn, PLAIN) for b in _blocks(module)):
+        if not isinstance(module, FAMILIES):
+            continue
+        attentions = [getattr(block, "attn", None) for block in module.blocks]  # parallel blocks have no single one
+        if attentions and all(isinstance(a, PLAIN) for a in attentions):
             return module
     kind = type(getattr(model, "body", model)).__name__
     raise UserError(
         f"model {kind} has no plain token attention to look at; take one of the families vit, deit, deit3, beit or eva"
     )
-
-
-def _blocks(vit: Any) -> Sequence[Any]:
-    return [b for b in vit.blocks if hasattr(b, "attn")] or [vit]
 
 
 def token_layout(model: nn.Module) -> TokenLayout:
@@ -106,7 +105,7 @@ def observe(model: nn.Module, blocks: Sequence[int] = (-1,), *, as_leaf: bool = 
     Raises:
         UserError: the model has no plain token attention.
     """
-    attentions = [b.attn for b in _blocks(transformer(model))]
+    attentions = [block.attn for block in transformer(model).blocks]
     seen: dict[int, Maps] = {}
     with ExitStack() as restore:
         for number in blocks:

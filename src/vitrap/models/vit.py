@@ -4,6 +4,7 @@ A model here maps images in [0, 1] to logits. Weights travel as safetensors with
 metadata says how to build the model again.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -74,28 +77,57 @@ def open_vit(architecture: Architecture, *, pretrained: bool = False, checkpoint
     """
     _refuse_family(architecture.name)
     _refuse_grid(architecture)
+    weights = {"pretrained_cfg_overlay": {"file": str(fetch_weights(architecture.name))}} if pretrained else {}
     try:
         body = timm.create_model(
             architecture.name,
             pretrained=pretrained,
             num_classes=architecture.n_classes,
             img_size=architecture.size,
+            **weights,
             **architecture.overrides,
         )
-    except (TypeError, AssertionError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"model {architecture.name!r} does not take {_shown(architecture)}: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise UserError(f"model {architecture.name!r} cannot be built: {_first_line(error)}") from error
+    except (TypeError, AssertionError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(
-            f"pretrained weights of {architecture.name!r} cannot be had ({_first_line(error)}); connect to the"
-            ' network once, or give model.checkpoint = "FILE.safetensors"'
+            f"model {architecture.name!r} does not take {_shown(architecture)}: {_first_line(error)}"
         ) from error
     facts: Any = body.pretrained_cfg
     model = ViT(body, architecture, facts["mean"], facts["std"])
     if checkpoint is not None:
         load_weights(body, Path(checkpoint))
     return model.eval()
+
+
+def fetch_weights(name: str) -> Path:
+    """The pretrained weights of a timm name as a safetensors file from the hub, fetched once and checked.
+
+    timm itself would fall back on pickled files; this asks for nothing but safetensors. The hub names a file by its
+    SHA-256, which is compared with the content.
+
+    Raises:
+        UserError: timm names no such weights, the hub cannot be reached, or the content is not what it says.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise UserError(f"model {name!r} has no pretrained weights on the hub; give model.checkpoint instead")
+    level = get_verbosity()
+    set_verbosity_error()  # one clear line, not a warning for each try
+    try:
+        path = Path(hf_hub_download(config.hf_hub_id, "model.safetensors", etag_timeout=5))
+    except Exception as error:
+        raise UserError(
+            f"pretrained weights of {name!r} cannot be fetched from the hub ({type(error).__name__}); connect to the"
+            ' network once, or give model.checkpoint = "FILE.safetensors"'
+        ) from error
+    finally:
+        set_verbosity(level)
+    named = path.resolve().name
+    with path.open("rb") as content:
+        if len(named) == 64 and hashlib.file_digest(content, "sha256").hexdigest() != named:
+            raise UserError(
+                f"pretrained weights of {name!r} in {str(path)!r} are damaged; delete the file and try again"
+            )
+    return path
 
 
 def load_weights(body: nn.Module, path: Path) -> None:

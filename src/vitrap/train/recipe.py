@@ -17,7 +17,7 @@ class Recipe:
     warmup: float = param(
         0.1, "share of all steps over which the rate rises to lr; then it falls as a cosine", low=0, high=1
     )
-    label_smoothing: float = param(0.1, "share of each label spread over all classes", low=0, high=1)
+    label_smoothing: float = param(0.0, "share of each label spread over all classes", low=0, high=1)
     clip: float = param(1.0, "greatest norm of the gradient; 0 for no limit", low=0)
     crop: int = param(0, "random crop after padding by so many pixels; 0 for none", unit="px", low=0)
     flip: bool = param(False, "flip half of the images; off where it changes the class (digits, traffic signs)")
@@ -33,8 +33,8 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(epochs=40, batch_size=64, lr=2e-3, crop=1),
-    "gtsrb": Recipe(epochs=10, crop=2),
+    "digits": Recipe(epochs=40, batch_size=64, lr=2e-3),
+    "gtsrb": Recipe(epochs=8, batch_size=64),
     "cifar10": Recipe(epochs=20, crop=4, flip=True),
     "cifar100": Recipe(epochs=30, crop=4, flip=True),
     "tiny-imagenet": Recipe(epochs=30, crop=8, flip=True),
