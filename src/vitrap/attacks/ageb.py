@@ -1,7 +1,7 @@
 """AGEB: erode the pixels to which the attention of a surrogate ViT answers most.
 
-"Attention-gradient-based erosion backdoor" for vision transformers, GLOBECOM 2024,
-https://arxiv.org/abs/2410.22678. There is no public code; this file follows the paper's text.
+Guo, Li, Jiang, Lu: "Backdoor Attack Against Vision Transformers via Attention Gradient-Based Image Erosion",
+GLOBECOM 2024, https://arxiv.org/abs/2410.22678. There is no public code; this file follows the paper's text.
 
 Threat model: data poisoning with dirty labels, all to one (assumed: the paper does not spell it out). The trigger
 depends on the image and covers the whole of it; a surrogate ViT of the attacker's computes it, when the training
@@ -41,7 +41,11 @@ class Ageb:
     """The paper's table of hyper-parameters."""
 
     card: ClassVar[Card] = Card(
-        "Attention-gradient-based erosion backdoor (AGEB) for vision transformers", "", "GLOBECOM", 2024, "2410.22678"
+        "Backdoor Attack Against Vision Transformers via Attention Gradient-Based Image Erosion",
+        "Guo, Li, Jiang, Lu",
+        "GLOBECOM",
+        2024,
+        "2410.22678",
     )
     threat: ClassVar[Threat] = "data"
     labels: ClassVar[Labels] = "dirty"

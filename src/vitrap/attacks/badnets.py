@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from vitrap.contracts import Access, AllToOne, Card, Images, Implant, Labels, Threat
 from vitrap.data.poison import Poison
+from vitrap.errors import UserError
 from vitrap.params import check, param
 
 
@@ -47,7 +48,16 @@ class BadNets:
         check(self)
 
     def fit(self, access: Access) -> Implant:
-        """Nothing is fitted: the patch is given."""
+        """Nothing is fitted: the patch is given.
+
+        Raises:
+            UserError: the patch does not lie within the image.
+        """
+        if self.size + self.margin > access.train.size:
+            raise UserError(
+                f"attack.size = {self.size} with attack.margin = {self.margin} does not fit on images of"
+                f" {access.train.size} px; make their sum at most that"
+            )
         trigger = Patch(self.size, self.margin, self.value)
         goal = AllToOne(self.target)
         return Implant(trigger, Poison(trigger, goal, self.poison_rate, self.labels), goal)
@@ -65,5 +75,5 @@ class Patch:
         """Images with the patch in their lower right corner."""
         triggered = images.clone()
         low, right = (side - self.margin for side in images.shape[-2:])
-        triggered[..., max(0, low - self.size) : max(0, low), max(0, right - self.size) : max(0, right)] = self.value
+        triggered[..., low - self.size : low, right - self.size : right] = self.value
         return triggered

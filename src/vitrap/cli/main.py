@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from vitrap import registry
+from vitrap.data.cache import DATASETS
 from vitrap.errors import UserError, unknown
 
 app = typer.Typer(
@@ -44,19 +45,14 @@ FAMILIES = {
     "beit": "BEiT, BEiT v2",
     "eva": "EVA, EVA-02",
 }
-DATA = {
-    "digits": "embedded: scikit-learn's handwritten digits, RGB, 16 px (32 px if data.size says so)",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "gtsrb": "German traffic signs, 43 classes",
-    "tiny-imagenet": "Tiny ImageNet, 200 classes",
-    "NAME": "any folder of the data cache",
+ELSEWHERE = {
+    "NAME": "any other folder of the data cache",
     "imagefolder:PATH": "{train,test}/CLASS/* below PATH",
-    "npy:PATH": "four npy files in the cache's format",
+    "npy:PATH": "a folder of four npy files in the cache's format",
 }
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         out.print(f"vitrap {version('vitrap')}", highlight=False)
         raise typer.Exit
@@ -65,8 +61,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def vitrap(
     show: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = None,
 ) -> None:
     """A test bench for backdoors in vision transformers."""
 
@@ -110,7 +106,7 @@ def list_names(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))]) -> 
     """Name what vitrap knows."""
     if what not in LISTS:
         raise unknown("list", what, LISTS)
-    known = {"models": FAMILIES, "data": DATA}.get(what) or {
+    known = {"models": FAMILIES, "data": DATASETS | ELSEWHERE}.get(what) or {
         name: registry.headline("attacks", name) for name in registry.names("attacks")
     }
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -135,7 +131,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack")]) -> None:
         highlight=False,
     )
     table = Table(
-        "symbol", "parameter", "default", "stands", "meaning [unit; range]", header_style="bold", pad_edge=False
+        "symbol", "parameter", "default", "stands", "meaning \\[unit; range]", header_style="bold", pad_edge=False
     )
     table.columns[1].no_wrap = True
     for f in fields(attack):
@@ -196,8 +192,14 @@ class _Bars:
 
     def fraction(self, name: str) -> Callable[[int, int], None]:
         """Show one step by what is done of what is to do."""
-        task = self._add(name, None)
-        return lambda done, whole: self.progress.update(task, completed=done, total=whole)
+        bar: list[TaskID] = []
+
+        def show(done: int, whole: int) -> None:
+            if not bar:
+                bar.append(self._add(name, None))
+            self.progress.update(bar[0], completed=done, total=whole)
+
+        return show
 
     def _add(self, name: str, total: int | None) -> TaskID:
         """A bar; the first one starts the display, so that a refusal before it is the only line."""

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrap.contracts import AllToOne
+from vitrap.data.poison import choose_rows
 from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
-from vitrap.experiment.spec import ModelTable, Spec
+from vitrap.experiment.spec import ModelTable, Spec, digest
 from vitrap.experiment.store import Stage, code_digest
-from vitrap.experiment.streams import SURROGATE_SEED, ambient
+from vitrap.experiment.streams import SURROGATE_SEED, ambient, stream
 from vitrap.models.observe import transformer
-from vitrap.models.vit import Architecture, ViT, load_weights, open_vit
+from vitrap.models.vit import Architecture, ViT, fetch_weights, load_weights, open_vit
 
 TRAINING_CODE = (
     "contracts.py", "data/sources.py", "data/cache.py", "data/augment.py", "models/vit.py", "models/observe.py",
@@ -61,12 +63,19 @@ class Network:
         load_weights(network.body if isinstance(network, ViT) else network, path)
         return network.to(device).eval().requires_grad_(False)
 
+    def shown(self) -> dict[str, Any]:
+        """How it is built, for the record."""
+        if self.module is not None:
+            return {"module": type(self.module).__qualname__}
+        return {**asdict(self.architecture), "pretrained": self.pretrained, "checkpoint": self.checkpoint is not None}
+
     def depends(self) -> dict[str, Any]:
         """All that decides the network before training."""
         if self.module is not None:
             return {"module": type(self.module).__qualname__, "weights": _weights_digest(self.module)}
-        content = sha256(Path(self.checkpoint).read_bytes()).hexdigest() if self.checkpoint else None
-        return {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "checkpoint": content}
+        start = self.checkpoint or (fetch_weights(self.architecture.name) if self.pretrained else None)
+        content = sha256(Path(start).read_bytes()).hexdigest() if start else None
+        return {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content}
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Plan:
         if self.surrogate is None:
             return None
         if self.surrogate.checkpoint is not None:
-            return self.surrogate.depends()["checkpoint"]
+            return digest(self.surrogate.depends())
         return self.clean_stage(self.surrogate, SURROGATE_SEED).key
 
     def twin_stage(self) -> Stage:
@@ -123,21 +132,16 @@ class Plan:
         surrogate = self.surrogate_key()
         trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key}
         trained |= {"surrogate": surrogate} if surrogate else {}
-        measure = Stage("measure", {**trained, "code": code_digest(*MEASURE_CODE)})
+        measures = {"code": code_digest(*MEASURE_CODE), "torchmetrics": version("torchmetrics")}
+        measure = Stage("measure", {**trained, **measures})
         return {**trained, "measure": measure.key}
 
     def _training(self) -> dict[str, Any]:
-        data = self.spec.data
+        train = self.world.train
         return {
-            "data": {
-                "fingerprint": self.world.fingerprint,
-                "size": self.world.train.size,
-                "limit": data.limit,
-                "holdout": data.holdout,
-            },
-            "recipe": asdict(self.spec.recipe),
+            "data": {"fingerprint": self.world.fingerprint, "size": train.size, "rows": digest(train.index.tolist())},
+            "recipe": asdict(replace(self.spec.recipe, precision=self.precision)),
             "device": self.device.type,
-            "precision": self.precision,
             "versions": {library: version(library) for library in ("torch", "timm")},
         }
 
@@ -158,7 +162,7 @@ def make_plan(spec: Spec, device: str, model: nn.Module | None = None, world: Wo
     data = spec.data
     if world is None:
         world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
-    _check_target(spec, world)
+    _check_poison(spec, world)
     victim = Network(_architecture(spec.model, world), spec.model.pretrained, spec.model.checkpoint, model)
     surrogate = _surrogate(spec, world, victim) if spec.params.needs_surrogate else None
     for network in filter(None, (victim, surrogate)):
@@ -191,16 +195,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_target(spec: Spec, world: World) -> None:
-    target, classes = spec.params.target, world.train.n_classes
-    if target >= classes:
-        raise UserError(f"attack.target = {target} is no class of {world.name}: its {classes} are 0 to {classes - 1}")
+def _check_poison(spec: Spec, world: World) -> None:
+    """Whether the target is a class and there are as many images to poison as the rate asks for."""
+    attack, classes = spec.params, world.train.n_classes
+    if attack.target >= classes:
+        known = f"its {classes} are 0 to {classes - 1}"
+        raise UserError(f"attack.target = {attack.target} is no class of {world.name}: {known}")
+    choose_rows(world.train.labels, attack.poison_rate, AllToOne(attack.target), attack.labels, stream(0, "check"))
 
 
 def _surrogate(spec: Spec, world: World, victim: Network) -> Network:
-    """The spec's own, or one like the victim's: the same start, another seed."""
+    """The spec's own, or one like the spec's victim, fresh or from the hub: never with the victim's own weights."""
     if spec.surrogate is None:
-        return replace(victim, checkpoint=None)
+        return replace(victim, checkpoint=None, module=None)
     return Network(_architecture(spec.surrogate, world), spec.surrogate.pretrained, spec.surrogate.checkpoint)
 
 

@@ -25,19 +25,20 @@ class Record:
     Attributes:
         schema: version of the format.
         name: the spec's name.
-        spec: the whole spec, every default filled in.
+        spec: the whole spec, defaults filled in; what it leaves to the data stands under data and models.
         hash: hash of the spec without its name.
         seed: the spec's seed.
         environment: versions, device, cores.
         data: sizes, classes, content fingerprint.
+        models: how victim and surrogate are built; the surrogate None where the attack has none.
         victim: CDA, ASR, RA, the clean twin's base rates, stealth.
         attack: what the attack reports of itself.
         curves: loss terms by epoch, for each model that was trained.
-        defences: one measure a defence.
         precision: arithmetic of the matrix products.
         memory: peaks in bytes.
         seconds: time of each stage, when it was made.
         stages: key of each stage that the record rests on.
+        defences: one measure a defence.
     """
 
     schema: int
@@ -47,6 +48,7 @@ class Record:
     seed: int
     environment: Table
     data: Table
+    models: Table
     victim: Table
     attack: Table
     curves: Table

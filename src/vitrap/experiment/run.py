@@ -117,17 +117,20 @@ class _Runner:
     redo: Redo
     steps: Steps
     seconds: dict[str, float] = field(default_factory=dict)
+    made: dict[str, Path] = field(default_factory=dict)
 
     def run(self, folder: Path) -> Record:
         plan, spec = self.plan, self.plan.spec
         implant = self._implant()
         make = partial(make_victim, plan, implant, self.steps)
-        victim = self.store.stage(plan.victim_stage(), make, self.redo != "nothing")
-        twin = self._clean(plan.victim, spec.seed, "train the clean twin")
+        victim = self.made["victim"] = self.store.stage(plan.victim_stage(), make, self.redo != "nothing")
+        self._clean(plan.victim, spec.seed, "twin")
         (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
-        record = self._measure(implant, victim, twin, folder)
+        record = self._measure(implant, folder)
         place_file(victim / "model.safetensors", folder / "model.safetensors")
-        save_trigger(implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=json.dumps(carries(spec)))
+        save_trigger(
+            implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=json.dumps(carries(spec, "trigger"))
+        )
         record.write(folder)
         return record
 
@@ -137,7 +140,7 @@ class _Runner:
         if network is not None and network.checkpoint is not None:
             surrogate = network.build(0, self.plan.device).requires_grad_(False)
         elif network is not None:
-            place = self._clean(network, SURROGATE_SEED, "train the surrogate")
+            place = self._clean(network, SURROGATE_SEED, "surrogate")
             surrogate = network.read(place / "model.safetensors", self.plan.device)
         access = Access(self.plan.world.train, surrogate, stream(self.plan.spec.seed, "attack"))
         with self._time("fit"), self.steps(f"fit {self.plan.spec.attack}", None):
@@ -145,20 +148,22 @@ class _Runner:
 
     def _clean(self, network: Network, seed: int, name: str) -> Path:
         """The folder of a clean model's stage."""
-        show = self.steps(name, training_steps(self.plan))
+        show = self.steps(f"train the {name}", training_steps(self.plan))
         make = partial(make_clean, self.plan, network, seed, show)
-        return self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
+        self.made[name] = self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
+        return self.made[name]
 
-    def _measure(self, implant: Implant, victim_stage: Path, twin_stage: Path, folder: Path) -> Record:
+    def _measure(self, implant: Implant, folder: Path) -> Record:
         plan, test = self.plan, self.plan.world.test
-        victim = plan.victim.read(victim_stage / "model.safetensors", plan.device)
-        twin = plan.victim.read(twin_stage / "model.safetensors", plan.device)
+        victim, twin = (
+            plan.victim.read(self.made[name] / "model.safetensors", plan.device) for name in ("victim", "twin")
+        )
         with self._time("measure"), self.steps("measure", 5 * -(-len(test) // BATCH)) as tick:
             measures = measure_victim(victim, twin, test, implant, plan.precision, tick)
         folder.mkdir(exist_ok=True)
         write_bytes(folder / "pictures.png", draw_examples(test, implant, victim))
-        of_victim, of_twin = (json.loads((p / "facts.json").read_text("utf-8")) for p in (victim_stage, twin_stage))
-        made = {"poison": of_victim["seconds"]["poison"], "victim": of_victim["seconds"]["train"]}
+        facts = {name: json.loads((place / "facts.json").read_text("utf-8")) for name, place in self.made.items()}
+        trained = {name: fact["seconds"]["train"] for name, fact in facts.items()}
         return Record(
             schema=SCHEMA,
             name=plan.spec.name,
@@ -169,16 +174,17 @@ class _Runner:
             data={
                 "n_train": len(plan.world.train),
                 "n_test": len(test),
-                "n_poisoned": of_victim["n_poisoned"],
+                "n_poisoned": facts["victim"]["n_poisoned"],
                 "classes": test.n_classes,
                 "fingerprint": plan.world.fingerprint,
             },
+            models={"victim": plan.victim.shown(), "surrogate": plan.surrogate.shown() if plan.surrogate else None},
             victim=measures,
             attack=dict(implant.report),
-            curves={"victim": of_victim["curves"], "twin": of_twin["curves"]},
+            curves={name: fact["curves"] for name, fact in facts.items()},
             precision=plan.precision,
             memory=_memory(plan.device),
-            seconds={**made, "twin": of_twin["seconds"]["train"], **self.seconds},
+            seconds={"poison": facts["victim"]["seconds"]["poison"], **trained, **self.seconds},
             stages=plan.keys(),
         )
 

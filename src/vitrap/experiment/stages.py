@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -50,7 +50,7 @@ def make_victim(plan: Plan, implant: Implant, steps: Steps, folder: Path) -> Non
         model = implant.edit(model)
     seconds = {"poison": middle - start, "train": time.perf_counter() - middle}
     facts = {"curves": curves, "seconds": seconds, "n_poisoned": int(poisoned.poisoned.sum())}
-    _keep(model, folder, facts, carries(spec))
+    _keep(model, folder, facts, carries(spec, "victim"))
 
 
 def training_steps(plan: Plan) -> int:
@@ -58,14 +58,14 @@ def training_steps(plan: Plan) -> int:
     return plan.spec.recipe.epochs * -(-len(plan.world.train) // plan.spec.recipe.batch_size)
 
 
-def carries(spec: Spec) -> dict[str, Any]:
+def carries(spec: Spec, role: Literal["victim", "trigger"]) -> dict[str, Any]:
     """What the metadata of every file that belongs to a backdoor say of it."""
     return {
-        "role": "victim",
+        "role": role,
         "backdoor": True,
         "attack": spec.attack,
-        "warning": f"carries a backdoor ({spec.attack}), implanted for research; not to be deployed",
-        "spec": spec.table(),
+        "warning": f"{role} of a backdoor ({spec.attack}), implanted for research; not to be deployed",
+        "spec": {k: v for k, v in spec.table().items() if k != "name"},
     }
 
 

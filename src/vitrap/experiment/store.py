@@ -46,14 +46,14 @@ class Store:
     root: Path
 
     def check(self) -> None:
-        """Refuse a folder that cannot be written, before any work is done.
+        """Refuse a folder that cannot be written, before any work is done; nothing is made yet.
 
         Raises:
             UserError: naming the folder and why.
         """
+        there = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
+            with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             raise UserError(

@@ -1,4 +1,4 @@
-"""How a model does on clean and on triggered images (METHODS section 6: CDA, ASR, RA)."""
+"""How a model does on clean and on triggered images: CDA, ASR and RA."""
 
 from jaxtyping import Int64
 from torch import Tensor

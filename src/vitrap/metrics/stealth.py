@@ -27,7 +27,7 @@ class Stealth:
         ssim: structural similarity, 11 x 11 Gaussian window, sigma 1.5, range 1 (torchmetrics' convention).
         linf: greatest change of a channel, in 1/255.
         l1: mean change of a channel, in 1/255.
-        lpips: perceptual distance (AlexNet); None where its real weights are not at hand.
+        lpips: perceptual distance (AlexNet); None where its real weights are not at hand or the images too small.
     """
 
     psnr_db: Centre
@@ -59,9 +59,10 @@ def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
 def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
     """Perceptual distance of each image, or None: random weights would give a number without meaning.
 
-    The AlexNet weights are looked for where torchvision keeps them; nothing is downloaded.
+    The AlexNet weights are looked for where torchvision keeps them; nothing is downloaded. AlexNet's pooling needs
+    32 pixels a side: smaller images have no LPIPS.
     """
-    if not list((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth")):
+    if min(clean.shape[-2:]) < 32 or not list((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth")):
         return None
     distances = learned_perceptual_image_patch_similarity(
         triggered, clean, net_type="alex", reduction="none", normalize=True

@@ -37,8 +37,8 @@ def measures(victim: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def verdict(victim: Mapping[str, Any], target_cda_loss: float = 0.02) -> str:
     """One line that says whether the attack took hold, and if not, which failure it looks like.
 
-    The signatures are AGEB's own (METHODS): a low ASR says that the trigger was not learned, a low CDA that clean
-    images suffer, a low PSNR that people would see the trigger.
+    The signatures are those of AGEB's paper: a low ASR says that the trigger was not learned, a low CDA that
+    clean images suffer, a low PSNR that people would see the trigger.
     """
     effect = victim["asr"]["value"] - victim["asr_clean_model"]["value"]
     loss = victim["cda_clean_model"]["value"] - victim["cda"]["value"]
