@@ -1,0 +1,104 @@
+"""Make the parts of README and docs that quote registry or records: `python docs/make.py`; `--check` only compares.
+
+Figures come from the records in `results/` and nowhere else.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from vitrap import registry
+
+ROOT = Path(__file__).parents[1]
+Record = dict[str, Any]
+
+
+def records(folder: Path) -> dict[str, Record]:
+    """The records of a folder by file name, in order of the names."""
+    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+
+
+def attacks() -> str:
+    """The table of attacks."""
+    rows = ["| attack | paper | attacker controls | labels |", "|---|---|---|---|"]
+    for name in registry.names("attacks"):
+        attack = registry.get("attacks", name)
+        card = attack.card
+        paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}), {card.venue} {card.year}"
+        rows.append(f"| `{name}` | {paper} | {attack.threat} | {attack.labels} |")
+    return "\n".join(rows)
+
+
+def rate(r: Record) -> str:
+    """A rate in percent with its interval."""
+    return f"{100 * r['value']:.2f} [{100 * r['low']:.2f}, {100 * r['high']:.2f}]"
+
+
+def results() -> str:
+    """The table of headline records."""
+    rows = ["| record | CDA | twin's CDA | ASR | twin's ASR | effect | PSNR, dB | n |", "|" + "---|" * 8]
+    for name, record in records(ROOT / "results").items():
+        v = record["victim"]
+        cells = [rate(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
+        effect = 100 * (v["asr"]["value"] - v["asr_clean_model"]["value"])
+        psnr = v["stealth"]["psnr_db"]["mean"]
+        counts = f"{v['cda']['n']} / {v['asr']['n']}"
+        rows.append(f"| `{name}` | {' | '.join(cells)} | {effect:.2f} | {psnr:.1f} | {counts} |")
+    return "\n".join(rows)
+
+
+def strength(data: str) -> str:
+    """The front of AGEB over strength and rate on one data set, strongest effect first."""
+    rows = [
+        "| α | c | τ | element | poison rate | CDA | twin's CDA | ASR | twin's ASR | PSNR, dB |",
+        "|" + "---|" * 10,
+    ]
+    found = [r for r in records(ROOT / "results" / "study").values() if r["spec"]["data"]["name"] == data]
+    found = [r for r in found if r["spec"]["attack"]["name"] == "ageb"]
+    for record in sorted(found, key=lambda r: -r["victim"]["asr"]["value"]):
+        a, v = record["spec"]["attack"], record["victim"]
+        settings = [a["alpha"], f"{a['signal']:g}", a["tau"], f"{a['shape']} {a['size']}", a["poison_rate"]]
+        cells = [rate(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
+        psnr = f"{v['stealth']['psnr_db']['mean']:.1f}"
+        rows.append("| " + " | ".join([*map(str, settings), *cells, psnr]) + " |")
+    return "\n".join(rows)
+
+
+PARTS = {
+    "README.md": {"attacks": attacks, "results": results},
+    "docs/studies/ageb_strength.md": {
+        "digits": lambda: strength("digits"),
+        "gtsrb": lambda: strength("gtsrb"),
+    },
+}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of the part `name`."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"the part {name!r} has no marks")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def main() -> int:
+    """Make every part; exit status 1 where `--check` finds one outdated."""
+    outdated = []
+    for page, parts in PARTS.items():
+        path = ROOT / page
+        old = new = path.read_text(encoding="utf-8")
+        for name, make in parts.items():
+            new = fill(new, name, make())
+        if new != old:
+            outdated.append(page)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    for page in outdated:
+        sys.stdout.write(f"{page}: {'outdated, run python docs/make.py' if '--check' in sys.argv else 'made'}\n")
+    return 1 if outdated and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
