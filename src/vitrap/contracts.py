@@ -213,6 +213,9 @@ class Attack(Protocol):
         threat: what the attacker controls: the data, the training, or the weights.
         labels: whether poisoned images keep their true label ("clean") or not ("dirty").
         needs_surrogate: whether `fit` looks at a model of the attacker's own.
+
+    An attack that does not suit every image may have a method `check(size)`, which refuses images of `size` pixels
+    with a UserError before any work is done.
     """
 
     card: ClassVar[Card]

@@ -8,9 +8,13 @@ depends on the image and covers the whole of it; a surrogate ViT of the attacker
 set is poisoned and at test time alike. The victim need not be the surrogate.
 
 The steps are the paper's: attention gradient, selection above a threshold, erosion of what is selected, blend with
-the original, a small constant signal, brightness and saturation adjusted. Settings that the paper leaves open are
-parameters marked "assumed"; the table symbol, parameter, default, where it stands is the dataclass below
-(`vitrap explain ageb` prints it).
+the original, a small constant signal, brightness and saturation adjusted. The table symbol, parameter, default,
+where it stands is the dataclass below (`vitrap explain ageb` prints it); what the paper leaves open is marked assumed.
+
+Assumed, too, but fixed here: the loss is the cross-entropy of the surrogate's own top class, so that no label is
+needed at test time; the last block is looked at, the absolute value taken before the mean over heads, and the rows
+are those of the tokens that the head reads; a quantile is taken after up-sampling; the signal is added to selected
+pixels only; and the adjustment scales HSV saturation, then value, by one factor an image.
 """
 
 from collections.abc import Mapping
@@ -29,7 +33,7 @@ from vitrap.params import check, param
 from vitrap.tensors.blend import blend, paste
 from vitrap.tensors.colour import match_brightness, match_saturation
 from vitrap.tensors.morphology import element, erode
-from vitrap.tensors.patches import above_quantile, above_value, tokens_to_pixels
+from vitrap.tensors.patches import above_quantile, above_value, as_many, tokens_to_pixels
 from vitrap.tensors.pixels import hashed_noise
 
 Route = Literal["attention", "score", "pixel"]
@@ -81,7 +85,9 @@ class Ageb:
     iterations: int = param(1, "how often the erosion is repeated", low=1)
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
     signal: float = param(4.0, "constant added to selected pixels", symbol="c", unit="1/255", low=0, high=255)
-    adjust: bool = param(True, "match mean brightness and saturation to the clean image", stands="paper")
+    adjust: bool = param(
+        True, "match mean brightness and saturation to the clean image (how is assumed)", stands="paper"
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -126,10 +132,10 @@ class Erosion:
         return tokens_to_pixels(read_tokens(at_score, layout), (images.shape[-2], images.shape[-1]), s.upsample)
 
     def mask(self, images: Images) -> Bool[Tensor, "b h w"]:
-        """Step 2: M = 1[G > tau]; the random ablation selects as many pixels by noise that the image decides."""
-        s = self.settings
-        scores = hashed_noise(images) if s.select == "random" else self.gradient(images)
-        return above_quantile(scores, s.tau) if s.threshold == "quantile" else above_value(scores, s.tau)
+        """Step 2: M = 1[G > tau]; the random ablation takes as many pixels, by noise that the image alone decides."""
+        s, scores = self.settings, self.gradient(images)
+        chosen = above_quantile(scores, s.tau) if s.threshold == "quantile" else above_value(scores, s.tau)
+        return as_many(chosen, hashed_noise(images)) if s.select == "random" else chosen
 
     def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
         """The gradient map over its maximum, and the mask."""
@@ -151,7 +157,7 @@ def attention_gradient(surrogate: nn.Module, images: Images) -> tuple[Maps, Maps
 
 
 def own_class_loss(logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
-    """Cross-entropy on the surrogate's own prediction, summed over images: no label is needed at test time."""
+    """Cross-entropy on the surrogate's own prediction, summed over images (assumed: not stated by the paper)."""
     return functional.cross_entropy(logits, logits.detach().argmax(1), reduction="sum")
 
 
@@ -166,7 +172,10 @@ def gradient_at_score(attention: Maps, slope: Maps) -> Maps:
 
 
 def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
-    """Mean over heads and over the rows that the head reads; the columns of the image's tokens, as their grid."""
+    """Mean over heads and over the rows that the head reads; the columns of the image's tokens, as their grid.
+
+    Assumed: the paper does not state the reduction.
+    """
     rows = maps[:, :, list(layout.read), layout.prefix :]
     return rows.mean((1, 2)).unflatten(1, layout.grid)
 

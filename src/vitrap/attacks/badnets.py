@@ -47,17 +47,17 @@ class BadNets:
         """Refuse values out of range."""
         check(self)
 
-    def fit(self, access: Access) -> Implant:
-        """Nothing is fitted: the patch is given.
-
-        Raises:
-            UserError: the patch does not lie within the image.
-        """
-        if self.size + self.margin > access.train.size:
+    def check(self, size: int) -> None:
+        """Refuse images of `size` pixels that the patch does not lie within."""
+        if self.size + self.margin > size:
             raise UserError(
-                f"attack.size = {self.size} with attack.margin = {self.margin} does not fit on images of"
-                f" {access.train.size} px; make their sum at most that"
+                f"attack.size = {self.size} with attack.margin = {self.margin} does not fit on images of {size} px;"
+                " make their sum at most that"
             )
+
+    def fit(self, access: Access) -> Implant:
+        """Nothing is fitted: the patch is given."""
+        self.check(access.train.size)
         trigger = Patch(self.size, self.margin, self.value)
         goal = AllToOne(self.target)
         return Implant(trigger, Poison(trigger, goal, self.poison_rate, self.labels), goal)

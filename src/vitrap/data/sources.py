@@ -122,7 +122,7 @@ def hold_out(
         what = "images" if groups is None else "groups"
         raise UserError(
             f"data.holdout = {share} cannot be drawn from {len(sizes)} {what}: "
-            "three parts and the rest need one each; change it, or 0 for none"
+            "three parts and the rest need one each; make it larger"
         )
     return rows[0], rows[1], rows[2], rows[3]
 

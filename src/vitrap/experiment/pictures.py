@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Implant
 from vitrap.tensors.pixels import round8
+from vitrap.train.loop import arithmetic
 
 EXAMPLES = 8
 GAIN = 10
@@ -17,7 +18,7 @@ GAIN = 10
 
 
 @torch.no_grad()
-def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module) -> bytes:
+def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module, precision: str) -> bytes:
     """A PNG with one row an example: clean, triggered, difference, and the attack's own views.
 
     The examples are test images that count for the goal, spread evenly over the set and not chosen by result.
@@ -33,7 +34,8 @@ def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module) -> bytes:
         f"difference × {GAIN}": _shown(0.5 + GAIN * (triggered - clean)),
         **{name: view.float().cpu() for name, view in views.items()},
     }
-    before, after = victim(clean).argmax(1).tolist(), victim(triggered).argmax(1).tolist()
+    with arithmetic(victim, test.device, precision):
+        before, after = victim(clean).argmax(1).tolist(), victim(triggered).argmax(1).tolist()
     notes = [
         f"true {_name(test, t)}\nclean → {_name(test, b)}\ntriggered → {_name(test, a)}"
         for t, b, a in zip(test.labels[rows].tolist(), before, after, strict=True)

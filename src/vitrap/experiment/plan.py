@@ -5,8 +5,10 @@ so that an edited attack never meets yesterday's victim.
 """
 
 import inspect
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +24,18 @@ from vitrap.errors import UserError
 from vitrap.experiment.spec import ModelTable, Spec, digest
 from vitrap.experiment.store import Stage, code_digest
 from vitrap.experiment.streams import SURROGATE_SEED, ambient, stream
+from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
-from vitrap.models.vit import Architecture, ViT, fetch_weights, load_weights, open_vit
+from vitrap.models.vit import Architecture, ViT, blank_vit, fetch_weights, load_weights, open_vit
 
 TRAINING_CODE = (
     "contracts.py", "data/sources.py", "data/cache.py", "data/augment.py", "models/vit.py", "models/observe.py",
-    "train", "tensors/pixels.py", "experiment/streams.py", "experiment/stages.py",
+    "train", "tensors/pixels.py", "experiment/plan.py", "experiment/streams.py", "experiment/stages.py",
 )  # fmt: skip
 POISON_CODE = ("tensors", "data/poison.py")
-MEASURE_CODE = ("metrics", "experiment/measure.py", "experiment/record.py")
+MEASURE_CODE = (
+    "metrics", "experiment/measure.py", "experiment/record.py", "experiment/pictures.py", "experiment/run.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Network:
 
     def read(self, path: Path, device: torch.device | str) -> nn.Module:
         """The network with the weights of a stage's file, ready: frozen and in evaluation mode."""
-        network = deepcopy(self.module) if self.module is not None else open_vit(self.architecture)
+        network = deepcopy(self.module) if self.module is not None else blank_vit(self.architecture)
         load_weights(network.body if isinstance(network, ViT) else network, path)
         return network.to(device).eval().requires_grad_(False)
 
@@ -69,10 +74,11 @@ class Network:
             return {"module": type(self.module).__qualname__}
         return {**asdict(self.architecture), "pretrained": self.pretrained, "checkpoint": self.checkpoint is not None}
 
+    @cached_property
     def depends(self) -> dict[str, Any]:
-        """All that decides the network before training."""
+        """All that decides the network before training, as it is when first asked for."""
         if self.module is not None:
-            return {"module": type(self.module).__qualname__, "weights": _weights_digest(self.module)}
+            return {"module": repr(self.module), "weights": tensors_digest(self.module.state_dict())}
         start = self.checkpoint or (fetch_weights(self.architecture.name) if self.pretrained else None)
         content = sha256(Path(start).read_bytes()).hexdigest() if start else None
         return {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content}
@@ -89,6 +95,7 @@ class Plan:
         precision: "fp32" or "bf16", never "auto".
         victim: the network of victim and twin.
         surrogate: the attacker's own network; None where the attack looks at none.
+        content: what stands for the data's content: the fingerprint, or a digest of data given from outside.
     """
 
     spec: Spec
@@ -97,10 +104,11 @@ class Plan:
     precision: str
     victim: Network
     surrogate: Network | None
+    content: str
 
     def clean_stage(self, network: Network, seed: int) -> Stage:
         """A model trained on the clean training set: twin or surrogate, as the seed has it."""
-        depends = {"network": network.depends(), "seed": seed, "code": code_digest(*TRAINING_CODE)}
+        depends = {"network": network.depends, "seed": seed, "code": code_digest(*TRAINING_CODE)}
         return Stage("clean", {**self._training(), **depends})
 
     def surrogate_key(self) -> str | None:
@@ -108,7 +116,7 @@ class Plan:
         if self.surrogate is None:
             return None
         if self.surrogate.checkpoint is not None:
-            return digest(self.surrogate.depends())
+            return digest(self.surrogate.depends)
         return self.clean_stage(self.surrogate, SURROGATE_SEED).key
 
     def twin_stage(self) -> Stage:
@@ -119,7 +127,7 @@ class Plan:
         """The victim."""
         attack_file = inspect.getfile(type(self.spec.params))
         depends = {
-            "network": self.victim.depends(),
+            "network": self.victim.depends,
             "seed": self.spec.seed,
             "surrogate": self.surrogate_key(),
             "attack": {"name": self.spec.attack, **asdict(self.spec.params)},
@@ -132,14 +140,18 @@ class Plan:
         surrogate = self.surrogate_key()
         trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key}
         trained |= {"surrogate": surrogate} if surrogate else {}
-        measures = {"code": code_digest(*MEASURE_CODE), "torchmetrics": version("torchmetrics")}
+        measures = {
+            "code": code_digest(*MEASURE_CODE),
+            "torchmetrics": version("torchmetrics"),
+            "lpips": lpips_at_hand(),
+        }
         measure = Stage("measure", {**trained, **measures})
         return {**trained, "measure": measure.key}
 
     def _training(self) -> dict[str, Any]:
         train = self.world.train
         return {
-            "data": {"fingerprint": self.world.fingerprint, "size": train.size, "rows": digest(train.index.tolist())},
+            "data": {"content": self.content, "size": train.size, "rows": digest(train.index.tolist())},
             "recipe": asdict(replace(self.spec.recipe, precision=self.precision)),
             "device": self.device.type,
             "versions": {library: version(library) for library in ("torch", "timm")},
@@ -159,20 +171,20 @@ def make_plan(spec: Spec, device: str, model: nn.Module | None = None, world: Wo
         UserError: data, device, model, checkpoint or target do not fit.
     """
     chosen = choose_device(device)
-    data = spec.data
+    data, content = spec.data, _content(world) if world else ""
     if world is None:
         world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
+        content = world.fingerprint
     _check_poison(spec, world)
     victim = Network(_architecture(spec.model, world), spec.model.pretrained, spec.model.checkpoint, model)
     surrogate = _surrogate(spec, world, victim) if spec.params.needs_surrogate else None
-    for network in filter(None, (victim, surrogate)):
-        network.build(0)
+    _try_out(victim, world)
     if surrogate is not None:
-        transformer(surrogate.build(0))
+        transformer(_try_out(surrogate, world))
     precision = spec.recipe.precision
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "fp32"
-    return Plan(spec, world, chosen, precision, victim, surrogate)
+    return Plan(spec, world, chosen, precision, victim, surrogate, content)
 
 
 def choose_device(name: str) -> torch.device:
@@ -196,8 +208,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def _check_poison(spec: Spec, world: World) -> None:
-    """Whether the target is a class and there are as many images to poison as the rate asks for."""
+    """Whether the attack suits the data: its seed, image size, target, and images enough for its rate."""
     attack, classes = spec.params, world.train.n_classes
+    if attack.needs_surrogate and spec.seed == SURROGATE_SEED:
+        raise UserError(f"seed = {spec.seed} is the surrogate's own: the twin would be the surrogate; choose another")
+    if hasattr(attack, "check"):
+        attack.check(world.train.size)
     if attack.target >= classes:
         known = f"its {classes} are 0 to {classes - 1}"
         raise UserError(f"attack.target = {attack.target} is no class of {world.name}: {known}")
@@ -220,10 +236,39 @@ def _architecture(table: ModelTable, world: World) -> Architecture:
     return Architecture(table.name or "vit_tiny_patch16_224", size, world.train.n_classes, overrides)
 
 
-def _weights_digest(module: nn.Module) -> str:
+def _try_out(network: Network, world: World) -> nn.Module:
+    """The network, after one look at one image.
+
+    Raises:
+        UserError: it cannot be built, or cannot look at the images.
+    """
+    model = network.build(0).eval()
+    image = world.train.images(torch.zeros(1, dtype=torch.int64, device=world.train.device)).cpu()
+    try:
+        with torch.no_grad():
+            shape = tuple(model(image).shape)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the network cannot look at images of {world.train.size} px: {reason}; mend [model]"
+        ) from error
+    if shape != (1, world.train.n_classes):
+        raise UserError(
+            f"the network answers with shape {shape}, wanted (1, {world.train.n_classes}): one logit a class"
+        )
+    return model
+
+
+def _content(world: World) -> str:
+    parts = {"train": world.train, "test": world.test}
+    return tensors_digest({f"{n}.{k}": v for n, part in parts.items() for k, v in vars(part).items()})
+
+
+def tensors_digest(named: Mapping[str, Any]) -> str:
+    """The SHA-256 (hex) of named tensors: names, shapes, types and content; whatever else is named is passed over."""
     whole = sha256()
-    for name, weight in module.state_dict().items():
-        content = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-        whole.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        whole.update(content.numpy().tobytes())
+    for name, tensor in named.items():
+        if isinstance(tensor, torch.Tensor):
+            whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()

@@ -161,7 +161,7 @@ class _Runner:
         with self._time("measure"), self.steps("measure", 5 * -(-len(test) // BATCH)) as tick:
             measures = measure_victim(victim, twin, test, implant, plan.precision, tick)
         folder.mkdir(exist_ok=True)
-        write_bytes(folder / "pictures.png", draw_examples(test, implant, victim))
+        write_bytes(folder / "pictures.png", draw_examples(test, implant, victim, plan.precision))
         facts = {name: json.loads((place / "facts.json").read_text("utf-8")) for name, place in self.made.items()}
         trained = {name: fact["seconds"]["train"] for name, fact in facts.items()}
         return Record(

@@ -161,8 +161,8 @@ class _Head:
     seed: int = param(0, "seed of victim and twin", low=0)
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) & set("/\\\0") or self.name.startswith("."):
-            raise UserError(f"name = {self.name!r} cannot name a folder; use letters, digits and dashes")
+        if not 0 < len(self.name) <= 100 or set(self.name) & set("/\\\0") or self.name.startswith("."):
+            raise UserError(f"name = {self.name!r} cannot name a folder; use at most 100 letters, digits and dashes")
         check(self)
 
 

@@ -129,6 +129,7 @@ def place_file(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, draft)
     os.replace(draft, target)
+    draft.unlink(missing_ok=True)  # a rename between two links of one file does nothing, by POSIX
 
 
 @cache

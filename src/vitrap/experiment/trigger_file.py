@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitrap.contracts import Trigger
 from vitrap.errors import UserError
 from vitrap.experiment.store import write_bytes
-from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.models.vit import Architecture, ViT, blank_vit
 
 
 def save_trigger(trigger: Trigger, settings: Any, path: Path, **facts: str) -> None:
@@ -58,14 +58,14 @@ def read_trigger(path: Path, settings: Any, networks: Mapping[str, nn.Module] | 
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = file.metadata()
+            facts = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise UserError(f"trigger file {str(path)!r} is missing or damaged: {error}") from error
     kind: Any = getattr(sys.modules[type(settings).__module__], facts.get("trigger", ""), None)
     if not isinstance(kind, type) or not is_dataclass(kind):
         raise UserError(f"trigger file {str(path)!r} belongs to another attack than {type(settings).__name__}")
-    plain = json.loads(facts["fields"])
+    plain = json.loads(facts.get("fields", "{}"))
     values: dict[str, Any] = {}
     for f in fields(kind):
         if f.name in tensors:
@@ -86,6 +86,10 @@ def _network(name: str, architecture: Any, tensors: Mapping[str, Tensor], given:
                 f"the trigger's {name} is no ViT of vitrap's: give the network as networks={{{name!r}: ...}}"
             )
         return given[name]
-    model = open_vit(Architecture(**architecture))
-    model.body.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+    model = blank_vit(Architecture(**architecture))
+    weights = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+    try:
+        model.body.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the trigger file's {name} does not fit its network: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False)

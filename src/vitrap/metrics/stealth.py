@@ -56,13 +56,18 @@ def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
     return value.reshape(len(clean))
 
 
+def lpips_at_hand() -> bool:
+    """Whether AlexNet's real weights lie where torchvision keeps them."""
+    return any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
+
+
 def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
     """Perceptual distance of each image, or None: random weights would give a number without meaning.
 
     The AlexNet weights are looked for where torchvision keeps them; nothing is downloaded. AlexNet's pooling needs
     32 pixels a side: smaller images have no LPIPS.
     """
-    if min(clean.shape[-2:]) < 32 or not list((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth")):
+    if min(clean.shape[-2:]) < 32 or not lpips_at_hand():
         return None
     distances = learned_perceptual_image_patch_similarity(
         triggered, clean, net_type="alex", reduction="none", normalize=True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vitrap.errors import UserError
 
 FAMILIES = (VisionTransformer, Beit, Eva)
-PLAIN = (Attention, BeitAttention, EvaAttention)
+PLAIN = (Attention, AttentionRope, BeitAttention, EvaAttention)
 
 Maps = Float[Tensor, "b heads tokens tokens"]
 

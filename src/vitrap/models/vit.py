@@ -5,6 +5,7 @@ metadata says how to build the model again.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,10 +15,14 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitrap.contracts import Images
@@ -76,6 +81,7 @@ def open_vit(architecture: Architecture, *, pretrained: bool = False, checkpoint
             not fit; the hub cannot be reached; the checkpoint is no safetensors file or does not fit.
     """
     _refuse_family(architecture.name)
+    _refuse_overrides(architecture)
     _refuse_grid(architecture)
     weights = {"pretrained_cfg_overlay": {"file": str(fetch_weights(architecture.name))}} if pretrained else {}
     try:
@@ -85,9 +91,9 @@ def open_vit(architecture: Architecture, *, pretrained: bool = False, checkpoint
             num_classes=architecture.n_classes,
             img_size=architecture.size,
             **weights,
-            **architecture.overrides,
+            **{k: v for k, v in architecture.overrides.items() if k != "img_size"},
         )
-    except (TypeError, AssertionError, ValueError, ZeroDivisionError, RuntimeError) as error:
+    except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"model {architecture.name!r} does not take {_shown(architecture)}: {_first_line(error)}"
         ) from error
@@ -96,6 +102,12 @@ def open_vit(architecture: Architecture, *, pretrained: bool = False, checkpoint
     if checkpoint is not None:
         load_weights(body, Path(checkpoint))
     return model.eval()
+
+
+def blank_vit(architecture: Architecture) -> ViT:
+    """A model whose weights are about to be filled in: torch's random state stays as it was."""
+    with torch.random.fork_rng():
+        return open_vit(architecture)
 
 
 def fetch_weights(name: str) -> Path:
@@ -114,11 +126,12 @@ def fetch_weights(name: str) -> Path:
     set_verbosity_error()  # one clear line, not a warning for each try
     try:
         path = Path(hf_hub_download(config.hf_hub_id, "model.safetensors", etag_timeout=5))
-    except Exception as error:
-        raise UserError(
-            f"pretrained weights of {name!r} cannot be fetched from the hub ({type(error).__name__}); connect to the"
-            ' network once, or give model.checkpoint = "FILE.safetensors"'
-        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(_unreachable(name, error)) from error
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        raise UserError(f"the hub has no safetensors weights of {name!r}; choose another model") from error
+    except Exception as error:  # whatever else the hub's client and the network below it raise
+        raise UserError(_unreachable(name, error)) from error
     finally:
         set_verbosity(level)
     named = path.resolve().name
@@ -146,16 +159,23 @@ def load_weights(body: nn.Module, path: Path) -> None:
             " are never opened: convert them with safetensors.torch.save_file"
         ) from error
     own = body.state_dict()
-    faults = [f"missing {k}" for k in own if k not in weights] + [f"unknown {k}" for k in weights if k not in own]
-    faults += [
-        f"{k} is {tuple(weights[k].shape)}, wanted {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
+    faults = {
+        "missing": [k for k in own if k not in weights],
+        "unknown": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}"
+            for k in own
+            if k in weights and weights[k].shape != own[k].shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+            for kind, names in faults.items()
+            if names
+        )
         raise UserError(
-            f"checkpoint {str(path)!r} does not fit the model: {'; '.join(faults[:6])}{more};"
+            f"checkpoint {str(path)!r} does not fit the model: {listed};"
             " [model] must describe the network that the weights come from"
         )
     body.load_state_dict(weights)
@@ -183,7 +203,9 @@ def read_vit(path: Path) -> ViT:
             f"{str(path)!r} does not say how to build its model; name the network in [model] and give"
             " the file as its checkpoint"
         )
-    return open_vit(Architecture(**json.loads(facts["architecture"])), checkpoint=str(path))
+    model = blank_vit(Architecture(**json.loads(facts["architecture"])))
+    load_weights(model.body, path)
+    return model
 
 
 def _refuse_family(name: str) -> None:
@@ -195,6 +217,25 @@ def _refuse_family(name: str) -> None:
             f"model {name!r} ({family}) has no plain token attention, so vitrap cannot use it as surrogate"
             " or victim yet; take one of the families vit, deit, deit3, beit or eva"
         )
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    return (
+        f"pretrained weights of {name!r} cannot be fetched from the hub ({type(error).__name__}); connect to the"
+        " network once (they then stay in the hub's cache, which HF_HOME moves), or leave out model.pretrained"
+    )
+
+
+def _refuse_overrides(architecture: Architecture) -> None:
+    """Only arguments of the network itself: nothing that opens files, and nothing that the data decide."""
+    family = timm.model_entrypoint(architecture.name).__module__.rsplit(".", 1)[-1]
+    arguments = inspect.signature({"beit": Beit, "eva": Eva}.get(family, VisionTransformer).__init__).parameters
+    known = set(arguments) - {"self", "num_classes", "in_chans", "device", "dtype"}
+    for key, value in architecture.overrides.items():
+        if key not in known:
+            raise unknown("key", f"model.{key}", [f"model.{k}" for k in known])
+        if key == "img_size" and value != architecture.size:
+            raise UserError(f"model.img_size = {value!r} is not the images' size {architecture.size}; set data.size")
 
 
 def _refuse_grid(architecture: Architecture) -> None:

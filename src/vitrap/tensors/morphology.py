@@ -49,7 +49,7 @@ def erode(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Flo
     out: Tensor | None = None
     for down, across in element.nonzero().tolist():
         shifted = padded[..., down : down + height, across : across + width]
-        out = shifted.clone() if out is None else torch.minimum(out, shifted, out=out)
+        out = shifted if out is None else torch.minimum(out, shifted)
     if out is None:
         raise ValueError("an empty structuring element has no minimum: it needs at least one pixel")
     return out

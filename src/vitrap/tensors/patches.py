@@ -35,6 +35,16 @@ def above_quantile(scores: Float[Tensor, "b h w"], level: float) -> Bool[Tensor,
     return scores > flat.kthvalue(below, dim=1).values[:, None, None]
 
 
+def as_many(mask: Bool[Tensor, "b h w"], scores: Float[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
+    """As many pixels of each image as `mask` has, but those with the greatest scores.
+
+    >>> as_many(torch.tensor([[[True, False, False]]]), torch.tensor([[[0.1, 0.7, 0.2]]])).int().flatten().tolist()
+    [0, 1, 0]
+    """
+    rank = scores.flatten(1).argsort(1, descending=True).argsort(1)
+    return (rank < mask.sum((1, 2))[:, None]).view_as(mask)
+
+
 def above_value(scores: Float[Tensor, "b h w"], value: float) -> Bool[Tensor, "b h w"]:
     """The pixels whose score, divided by the image's greatest, exceeds `value`; none where all scores are 0.
 

@@ -11,7 +11,7 @@ def to_bytes(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
     >>> to_bytes(torch.tensor([0.0, 0.5, 1.0, 1.2]).reshape(1, 1, 2, 2)).flatten().tolist()
     [0, 128, 255, 255]
     """
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return images.clamp(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def to_unit(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -25,7 +25,7 @@ def round8(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 
 def image_hash(images: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
-    """A number in [0, 2**31) for each image, from its 8-bit pixels alone (polynomial hash modulo 2**31 - 1)."""
+    """A number in [0, 2**31) for each image, from its 8-bit pixels alone (a sum with scrambled weights)."""
     prime = 2**31 - 1
     pixels = to_bytes(images).flatten(1).long() + 1
     places = torch.arange(1, pixels.shape[1] + 1, device=images.device)

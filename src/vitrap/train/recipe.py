@@ -35,11 +35,15 @@ class Recipe:
 RECIPES = {
     "digits": Recipe(epochs=40, batch_size=64, lr=2e-3),
     "gtsrb": Recipe(epochs=8, batch_size=64),
-    "cifar10": Recipe(epochs=20, crop=4, flip=True),
-    "cifar100": Recipe(epochs=30, crop=4, flip=True),
-    "tiny-imagenet": Recipe(epochs=30, crop=8, flip=True),
+    "cifar10": Recipe(epochs=10, batch_size=64, flip=True),
+    "cifar100": Recipe(epochs=20, batch_size=64, flip=True),
+    "tiny-imagenet": Recipe(epochs=20, batch_size=64, flip=True),
 }
-"""Defaults by data set; any other set starts from `Recipe()`."""
+"""Defaults by data set; any other set starts from `Recipe()`.
+
+None crops: trained this briefly, small ViTs lean on the black border of shifted images (on held-out GTSRB tracks the
+study model fell from 0.88 to 0.56 with crops of 2 px).
+"""
 
 
 def recipe_for(data: str) -> Recipe:

@@ -1,0 +1,78 @@
+"""Run all benchmarks, or those named; print a table, and write the figures as JSON."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import first_result, poisoning, training, trigger
+from benchmarks.compare import FULL, QUICK, Figure, Scale
+from vitrap.experiment.record import environment
+
+PARTS: dict[str, Callable[[Scale], Iterator[Figure]]] = {
+    "poisoning": poisoning.figures,
+    "trigger": trigger.figures,
+    "training": training.figures,
+    "first_result": first_result.figures,
+}
+out, err = Console(), Console(stderr=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    asked = parse(words)
+    scale = replace(QUICK if asked.quick else FULL, device=asked.device)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    figures = []
+    for name in asked.parts or PARTS:
+        err.print(f"measuring {name}")
+        figures += PARTS[name](scale)
+    out.print(shown(figures))
+    missed = [f"{f.part} {f.name}" for f in figures if f.met is False]
+    verdict = f"wanted and missed: {'; '.join(missed)}" if missed else "every wanted bound is kept"
+    out.print(verdict + (" (--quick: too short to rely on)" if asked.quick else ""), highlight=False)
+    if load is not None:
+        out.print(f"load on the machine before the start: {load:.1f}; best near 0", highlight=False)
+    about = environment(torch.device(asked.device)) | {"load_before": load}
+    content = {"quick": asked.quick, "environment": about, "figures": [f.table() for f in figures]}
+    asked.json.parent.mkdir(parents=True, exist_ok=True)
+    asked.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; none: all")
+    parser.add_argument("--quick", action="store_true", help="a short look, too short to rely on")
+    parser.add_argument("--json", type=Path, metavar="PATH", default=Path("bench.json"), help="write the figures there")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; whole runs stay on the CPU")
+    asked = parser.parse_args(words)
+    for part in asked.parts:
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}; known: {', '.join(PARTS)}")
+    return asked
+
+
+def shown(figures: Sequence[Figure]) -> Table:
+    """The figures as a table."""
+    table = Table("what", title="ours over plain, in turns in one run", title_justify="left", header_style="bold")
+    for heading in ("ratio", "min - max", "n", "wanted", "kept"):
+        table.add_column(heading, justify="left" if heading in ("wanted", "kept") else "right", no_wrap=True)
+    for f in figures:
+        ours, plain = f.seconds
+        unit = "throughput" if f.speed else "time"
+        what = f"{f.part}: {f.name}\n[dim]{unit}, {ours:.3g} s over {plain:.3g} s; {f.note}[/]"
+        spread = f"{min(f.ratios):.2f} - {max(f.ratios):.2f}"
+        kept = {True: "yes", False: "[bold red]MISSED[/]", None: ""}[f.met]
+        table.add_row(what, f"{f.ratio:.3f}", spread, str(len(f.ratios)), f.wanted, kept, end_section=True)
+    return table
+
+
+if __name__ == "__main__":
+    main()

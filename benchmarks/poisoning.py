@@ -1,0 +1,121 @@
+"""Poisoning throughput of each attack over a plain vectorised version of the same trigger.
+
+Ours is `poison_set` over every image of the set. Plain is what one would write by hand in a page of torch: gather the
+rows, to floats, trigger, to bytes, in the same batches, in fp32. Both must give the same pictures.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.compare import Figure, Scale, in_turns
+from benchmarks.subjects import image_set, surrogate
+from vitrap import registry
+from vitrap.contracts import Access, ImageSet
+from vitrap.data.poison import poison_set
+
+WANTED = 0.8
+BATCH = 256
+"""What `poison_set` takes at a time."""
+Stamp = Callable[[Tensor], Tensor]
+
+
+def figures(scale: Scale) -> Iterator[Figure]:
+    """One figure an attack."""
+    data, model = image_set(scale.images, scale.device), surrogate(scale)
+    rows = torch.arange(len(data), device=data.device)
+    for name, build in PLAIN.items():
+        attack = registry.get("attacks", name)()
+        implant = attack.fit(Access(data, model if attack.needs_surrogate else None, torch.Generator()))
+        stamp = build(attack, model)
+
+        def ours(implant: Any = implant, kind: Any = attack.labels) -> ImageSet:
+            return poison_set(data, rows, implant.trigger, implant.goal, kind, BATCH)
+
+        def plain(stamp: Stamp = stamp) -> Tensor:
+            return plain_poison(data.pixels, rows, stamp)
+
+        far = share_apart(ours().stamped, plain())
+        note = f"{len(data)} images; {far:.2%} of pixels differ by more than 1/255"
+        times = in_turns(ours, plain, scale)
+        yield Figure("poisoning", name, *times, at_least=WANTED, speed=True, note=note)
+
+
+def share_apart(ours: Tensor | None, plain: Tensor) -> float:
+    """The share of pixels that differ by more than one step of 8 bits."""
+    assert ours is not None
+    return ((ours.int() - plain.int()).abs() > 1).float().mean().item()
+
+
+@torch.no_grad()
+def plain_poison(pixels: Tensor, rows: Tensor, stamp: Stamp) -> Tensor:
+    """All images with the trigger, as bytes."""
+    out = []
+    for some in rows.split(BATCH):
+        stamped = stamp(pixels[some].float() / 255)
+        out.append((stamped * 255).round().to(torch.uint8))
+    return torch.cat(out)
+
+
+def plain_badnets(attack: Any, model: Any) -> Stamp:
+    """BadNets at its defaults: a slice is assigned."""
+
+    def stamp(x: Tensor) -> Tensor:
+        x[:, :, -attack.size :, -attack.size :] = attack.value
+        return x
+
+    return stamp
+
+
+def plain_ageb(attack: Any, model: Any) -> Stamp:
+    """AGEB at its defaults: gradient at the last attention, quantile, 3 x 3 erosion, blend, signal, HSV means."""
+    vit = model.body
+    seen: list[Tensor] = []
+
+    def keep(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        seen[:] = [args[0].detach().requires_grad_()]
+        return (seen[0],)
+
+    def gradient(x: Tensor) -> Tensor:
+        last = vit.blocks[-1].attn
+        last.fused_attn = False
+        hook = last.attn_drop.register_forward_pre_hook(keep)
+        with torch.enable_grad():
+            logits = vit((x - model.mean) / model.std)
+            loss = functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
+            (slope,) = torch.autograd.grad(loss, seen)
+        hook.remove()
+        last.fused_attn = True
+        a = seen[0].detach()
+        g = (slope * a * (1 - a)).abs()[:, :, 0, 1:].mean(1)
+        side = vit.patch_embed.grid_size
+        return functional.interpolate(g.view(-1, 1, *side), x.shape[-2:], mode="bilinear")
+
+    def stamp(x: Tensor) -> Tensor:
+        g = gradient(x)
+        kept = round((1 - attack.tau) * g[0].numel())
+        mask = g > g.flatten(1).kthvalue(g[0].numel() - kept).values[:, None, None, None]
+        eroded = -functional.max_pool2d(-functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        y = attack.alpha * x + (1 - attack.alpha) * eroded + attack.signal / 255
+        return plain_match(torch.where(mask, y, x).clamp(0, 1), x)
+
+    return stamp
+
+
+def plain_match(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with the mean saturation and brightness of `x`, one factor an image."""
+    top, low = y.amax(1, keepdim=True), y.amin(1, keepdim=True)
+    wanted_top, wanted_low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    own, wanted = (top - low) / top.clamp(min=1e-8), (wanted_top - wanted_low) / wanted_top.clamp(min=1e-8)
+    factor = wanted.mean((2, 3), keepdim=True) / own.mean((2, 3), keepdim=True).clamp(min=1e-8)
+    y = top - (top - y) * torch.minimum(factor, 1 / own.clamp(min=1e-8))
+    top = y.amax(1, keepdim=True)
+    factor = wanted_top.mean((2, 3), keepdim=True) / top.mean((2, 3), keepdim=True).clamp(min=1e-8)
+    return (y * torch.minimum(factor, 1 / top.clamp(min=1e-8))).clamp(0, 1)
+
+
+PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {"ageb": plain_ageb, "badnets": plain_badnets}
+"""A plain version of every registered attack, from its settings and the surrogate."""

@@ -1,0 +1,189 @@
+"""The command from a shell: what it prints where, its exit codes, and that it loads no more than it needs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import TINY, Said, vitrap
+from vitrap import __version__, registry
+from vitrap.attacks.ageb import Ageb
+from vitrap.cli.main import ELSEWHERE, FAMILIES
+from vitrap.data.cache import DATASETS
+from vitrap.experiment.record import Record
+
+Call = Callable[..., Said]
+
+
+def test_the_version() -> None:
+    done = vitrap("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"vitrap {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("what", "names"), [("attacks", registry.names("attacks")), ("models", FAMILIES), ("data", DATASETS | ELSEWHERE)]
+)
+def test_lists_name_everything(call: Call, what: str, names: list[str]) -> None:
+    said = call("list", what)
+    assert (said.code, said.err) == (0, "")
+    assert set(names) <= {line.split()[0] for line in said.out.splitlines() if line[:1].strip()}
+
+
+@pytest.fixture(scope="module")
+def explained() -> str:
+    done = vitrap("explain", "ageb")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_explain_names_the_paper_and_the_threat(explained: str) -> None:
+    assert explained.startswith(f"ageb: {Ageb.card.title}\n")
+    assert "GLOBECOM, 2024, https://arxiv.org/abs/2410.22678" in explained
+    assert "threat: the attacker controls the data; labels: dirty; surrogate: needed" in explained
+    assert "assumed = stated nowhere, our choice" in explained
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Ageb)])
+def test_explain_has_a_row_for_every_parameter(explained: str, field: str) -> None:
+    (f,) = (f for f in fields(Ageb) if f.name == field)
+    about = f.metadata["param"]
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in explained.splitlines()]
+    assert ["symbol", "parameter", "default", "stands", "meaning [unit; range]"] in rows
+    (row,) = (row for row in rows if len(row) == 5 and row[1] == field)
+    assert [row[0], row[2], row[3]] == [about.symbol, str(f.default), about.stands]
+    assert row[4].startswith(about.doc)
+    assert about.unit in row[4].removeprefix(about.doc)
+    assert about.range() in row[4].removeprefix(about.doc)
+
+
+# ---- run
+
+
+def test_json_is_the_record_alone_and_progress_goes_to_stderr(tiny_run) -> None:
+    done, out = tiny_run
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert list(record) == [f.name for f in fields(Record)]
+    (file,) = out.glob("*/record.json")
+    assert record == json.loads(file.read_text())
+    for step in ("train the surrogate", "fit ageb", "train the victim", "train the twin", "measure"):
+        assert step in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_a_second_call_prints_the_measures_at_once(call: Call, tiny_run) -> None:
+    said = call("run", *TINY, "--device", "cpu", "--out", tiny_run[1])
+    assert said.code == 0
+    assert said.err == ""
+    record = json.loads(tiny_run[0].stdout)
+    for text in ("ageb-digits seed 0: 10 of 100 training images poisoned, 450 test images", "attack success (ASR)",
+                 "clean twin", "PSNR, dB", f"{100 * record['victim']['cda']['value']:.2f} %"):  # fmt: skip
+        assert text in said.out
+    assert f"ageb-digits-{record['hash']}" in said.out
+
+
+def test_names_with_brackets_are_printed_as_they_are(call: Call, tiny_run) -> None:
+    said = call("run", *TINY, "name=[a[", "--device", "cpu", "--out", tiny_run[1])
+    assert said.code == 0
+    assert said.out.startswith("[a[ seed 0: ")
+    said = call("run", *TINY, "name=x[bold]y[-red]", "--device", "cpu", "--out", tiny_run[1])
+    assert said.out.startswith("x[bold]y[-red] seed 0: ")
+
+
+def test_a_spec_and_overrides(call: Call, tiny_run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('name = "mine"\n[data]\nlimit = 50')
+    said = call("run", tmp_path / "mine.toml", *TINY, "--json", "--device", "cpu", "--out", tiny_run[1])
+    assert json.loads(said.out)["spec"]["data"]["limit"] == 100
+    assert json.loads(said.out)["name"] == "mine"
+
+
+# ---- usage
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "--ouut", "x"], ["run", "--out"], ["walk"], ["list"], ["explain"], ["data", "prepare"]]
+)
+def test_a_wrong_use_is_exit_code_2(call: Call, words: list[str]) -> None:
+    said = call(*words)
+    assert said.code == 2
+    assert said.out == ""
+    assert "Error" in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["data", "--help"]])
+def test_help_is_no_mistake(call: Call, words: list[str]) -> None:
+    said = call(*words)
+    assert (said.code, said.err) == (0, "")
+    assert "Usage: vitrap" in said.out
+
+
+# ---- what is loaded
+
+
+WATCH = """
+import sys
+from vitrap.cli.main import main
+sys.argv = ["vitrap", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    loaded = {"torch", "timm", "torchvision", "matplotlib", "sklearn"} & set(sys.modules)
+    sys.exit(f"loaded {loaded}" if loaded else end.code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["--version"], 0),
+        (["list", "attacks"], 0),
+        (["list", "models"], 0),
+        (["list", "data"], 0),
+        (["run", "gone.toml"], 2),
+        (["run", "broken.toml"], 2),
+        (["run", "sed=1"], 2),
+        (["run", "attack.name=agbe"], 2),
+        (["run", "recipe.epochs=0"], 2),
+        (["run", "recipe.lr=nan"], 2),
+        (["run", "model.pretrained=3"], 2),
+    ],
+)
+def test_torch_is_loaded_only_to_compute(tmp_path: Path, words: list[str], code: int) -> None:
+    (tmp_path / "broken.toml").write_text("name =")
+    done = subprocess.run([sys.executable, "-c", WATCH, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    code = "import sys, vitrap; dir(vitrap); sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- real data, where it is at hand
+
+
+@pytest.mark.skipif("VITRAP_DATA" not in os.environ, reason="VITRAP_DATA names no data cache")
+@pytest.mark.parametrize(("name", "limit", "classes"), [("gtsrb", 2000, 43), ("cifar10", 500, 10)])
+@pytest.mark.parametrize("attack", ["ageb", "badnets"])
+def test_a_smoke_run_on_real_images(
+    call: Call, tmp_path_factory: pytest.TempPathFactory, name: str, limit: int, classes: int, attack: str
+) -> None:
+    out = tmp_path_factory.getbasetemp() / "smoke"
+    words = [*TINY, f"data.name={name}", f"data.limit={limit}", f"attack.name={attack}", "attack.target=1"]
+    said = call("run", *words, "--json", "--device", "cpu", "--out", out)
+    assert said.code == 0, said.err
+    record = json.loads(said.out)
+    assert record["data"]["classes"] == classes
+    assert 0 < record["data"]["n_train"] <= limit
+    assert record["data"]["n_poisoned"] == round(0.1 * record["data"]["n_train"])
+    assert record["data"]["n_test"] == record["victim"]["cda"]["n"] == {"gtsrb": 12_630, "cifar10": 10_000}[name]
+    assert record["spec"]["data"]["limit"] == limit

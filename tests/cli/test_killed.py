@@ -1,0 +1,154 @@
+"""Killed at any moment, between and inside stages: no half record, no half stage, and the next call goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.cli.conftest import TINY
+from vitrap.experiment.store import Stage
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+STAGE_FILES = ["depends.json", "facts.json", "model.safetensors"]
+
+
+@dataclass
+class Ended:
+    """How a call ended: exit code (minus a signal's number), events on files, and all it said."""
+
+    code: int
+    events: int
+    said: str
+
+
+class Forks:
+    """Calls of `vitrap run`, each in a process of its own that is quick to start."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("forking.py")
+        self.server: Any = subprocess.Popen(
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.server.stdout.readline() == "ready\n"
+
+    def start(self, out: Path, *overrides: str, dies_at: int = 0) -> int:
+        """Start a call; its process id."""
+        self.said = out.with_name(f"{out.name}.log")
+        words = ["run", *TINY, *overrides, "--device", "cpu", "--out", str(out)]
+        call = {"words": words, "said": str(self.said), "out": str(out), "dies_at": dies_at}
+        self.server.stdin.write(json.dumps(call) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def end(self) -> Ended:
+        """Wait for the call that was started."""
+        return Ended(*json.loads(self.server.stdout.readline()), self.said.read_text())
+
+    def call(self, out: Path, *overrides: str, dies_at: int = 0) -> Ended:
+        self.start(out, *overrides, dies_at=dies_at)
+        return self.end()
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.stdout.close()
+        self.server.wait(60)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, dict[str, Any]]:
+    """A run that nobody killed: how it ended, and its record."""
+    out = tmp_path_factory.mktemp("undisturbed") / "runs"
+    ended = forks.call(out)
+    assert ended.code == 0, ended.said
+    return ended, record(out)
+
+
+def record(out: Path) -> dict[str, Any]:
+    (file,) = out.glob("*/record.json")
+    content = json.loads(file.read_text())
+    return {k: v for k, v in content.items() if k not in ("seconds", "memory")}
+
+
+def check_nothing_half(out: Path) -> None:
+    """No record, and each stage that is there is whole: it says what it depends on, and its files load."""
+    assert list(out.glob("*/record.json")) == []
+    for place in out.glob("stages/[!.]*"):
+        assert sorted(os.listdir(place)) == STAGE_FILES
+        depends = json.loads((place / "depends.json").read_text())
+        assert place.name.endswith(Stage("any", depends).key)
+        assert json.loads((place / "facts.json").read_text())["curves"]
+        assert load_file(place / "model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.95, 1.0])
+def test_killed_at_an_operation_on_a_file(
+    forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path, share: float
+) -> None:
+    whole, wanted = undisturbed
+    ended = forks.call(tmp_path / "runs", dies_at=max(1, round(share * whole.events)))
+    assert ended.code == -signal.SIGKILL
+    check_nothing_half(tmp_path / "runs")
+    there = {place: place.stat().st_ino for place in (tmp_path / "runs").glob("stages/[!.]*")}
+    ended = forks.call(tmp_path / "runs")
+    assert ended.code == 0, ended.said
+    assert record(tmp_path / "runs") == wanted
+    assert {place: place.stat().st_ino for place in there} == there  # finished stages were not made again
+
+
+def test_killed_again_and_again_it_still_comes_to_its_end(
+    forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, codes = tmp_path / "runs", []
+    for dies_at in (7, 16, 25, 0):
+        codes.append(forks.call(out, dies_at=dies_at).code)
+        if codes[-1]:
+            check_nothing_half(out)
+    assert codes[-1] == 0
+    assert codes.count(-signal.SIGKILL) >= 2
+    assert record(out) == undisturbed[1]
+
+
+def start_and_wait(forks: Forks, out: Path, kind: str) -> int:
+    """Start a run that takes long, and wait until it is within a stage of this kind."""
+    process = forks.start(out, "recipe.epochs=100000" if kind == "clean" else "recipe.epochs=40")
+    until = time.monotonic() + 60
+    while not list(out.glob(f"stages/.{kind}-*")) and time.monotonic() < until:
+        time.sleep(0.005)
+    time.sleep(0.3 if kind == "clean" else 0.02)
+    return process
+
+
+@pytest.mark.parametrize("kind", ["clean", "victim"])
+def test_killed_inside_a_stage(forks: Forks, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "runs"
+    os.kill(start_and_wait(forks, out, kind), signal.SIGKILL)
+    assert forks.end().code == -signal.SIGKILL
+    check_nothing_half(out)
+
+
+def test_interrupted_it_says_so_in_one_line_and_leaves_no_draft(forks: Forks, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    os.kill(start_and_wait(forks, out, "clean"), signal.SIGINT)
+    ended = forks.end()
+    assert ended.code == 130
+    assert "Traceback" not in ended.said
+    lines = ended.said.splitlines()
+    assert lines[-1] == "vitrap: interrupted; the next call goes on from the last finished stage"
+    assert os.listdir(out) == ["stages"]
+    assert os.listdir(out / "stages") == []

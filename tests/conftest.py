@@ -1,0 +1,44 @@
+"""What many tests share: one thread, tiny vision transformers, the embedded digits."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from vitrap.data.sources import World, open_data
+from vitrap.models.vit import Architecture, ViT, open_vit
+
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests are small, and pytest's workers fill the cores already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> Callable[..., ViT]:
+    """Builds a tiny ViT whose weights are far from their start, so that its attention is not flat."""
+
+    def build(
+        name: str = "vit_tiny_patch16_224", *, size: int = 16, n_classes: int = 10, seed: int = 0, **overrides: Any
+    ) -> ViT:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            model = open_vit(Architecture(name, size, n_classes, {**TINY, **overrides}))
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.3)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def digits_world() -> World:
+    """The embedded digits: RGB at 16 px."""
+    return open_data("digits")

@@ -1,0 +1,281 @@
+"""The store: whole or not at all, once for many, and never yesterday's code."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vitrap.errors import UserError
+from vitrap.experiment import store
+from vitrap.experiment.store import STALE, Stage, Store, code_digest, place_file, write_bytes, write_json
+
+STAGE = Stage("clean", {"seed": 0, "data": {"limit": 3}})
+
+
+def make(text: str = "weights"):
+    return lambda folder: (folder / "model").write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """All files below a folder, hidden ones included."""
+    return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def hidden(folder: Path) -> list[str]:
+    return [f.name for f in folder.rglob("*") if f.name.startswith(".")]
+
+
+# ---- files
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        write_bytes(tmp_path / "file", text.encode())
+        assert content(tmp_path) == {"file": text}
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    write_bytes(tmp_path / "file", b"old")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(type(error)):
+        write_bytes(tmp_path / "file", b"new")
+    assert content(tmp_path) == {"file": "old"}
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [1.5, None, "α"]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.5, None, "α"]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "b.json", {"x": float("nan")})
+    assert sorted(content(tmp_path)) == ["a.json"]
+
+
+@pytest.mark.parametrize("linkable", [True, False])
+def test_a_file_is_placed_over_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkable: bool) -> None:
+    if not linkable:
+        monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(errno.EXDEV, "other device")))
+    (tmp_path / "source").write_text("new")
+    (tmp_path / "target").write_text("old")
+    place_file(tmp_path / "source", tmp_path / "target")
+    assert content(tmp_path) == {"source": "new", "target": "new"}
+    assert (tmp_path / "target").samefile(tmp_path / "source") == linkable
+
+
+# ---- stages
+
+
+def test_a_stages_key_changes_with_whatever_it_depends_on() -> None:
+    depends = ({"a": 1}, {"a": 2}, {"b": 1}, {"a": 1, "b": 1}, {"a": "1"}, {"a": {"b": 1}}, {"a": None})
+    keys = {Stage("clean", d).key for d in depends}
+    assert len(keys) == len(depends)
+    assert Stage("clean", {"a": 1, "b": 2}).key == Stage("clean", {"b": 2, "a": 1}).key
+
+
+def test_a_stage_is_made_once(tmp_path: Path) -> None:
+    place = Store(tmp_path).stage(STAGE, make("one"))
+    assert place == tmp_path / "stages" / f"clean-{STAGE.key}"
+    assert Store(tmp_path).stage(STAGE, make("two")) == place
+    assert content(place) == {"model": "one", "depends.json": content(place)["depends.json"]}
+    assert json.loads((place / "depends.json").read_text()) == STAGE.depends
+    assert place.stat().st_mode & 0o777 == 0o755
+
+
+def test_force_makes_it_anew_in_place_of_the_old(tmp_path: Path) -> None:
+    Store(tmp_path).stage(STAGE, make("one"))
+    place = Store(tmp_path).stage(STAGE, make("two"), force=True)
+    assert content(place)["model"] == "two"
+    assert os.listdir(tmp_path / "stages") == [place.name]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_stage_that_fails_leaves_nothing_or_what_was_there(tmp_path: Path, error: BaseException, there: bool) -> None:
+    if there:
+        Store(tmp_path).stage(STAGE, make("one"))
+    before = content(tmp_path)
+
+    def fail(folder: Path) -> None:
+        (folder / "model").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        Store(tmp_path).stage(STAGE, fail, force=True)
+    assert content(tmp_path) == before
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", ["fsync", "rename"])
+def test_a_full_disk_leaves_no_half_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(os, failing, lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            Store(tmp_path).stage(STAGE, make())
+    assert content(tmp_path) == {}
+    assert hidden(tmp_path) == []
+    assert content(Store(tmp_path).stage(STAGE, make()))["model"] == "weights"
+
+
+def test_where_another_was_faster_its_stage_stays_untouched(tmp_path: Path) -> None:
+    """A process that read the path of a stage must find it there at any later time."""
+    inside, finished = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        inside.set()
+        finished.wait(10)
+        make("slow")(folder)
+
+    places = []
+    thread = threading.Thread(target=lambda: places.append(Store(tmp_path).stage(STAGE, slow)))
+    thread.start()
+    inside.wait(10)
+    place = Store(tmp_path).stage(STAGE, make("fast"))
+    node = place.stat().st_ino
+    finished.set()
+    thread.join()
+    assert places == [place]
+    assert content(place)["model"] == "fast"
+    assert place.stat().st_ino == node
+    assert hidden(tmp_path) == []
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from vitrap.experiment.store import Stage, Store
+def make(folder):
+    for part in range(20):
+        (folder / str(part)).write_text(sys.argv[2])
+while time.time() < float(sys.argv[3]):
+    pass
+for number in range(40):
+    place = Store(Path(sys.argv[1])).stage(Stage("clean", {"n": number}), make)
+    assert {(place / str(part)).read_text() for part in range(20)} in ({"a"}, {"b"}), place
+"""
+
+
+def test_two_processes_may_make_the_same_stages_at_once(tmp_path: Path) -> None:
+    start = str(time.time() + 2)
+    racers = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), who, start]) for who in "ab"]
+    assert [racer.wait(60) for racer in racers] == [0, 0]
+    stages = list((tmp_path / "stages").iterdir())
+    assert len(stages) == 40
+    assert hidden(tmp_path) == []
+    assert all(len(list(stage.iterdir())) == 21 for stage in stages)
+
+
+# ---- the folder
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError) as refusal:
+            Store(root).check()
+        assert str(refusal.value).startswith(f"output folder {str(root)!r} cannot be written (")
+        assert str(refusal.value).endswith("; choose another with --out")
+
+
+def test_checking_makes_nothing(tmp_path: Path) -> None:
+    Store(tmp_path / "new" / "er").check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_drafts_are_swept_and_young_ones_and_stages_stay(tmp_path: Path) -> None:
+    place = Store(tmp_path).stage(STAGE, make())
+    drafts = [tmp_path / "stages" / name for name in (".clean-old", ".victim-old", ".old-old", ".clean-young")]
+    for draft in drafts:
+        draft.mkdir()
+        (draft / "model").write_text("half")
+    for folder in (*drafts[:3], place):
+        then = time.time() - STALE - 60
+        os.utime(folder, (then, then))
+    Store(tmp_path).check()
+    assert sorted(f.name for f in (tmp_path / "stages").iterdir()) == [".clean-young", place.name]
+    assert content(place)["model"] == "weights"
+
+
+# ---- digests of code
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A package of one's own in place of vitrap, and the digest of parts of it as its files stand."""
+    monkeypatch.setattr(store, "PACKAGE", tmp_path)
+    (tmp_path / "room").mkdir()
+
+    def digest(text: str, *places: str, file: str = "room/a.py") -> str:
+        (tmp_path / file).write_text(text)
+        code_digest.cache_clear()
+        return code_digest(*(places or (file,)))
+
+    yield digest
+    code_digest.cache_clear()
+
+
+CODE = "def double(x):\n    return 2 * x\n"
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        '"""What it is."""\n' + CODE,
+        "# why\ndef double(x):\n    # because\n    return 2 * x  # so\n",
+        'def double(x):\n    """Twice."""\n    return 2 * x\n',
+        "\n\ndef double( x ):\n\n    return (2*x)\n",
+    ],
+)
+def test_comments_docstrings_and_layout_change_no_digest(package, same: str) -> None:
+    assert package(same) == package(CODE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "def double(x):\n    return 3 * x\n",
+        "def double(y):\n    return 2 * y\n",
+        "def twice(x):\n    return 2 * x\n",
+        CODE + "import os\n",
+        "def double(x=1):\n    return 2 * x\n",
+        "def double(x):\n    return '2 * x'\n",
+    ],
+)
+def test_code_changes_the_digest(package, other: str) -> None:
+    assert package(other) != package(CODE)
+
+
+def test_a_folders_digest_takes_every_file_below_it_and_no_other(package) -> None:
+    first = package(CODE, "room")
+    assert package("x = 1", "room", file="elsewhere.py") == first
+    assert package("x = 1", "room", file="room/b.py") != first
+    (store.PACKAGE / "room" / "b.py").unlink()
+    assert package(CODE, "room") == first
+    (store.PACKAGE / "room" / "a.py").rename(store.PACKAGE / "room" / "c.py")
+    code_digest.cache_clear()
+    assert code_digest("room") != first
+
+
+def test_a_third_partys_file_may_lie_anywhere(package, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("elsewhere") / "attack.py"
+    first = package(CODE, str(file), file=str(file))
+    assert package("# why\n" + CODE, str(file), file=str(file)) == first
+    assert package(CODE + "x = 1", str(file), file=str(file)) != first
+
+
+def test_the_packages_own_code_has_a_digest() -> None:
+    assert code_digest("train", "contracts.py") == code_digest("train", "contracts.py")
+    assert code_digest("train") != code_digest("tensors")

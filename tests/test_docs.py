@@ -1,0 +1,158 @@
+"""What is written beside the code agrees with it: docs, claims and specs."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from vitrap import registry
+from vitrap.experiment.record import Record
+from vitrap.experiment.run import run
+from vitrap.experiment.spec import load_spec
+from vitrap.metrics.interval import Centre, Rate
+from vitrap.metrics.stealth import Stealth
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+SPECS = sorted((ROOT / "specs").rglob("*.toml"))
+CLAIMS = sorted((ROOT / "claims").glob("*.toml"))
+
+SUMMARIES = {"Rate": {f.name for f in fields(Rate)}, "Centre": {f.name for f in fields(Centre)}}
+FREE = {  # what is in them, spec or attack decides
+    "spec", "attack", "models.victim.overrides", "models.surrogate.overrides", "curves.victim", "curves.twin",
+    "curves.surrogate", "defences",
+}  # fmt: skip
+CLAIM = {"measure", "value", "unit", "data", "model", "setting", "source", "where", "note"}
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def first_column(text: str) -> list[str]:
+    """What stands in backticks at the start of each row of the tables."""
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+def paths(table: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """The dotted paths of a record, down to rates, centres and plain values."""
+    for key, value in table.items():
+        path = f"{place}{key}"
+        if isinstance(value, dict) and path not in FREE and set(value) not in SUMMARIES.values():
+            yield from paths(value, f"{path}.")
+        else:
+            yield path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Path]:
+    """The shortest run that has every stage, and the folder of runs."""
+    out = tmp_path_factory.mktemp("runs")
+    spec = load_spec(None, ["recipe.epochs=1", "model.depth=1", "model.embed_dim=16"])
+    return run(spec, out, device="cpu"), out
+
+
+def test_record_page_lists_the_keys_of_a_record(finished: tuple[Record, Path]):
+    listed = first_column((DOCS / "record.md").read_text("utf-8"))
+    sums = {f"{name}.{key}" for name, keys in SUMMARIES.items() for key in keys}
+    files = {name for name in listed if name.endswith((".json", ".png", ".safetensors"))}
+    assert set(listed) - files == set(paths(asdict(finished[0]))) | sums
+
+
+def test_record_page_lists_the_fields_of_record_and_stealth():
+    listed = first_column((DOCS / "record.md").read_text("utf-8"))
+    assert {f.name for f in fields(Record)} <= {path.partition(".")[0] for path in listed}
+    assert {f"victim.stealth.{f.name}" for f in fields(Stealth)} <= set(listed)
+
+
+def test_record_page_lists_files_and_metadata(finished: tuple[Record, Path]):
+    text = (DOCS / "record.md").read_text("utf-8")
+    files = [path for path in finished[1].rglob("*") if path.is_file()]
+    keys = set()
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                keys |= {(path.name, key) for key in file.metadata()}
+    assert {path.name for path in files} <= set(first_column(text))
+    assert keys == set(re.findall(r"^\| `([^`]+\.safetensors)` \| `([^`]+)` \|", text, re.MULTILINE))
+
+
+def test_files_with_a_backdoor_say_so(finished: tuple[Record, Path]):
+    folder = finished[1] / f"{finished[0].name}-{finished[0].hash}"
+    for name in ("model.safetensors", "trigger.safetensors"):
+        with safe_open(folder / name, "np") as file:  # as docs/responsible-use.md reads it
+            about = json.loads(file.metadata()["vitrap"])
+        assert about["backdoor"] is True
+        assert about["attack"] == "ageb"
+        assert "backdoor" in about["warning"]
+
+
+def test_every_dependency_is_explained():
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    wanted = [*PROJECT["project"]["dependencies"], *(one for extra in extras for one in extra)]
+    names = {re.match(r"[\w.-]+", one)[0] for one in wanted}
+    assert set(first_column((DOCS / "dependencies.md").read_text("utf-8"))) == names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    relative = [t for t in targets if not re.match(r"[a-z]+:|#", t)]
+    assert [t for t in relative if not (page.parent / t.partition("#")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_spec_loads_and_states_claim_cost_and_command(path: Path):
+    load_spec(path)
+    opening = re.match(r"(?:#.*\n)*", path.read_text("utf-8"))[0]
+    missing = [word for word in ("Claim", "Cost", "Command", path.relative_to(ROOT).as_posix()) if word not in opening]
+    assert missing == []
+
+
+def test_every_attack_has_its_claims():
+    assert [path.stem for path in CLAIMS] == registry.names("attacks")
+
+
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
+def test_claims_are_whole(path: Path):
+    table = tomllib.loads(path.read_text("utf-8"))
+    assert set(table) == {"attack", "paper", "arxiv", "code", "claim"}
+    assert table["attack"] == path.stem
+    assert table["arxiv"] == registry.get("attacks", path.stem).card.arxiv
+    documented = first_column((DOCS / "record.md").read_text("utf-8"))
+    for claim in table["claim"]:
+        assert set(claim) == CLAIM
+        assert f"victim.{claim['measure']}" in documented
+        assert isinstance(claim["value"], int | float)
+        assert claim["source"] in {"paper", "code"}
+        assert all(claim[key] for key in CLAIM - {"value", "note"})
+
+
+def test_the_made_parts_of_the_docs_agree_with_registry_and_records():
+    done = subprocess.run(
+        [sys.executable, str(DOCS / "make.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    code = re.search(r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert code is not None
+    short = ["recipe.epochs=1", "model.depth=1", "model.embed_dim=16"]
+    monkeypatch.setattr(
+        "vitrap.load_spec", lambda path, overrides: load_spec(path, [*overrides, *short]), raising=False
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(code[1], {})
+    printed = capsys.readouterr().out
+    assert re.match(r"ASR \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\], n = \d+\ntensor\(\[", printed)

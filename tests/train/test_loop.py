@@ -1,0 +1,362 @@
+"""The training loop: its schedule and groups by hand, its determinism, its curves, and that it never waits."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vitrap.contracts import Batch, ImageSet
+from vitrap.errors import UserError
+from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.train.loop import (
+    Streams,
+    adamw,
+    arithmetic,
+    augment,
+    cross_entropy,
+    descend,
+    shuffled,
+    train,
+    warmup_cosine,
+)
+from vitrap.train.recipe import Recipe
+
+N, CLASSES, SIZE = 50, 3, 8
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def streams(seed: int = 0) -> Streams:
+    return Streams(generator(seed), generator(seed + 100))
+
+
+def recipe(**changes) -> Recipe:
+    return replace(Recipe(2, 16, lr=1e-2, warmup=0.1, label_smoothing=0.1, crop=0, flip=False), **changes)
+
+
+@pytest.fixture
+def data() -> ImageSet:
+    """Classes told by brightness; 50 images, so that the last of four batches is a small one."""
+    labels = torch.arange(N) % CLASSES
+    noise = torch.randint(40, (N, 3, SIZE, SIZE), generator=generator(7))
+    pixels = (noise + 90 * labels[:, None, None, None]).to(torch.uint8)
+    return ImageSet(pixels, labels, torch.arange(N), CLASSES, SIZE)
+
+
+def network(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES)
+        )
+
+
+def vit(**overrides) -> ViT:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return open_vit(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, {**TINY, **overrides}))
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([w.detach().flatten() for w in model.parameters()])
+
+
+# ---- schedule and optimiser
+
+
+def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
+    assert warmup_cosine(0.05, 0.1) == pytest.approx(0.051 / 0.101)
+    assert warmup_cosine(0.1, 0.1) == 1
+    assert warmup_cosine(0.325, 0.1) == pytest.approx(0.5 * (1 + math.sqrt(0.5)))
+    assert warmup_cosine(0.55, 0.1) == pytest.approx(0.5)
+    assert warmup_cosine(1.0, 0.1) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 1.0])
+def test_the_rate_stays_within_its_peak_and_never_starts_at_zero(warmup: float) -> None:
+    rates = [warmup_cosine(step / 1000, warmup) for step in range(1000)]
+    assert all(0 < rate <= 1 for rate in rates)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_each_step_has_the_rate_of_its_place(data: ImageSet) -> None:
+    seen = []
+    with patch.object(torch.optim.AdamW, "step", lambda self: seen.append([g["lr"] for g in self.param_groups])):
+        train(network(), data, recipe(warmup=0.25), streams())
+    assert seen == [[1e-2 * warmup_cosine(step / 8, 0.25)] * 2 for step in range(8)]
+
+
+def test_decay_is_for_matrices_only() -> None:
+    model = vit(reg_tokens=2)
+    frozen = model.get_parameter("body.head.weight").requires_grad_(False)
+    decayed, free = adamw(model, recipe(weight_decay=0.3)).param_groups
+    name = {id(w): n.removeprefix("body.") for n, w in model.named_parameters()}
+    assert {name[id(w)] for w in decayed["params"]} == {
+        "reg_token" if n == "reg_token" else n
+        for n, w in model.body.named_parameters()
+        if w.requires_grad and (n.endswith("weight") and "norm" not in n)
+    }
+    assert {"cls_token", "pos_embed", "reg_token", "norm.weight", "head.bias"} <= {name[id(w)] for w in free["params"]}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0)
+    everything = [*decayed["params"], *free["params"], frozen]
+    assert {id(w) for w in everything} == {id(w) for w in model.parameters()}
+    assert len(everything) == len(list(model.parameters()))
+
+
+def test_a_step_goes_down_the_sum_of_the_terms() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    x = torch.tensor([[3.0, 4.0]])
+    terms = {"one": model(x).sum(), "two": 2 * model(x).sum()}
+    descend(model, torch.optim.SGD(model.parameters(), lr=1.0), terms, clip=0)
+    assert torch.equal(model.weight, torch.tensor([[-9.0, -12.0]]))
+
+
+def test_clipping_bounds_the_whole_gradient() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    descend(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), {"loss": model(torch.tensor([[3.0, 4.0]])).sum()}, clip=1
+    )
+    assert torch.allclose(model.weight, torch.tensor([[-0.6, -0.8]]))
+
+
+# ---- what training leaves behind
+
+
+@pytest.mark.parametrize("build", [network, vit])
+def test_equal_seeds_give_equal_weights_and_curves(data: ImageSet, build) -> None:
+    found = []
+    for _ in range(2):
+        model = build()
+        curves = train(model, data, recipe(crop=1, flip=True), streams())
+        found.append((weights(model), curves))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("other", [Streams(generator(1), generator(100)), Streams(generator(0), generator(101))])
+def test_another_order_or_augmentation_gives_other_weights(data: ImageSet, other: Streams) -> None:
+    one, two = network(), network()
+    train(one, data, recipe(crop=1), streams())
+    train(two, data, recipe(crop=1), other)
+    assert not torch.equal(weights(one), weights(two))
+
+
+def test_training_learns_and_leaves_a_model_in_evaluation_mode(data: ImageSet) -> None:
+    model = network()
+    curves = train(model, data, recipe(epochs=60, lr=5e-2, label_smoothing=0.0), streams())
+    assert not any(module.training for module in model.modules())
+    assert curves["cross_entropy"][-1] < 0.5 < curves["cross_entropy"][0]
+    assert (model(data.images(torch.arange(N))).argmax(1) == data.labels).float().mean() > 0.9
+
+
+def test_training_is_done_in_training_mode(data: ImageSet) -> None:
+    modes = set()
+    model = network()
+    model.register_forward_hook(lambda module, args, output: modes.add(module.training))
+    train(model.eval(), data, recipe(epochs=1), streams())
+    assert modes == {True}
+
+
+def test_training_leaves_torchs_own_random_state_and_the_data_alone(data: ImageSet) -> None:
+    state, pixels = torch.get_rng_state(), data.pixels.clone()
+    train(network(), data, recipe(crop=1, flip=True), streams())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(data.pixels, pixels)
+
+
+def test_ticks_are_steps(data: ImageSet) -> None:
+    ticks = []
+    train(network(), data, recipe(epochs=3), streams(), tick=lambda: ticks.append(1))
+    assert len(ticks) == 3 * math.ceil(N / 16)
+
+
+# ---- curves and objectives
+
+
+def test_curves_are_the_mean_loss_over_images(data: ImageSet) -> None:
+    """Without learning, the mean over batches weighted by their size is the loss of the whole set."""
+    model = network()
+    with torch.no_grad():
+        whole = functional.cross_entropy(model(data.images(torch.arange(N))), data.labels, label_smoothing=0.1)
+    with patch.object(torch.optim.AdamW, "step", lambda self: None):
+        curves = train(model, data, recipe(), streams())
+    assert curves == {"cross_entropy": pytest.approx([whole.item()] * 2, rel=1e-5)}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_label_smoothing_is_the_mean_with_all_classes(data: ImageSet, smoothing: float) -> None:
+    model, batch = network(), data.batch(torch.arange(10))
+    logs = model(batch.images).log_softmax(1)
+    expected = -((1 - smoothing) * logs[torch.arange(10), batch.labels] + smoothing * logs.mean(1)).mean()
+    assert torch.allclose(cross_entropy(smoothing)(model, batch)["cross_entropy"], expected)
+
+
+def test_named_terms_are_added_up_and_recorded_apart(data: ImageSet) -> None:
+    plain = cross_entropy(0.0)
+
+    def split(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        loss = plain(model, batch)["cross_entropy"]
+        return {"most": 0.75 * loss, "rest": 0.25 * loss}
+
+    one, two = network(), network()
+    whole = train(one, data, recipe(), streams(), plain)["cross_entropy"]
+    parts = train(two, data, recipe(), streams(), split)
+    assert torch.allclose(weights(one), weights(two), atol=1e-5)
+    assert parts == {
+        "most": pytest.approx([0.75 * x for x in whole], rel=1e-4),
+        "rest": pytest.approx([0.25 * x for x in whole], rel=1e-4),
+    }
+
+
+def test_the_objective_sees_which_images_are_poisoned(data: ImageSet) -> None:
+    rows = torch.tensor([3, 7])
+    poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
+    seen = []
+
+    def objective(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        seen.append((batch.images[batch.poisoned].sum().item(), batch.labels[batch.poisoned].tolist()))
+        return cross_entropy(0.0)(model, batch)
+
+    train(network(), poisoned, recipe(epochs=1), streams(), objective)
+    assert [label for _, labels in seen for label in labels] == [2, 2]
+    assert all(brightness == 0 for brightness, _ in seen)
+
+
+def test_a_training_that_diverges_is_named(data: ImageSet) -> None:
+    def nowhere(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return {"cross_entropy": cross_entropy(0.0)(model, batch)["cross_entropy"] * math.inf}
+
+    with pytest.raises(UserError, match=r"training diverged \(cross_entropy is (inf|nan)\); lower recipe.lr = 0.01"):
+        train(network(), data, recipe(), streams(), nowhere)
+
+
+# ---- order and augmentation
+
+
+def test_an_epoch_sees_every_image_once(data: ImageSet) -> None:
+    batches = list(shuffled(data, 16, generator()))
+    assert [len(rows) for rows in batches] == [16, 16, 16, 2]
+    assert torch.cat(batches).sort().values.tolist() == list(range(N))
+    assert torch.cat(batches).tolist() != list(range(N))
+
+
+def test_augmentation_draws_from_its_own_stream(data: ImageSet) -> None:
+    """The order is the same with and without, and equals that of the order's stream alone."""
+    wanted = [rows.tolist() for rows in shuffled(data, 16, generator())]
+    seen: list[Tensor] = []
+    batch = ImageSet.batch
+    for changes in ({}, {"crop": 2, "flip": True}):
+        seen.clear()
+        with patch.object(ImageSet, "batch", lambda self, rows: seen.append(rows) or batch(self, rows)):
+            train(network(), data, recipe(epochs=1, **changes), streams())
+        assert [rows.tolist() for rows in seen] == wanted
+
+
+def test_augmentation_leaves_labels_and_marks_alone(data: ImageSet) -> None:
+    batch = data.batch(torch.arange(20))
+    assert augment(batch, recipe(), generator()).images is batch.images
+    changed = augment(batch, recipe(crop=2, flip=True), generator())
+    assert changed.labels is batch.labels
+    assert changed.poisoned is batch.poisoned
+    assert changed.images.shape == batch.images.shape
+    assert not torch.equal(changed.images, batch.images)
+
+
+# ---- the host never waits
+
+
+def test_the_host_reads_each_term_once_an_epoch(data: ImageSet) -> None:
+    """A value that is read from a tensor within a step would make the host wait for a GPU."""
+    calls = dict.fromkeys(("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"), 0)
+
+    def counted(name: str):
+        plain = getattr(Tensor, name)
+
+        def call(self, *args, **kwargs):
+            calls[name] += 1
+            return plain(self, *args, **kwargs)
+
+        return patch.object(Tensor, name, call)
+
+    objective = lambda model, batch: {"a": model(batch.images).mean() ** 2, "b": model(batch.images).var()}  # noqa: E731
+    model, how = vit(), recipe(epochs=3, crop=1, flip=True, batch_size=5)
+    patches = [counted(name) for name in calls]
+    for each in patches:
+        each.start()
+    try:
+        train(model, data, how, streams(), objective)
+    finally:
+        for each in patches:
+            each.stop()
+    assert calls.pop("item") == 2 * 3
+    assert calls == dict.fromkeys(calls, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_a_step_never_waits(data: ImageSet) -> None:
+    model, there = vit().cuda(), data.to("cuda")
+    chances = Streams(generator(), torch.Generator("cuda").manual_seed(0))
+    tick = iter(range(10**6))
+
+    def strict() -> None:
+        if next(tick) == 0:  # the first step sets libraries up
+            torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            train(model, there, recipe(epochs=1, crop=1, flip=True, batch_size=5), chances, tick=strict)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert next(tick) == 10  # nothing waited before the reading at the end of the epoch
+
+
+# ---- arithmetic
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("auto", torch.float32)])
+def test_on_a_cpu_arithmetic_is_exact_by_default(precision: str, dtype: torch.dtype) -> None:
+    model = vit()
+    with arithmetic(model, torch.device("cpu"), precision):
+        assert not torch.is_autocast_enabled("cpu")
+        assert all(block.attn.fused_attn for block in model.body.blocks)  # type: ignore[union-attr]
+        assert model(torch.rand(2, 3, SIZE, SIZE)).dtype == dtype
+
+
+def test_bf16_on_a_cpu_attends_eagerly_and_restores_everything() -> None:
+    model = vit()
+    layers = [block.attn for block in model.body.blocks]  # type: ignore[union-attr]
+    layers[1].fused_attn = False
+    with arithmetic(model, torch.device("cpu"), "bf16"):
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert not any(layer.fused_attn for layer in layers)
+        assert model(torch.rand(2, 3, SIZE, SIZE)).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+    assert [layer.fused_attn for layer in layers] == [True, False]
+
+
+def test_what_fails_within_leaves_nothing_switched() -> None:
+    model = vit()
+    with pytest.raises(RuntimeError, match="within"), arithmetic(model, torch.device("cpu"), "bf16"):
+        raise RuntimeError("within")
+    assert not torch.is_autocast_enabled("cpu")
+    assert all(block.attn.fused_attn for block in model.body.blocks)  # type: ignore[union-attr]
+
+
+def test_bf16_trains_to_about_the_same_loss(data: ImageSet) -> None:
+    curves = {how: train(vit(), data, recipe(epochs=4, precision=how), streams()) for how in ("fp32", "bf16")}
+    exact, rough = (curves[how]["cross_entropy"] for how in ("fp32", "bf16"))
+    assert rough == pytest.approx(exact, rel=0.05)
+    assert rough != exact
