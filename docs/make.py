@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from vitrap import registry
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +68,32 @@ def strength(data: str) -> str:
     return "\n".join(rows)
 
 
+def draw_front(path: Path) -> None:
+    """ASR against PSNR of the strength study, one point a record, with intervals."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained", dpi=120)
+    axis = figure.subplots()
+    found = [r for r in records(ROOT / "results" / "study").values() if r["spec"]["attack"]["name"] == "ageb"]
+    for data, marker in (("digits", "o"), ("gtsrb", "s")):
+        points = [(r["victim"], r["spec"]["attack"]["poison_rate"]) for r in found if r["spec"]["data"]["name"] == data]
+        x = [v["stealth"]["psnr_db"]["mean"] for v, _ in points]
+        y = [v["asr"]["value"] for v, _ in points]
+        spread = [
+            [v["asr"]["value"] - v["asr"]["low"] for v, _ in points],
+            [v["asr"]["high"] - v["asr"]["value"] for v, _ in points],
+        ]
+        axis.errorbar(x, y, spread, fmt=marker, capsize=2, label=data)
+        for (_, share), at in zip(points, zip(x, y, strict=True), strict=True):
+            axis.annotate(f"{100 * share:g} %", at, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axis.set(
+        xlabel="PSNR, dB (further right: less visible)",
+        ylabel="ASR",
+        ylim=(0, 1.02),
+        title="AGEB: success against visibility; the number is the poison rate",
+    )
+    axis.legend()
+    figure.savefig(path, metadata={"Software": "vitrap"})
+
+
 PARTS = {
     "README.md": {"attacks": attacks, "results": results},
     "docs/studies/ageb_strength.md": {
@@ -95,6 +123,8 @@ def main() -> int:
             outdated.append(page)
             if "--check" not in sys.argv:
                 path.write_text(new, encoding="utf-8")
+    if "--check" not in sys.argv:
+        draw_front(ROOT / "docs" / "pictures" / "ageb_strength.png")
     for page in outdated:
         sys.stdout.write(f"{page}: {'outdated, run python docs/make.py' if '--check' in sys.argv else 'made'}\n")
     return 1 if outdated and "--check" in sys.argv else 0
