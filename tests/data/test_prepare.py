@@ -17,7 +17,7 @@ from PIL import Image
 
 from vitrap.data import prepare as module
 from vitrap.data.cache import Arrays, read_folder, write_folder
-from vitrap.data.prepare import RECIPES, Archive, prepare
+from vitrap.data.prepare import ORIGINS, Archive, prepare
 from vitrap.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -96,12 +96,12 @@ def publish(folder: Path, name: str, patch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     archives = []
     for archive, members in zip(
-        RECIPES[name].archives, contents if isinstance(contents, list) else [contents], strict=True
+        ORIGINS[name].archives, contents if isinstance(contents, list) else [contents], strict=True
     ):
         path = pack(folder / archive.name, members)
         archives.append(replace(archive, md5=hashlib.md5(path.read_bytes()).hexdigest()))
-    recipe = replace(RECIPES[name], archives=tuple(archives), n_train=counts[0], n_test=counts[1])
-    patch.setitem(RECIPES, name, recipe)
+    origin = replace(ORIGINS[name], archives=tuple(archives), n_train=counts[0], n_test=counts[1])
+    patch.setitem(ORIGINS, name, origin)
     return folder
 
 
@@ -203,8 +203,8 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_downloads_what_is_published(tmp_path: Path, cache: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path / "source", "gtsrb", monkeypatch)
-    archives = tuple(replace(a, url=f"{server}/source/{a.name}") for a in RECIPES["gtsrb"].archives)
-    monkeypatch.setitem(RECIPES, "gtsrb", replace(RECIPES["gtsrb"], archives=archives))
+    archives = tuple(replace(a, url=f"{server}/source/{a.name}") for a in ORIGINS["gtsrb"].archives)
+    monkeypatch.setitem(ORIGINS, "gtsrb", replace(ORIGINS["gtsrb"], archives=archives))
     told: list[tuple[int, int]] = []
     prepare("gtsrb", folder=cache, progress=lambda done, total: told.append((done, total)))
     assert len(read_folder(cache / "gtsrb").train_labels) == 12
@@ -231,8 +231,8 @@ def test_what_is_there_already_is_not_fetched_again(
 
 def test_half_a_set_is_fetched_again(tmp_path: Path, cache: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = only(publish(tmp_path / "source", "cifar10", monkeypatch))
-    here = Archive(f"{server}/source/{path.name}", RECIPES["cifar10"].archives[0].md5)
-    monkeypatch.setitem(RECIPES, "cifar10", replace(RECIPES["cifar10"], archives=(here,)))
+    here = Archive(f"{server}/source/{path.name}", ORIGINS["cifar10"].archives[0].md5)
+    monkeypatch.setitem(ORIGINS, "cifar10", replace(ORIGINS["cifar10"], archives=(here,)))
     prepare("cifar10", folder=cache)
     (cache / "cifar10" / "test_labels.npy").unlink()
     prepare("cifar10", folder=cache)
@@ -292,7 +292,7 @@ def test_a_name_or_source_that_cannot_be(cache: Path, name: str, source: str | N
     refuse(name, source, cache, message)
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(ORIGINS))
 def test_a_folder_of_something_else(tmp_path: Path, cache: Path, name: str) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "data_batch_1").write_bytes(b"a pickle")
@@ -301,7 +301,7 @@ def test_a_folder_of_something_else(tmp_path: Path, cache: Path, name: str) -> N
 
 def test_too_few_images_are_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = publish(tmp_path / "source", "cifar10", monkeypatch)
-    monkeypatch.setitem(RECIPES, "cifar10", replace(RECIPES["cifar10"], n_train=50_000))
+    monkeypatch.setitem(ORIGINS, "cifar10", replace(ORIGINS["cifar10"], n_train=50_000))
     refuse("cifar10", str(source), cache, "25 training and 5 test images are not cifar10")
 
 
@@ -317,7 +317,7 @@ def test_a_member_that_climbs_out_is_not_unpacked(tmp_path: Path, cache: Path, m
     source = tmp_path / "cifar-10-binary.tar.gz"
     pack(source, {"../../escaped": b"x"})
     archive = Archive(f"https://x/{source.name}", hashlib.md5(source.read_bytes()).hexdigest())
-    monkeypatch.setitem(RECIPES, "cifar10", replace(RECIPES["cifar10"], archives=(archive,)))
+    monkeypatch.setitem(ORIGINS, "cifar10", replace(ORIGINS["cifar10"], archives=(archive,)))
     refuse("cifar10", str(source), cache, "cannot unpack .*escaped.* outside the destination")
     assert not (tmp_path / "escaped").exists()
 

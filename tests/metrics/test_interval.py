@@ -50,10 +50,6 @@ def test_a_rate_counts_true_entries() -> None:
     assert rate(torch.tensor([True, False, True, True])) == wilson(3, 4)
 
 
-def test_a_rate_reads_as_per_cent() -> None:
-    assert str(Rate(0.5, 0.25, 0.75, 8)) == "50.00 % [25.00, 75.00]"
-
-
 def test_the_centre() -> None:
     assert centre(torch.tensor([4.0, 1.0, 10.0])) == Centre(5.0, 4.0)
     assert centre(torch.tensor([4.0, 1.0, 10.0, 3.0])) == Centre(4.5, 3.0), "of two middle values the lower"

@@ -183,15 +183,8 @@ def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
 def pixel_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b h w"]:
     """The literal pixel route: |d/dx sum_ij G_ij A_ij| with G = dL/dA held fixed, the greatest of the channels."""
     x = images.detach().requires_grad_()
-    frozen = [w for w in surrogate.parameters() if w.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(False)
-    try:
-        with torch.enable_grad(), observe(surrogate, (-1,)) as seen:
-            loss = own_class_loss(surrogate(x))
-            (slope,) = torch.autograd.grad(loss, seen[-1], retain_graph=True)
-            (at_pixel,) = torch.autograd.grad(seen[-1], x, slope)
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(True)
+    with torch.enable_grad(), observe(surrogate, (-1,), frozen=True) as seen:
+        loss = own_class_loss(surrogate(x))
+        (slope,) = torch.autograd.grad(loss, seen[-1], retain_graph=True)
+        (at_pixel,) = torch.autograd.grad(seen[-1], x, slope)
     return at_pixel.abs().amax(1)

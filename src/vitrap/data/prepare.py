@@ -53,7 +53,7 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Origin:
     """How a data set is made.
 
     Attributes:
@@ -92,14 +92,14 @@ def prepare(name: str, source: str | None = None, folder: Path | None = None, pr
     local = _local(source)
     if is_name(name) and local is not None and (local / "train_images.npy").exists():
         return write_folder(target, _checked(name, read_folder(local)))
-    if name not in RECIPES:
-        raise unknown("data set", name, RECIPES)
+    if name not in ORIGINS:
+        raise unknown("data set", name, ORIGINS)
     if source is None and _is_whole(target):
         return target
     if local is not None and not local.exists():
         raise UserError(f"no file or folder {local}; give --from a path that exists, or a URL")
     with _scratch(target) as scratch:
-        root = _unpacked(RECIPES[name].archives, source, Path(scratch), progress)
+        root = _unpacked(ORIGINS[name].archives, source, Path(scratch), progress)
         return write_folder(target, _checked(name, _read(name, root, source, progress)))
 
 
@@ -148,11 +148,11 @@ def _local(source: str | None) -> Path | None:
 
 def _read(name: str, root: Path, source: str | None, progress: Progress | None) -> Arrays:
     try:
-        return RECIPES[name].read(root, progress)
+        return ORIGINS[name].read(root, progress)
     except UserError:
         raise
     except (OSError, KeyError, ValueError) as error:
-        archives = ", ".join(a.name for a in RECIPES[name].archives)
+        archives = ", ".join(a.name for a in ORIGINS[name].archives)
         raise UserError(
             f"{source or 'the archive'} does not hold {name} as published ({error}); "
             f"give --from the folder that holds {archives}, or one in the cache format"
@@ -161,11 +161,11 @@ def _read(name: str, root: Path, source: str | None, progress: Progress | None) 
 
 def _checked(name: str, arrays: Arrays) -> Arrays:
     """Refuse to call something else by a known name."""
-    found, recipe = (len(arrays.train_labels), len(arrays.test_labels)), RECIPES.get(name)
-    if recipe is not None and found != (recipe.n_train, recipe.n_test):
+    found, origin = (len(arrays.train_labels), len(arrays.test_labels)), ORIGINS.get(name)
+    if origin is not None and found != (origin.n_train, origin.n_test):
         raise UserError(
-            f"{found[0]} training and {found[1]} test images are not {name}, which has {recipe.n_train} and "
-            f"{recipe.n_test}; give the whole set, or prepare it under another name"
+            f"{found[0]} training and {found[1]} test images are not {name}, which has {origin.n_train} and "
+            f"{origin.n_test}; give the whole set, or prepare it under another name"
         )
     return arrays
 
@@ -296,20 +296,20 @@ def _lines(path: Path) -> tuple[str, ...]:
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
 _ERDA = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370"
 
-RECIPES = {
-    "cifar10": Recipe(
+ORIGINS = {
+    "cifar10": Origin(
         (Archive(f"{_TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
         50_000,
         10_000,
         _cifar10,
     ),
-    "cifar100": Recipe(
+    "cifar100": Origin(
         (Archive(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
         50_000,
         10_000,
         _cifar100,
     ),
-    "gtsrb": Recipe(
+    "gtsrb": Origin(
         (
             Archive(f"{_ERDA}/GTSRB_Final_Training_Images.zip", "f33fd80ac59bff73c82d25ab499e03a3"),
             Archive(f"{_ERDA}/GTSRB_Final_Test_Images.zip", "c7e4e6327067d32654124b0fe9e82185"),
@@ -319,7 +319,7 @@ RECIPES = {
         12_630,
         _gtsrb,
     ),
-    "tiny-imagenet": Recipe(
+    "tiny-imagenet": Origin(
         (Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),),
         100_000,
         10_000,

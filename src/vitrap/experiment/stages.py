@@ -77,7 +77,7 @@ def _train(
     objective: Objective | None,
     show: AbstractContextManager[Tick],
 ) -> dict[str, list[float]]:
-    with show as tick, ambient(seed, "dropout"):
+    with show as tick, ambient(seed, "dropout", plan.device):
         return train(model, data, plan.spec.recipe, training_streams(seed, plan.device), objective, tick)
 
 

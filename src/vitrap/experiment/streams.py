@@ -24,13 +24,14 @@ def training_streams(seed: int, device: torch.device) -> Streams:
 
 
 @contextmanager
-def ambient(seed: int, purpose: str) -> Iterator[None]:
+def ambient(seed: int, purpose: str, device: str | torch.device = "cpu") -> Iterator[None]:
     """Within the block, what asks torch's own random state (initial weights, dropout) gets this stream.
 
-    Torch's state outside is as it was before.
+    Torch's state outside, on the CPU and on `device`, is as it was before.
     """
-    with torch.random.fork_rng():
+    gpus = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.set_rng_state(stream(seed, purpose).get_state())
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(stream(seed, purpose, "cuda").get_state())
+        for gpu in gpus:
+            torch.cuda.set_rng_state(stream(seed, purpose, gpu).get_state(), gpu)
         yield

@@ -89,15 +89,18 @@ def eager_attention(model: nn.Module, wanted: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def observe(model: nn.Module, blocks: Sequence[int] = (-1,), *, as_leaf: bool = False) -> Iterator[dict[int, Maps]]:
+def observe(
+    model: nn.Module, blocks: Sequence[int] = (-1,), *, frozen: bool = False, as_leaf: bool = False
+) -> Iterator[dict[int, Maps]]:
     """Collect the softmax attention of `blocks`, numbered from 0, or from -1 backwards, at each forward pass.
 
     Args:
         model: a ready model with a plain ViT inside.
         blocks: which blocks to look at.
+        frozen: the weights ask for no gradient meanwhile.
         as_leaf: cut the graph at the attention maps: each becomes a leaf that requires a gradient, and nothing
-            before it or beside it (the weights) records one. For the gradient at the last attention alone this
-            costs little more than a forward pass.
+            before it or beside it (the weights, which it freezes) records one. For the gradient at the last attention
+            alone this costs little more than a forward pass.
 
     Yields:
         block number as given -> attention after softmax, b x heads x queries x keys.
@@ -114,7 +117,7 @@ def observe(model: nn.Module, blocks: Sequence[int] = (-1,), *, as_leaf: bool = 
             attention.fused_attn = False
             hook = attention.attn_drop.register_forward_pre_hook(_keeper(seen, number, as_leaf))
             restore.callback(hook.remove)
-        if as_leaf:
+        if frozen or as_leaf:
             for weight in [w for w in model.parameters() if w.requires_grad]:
                 restore.callback(weight.requires_grad_, True)
                 weight.requires_grad_(False)
