@@ -54,14 +54,15 @@ def results() -> str:
 def strength(data: str) -> str:
     """The front of AGEB over strength and rate on one data set, strongest effect first."""
     rows = [
-        "| α | c | τ | element | poison rate | CDA | twin's CDA | ASR | twin's ASR | PSNR, dB |",
-        "|" + "---|" * 10,
+        "| α | c | τ | element | poison rate | epochs | CDA | twin's CDA | ASR | twin's ASR | PSNR, dB |",
+        "|" + "---|" * 11,
     ]
     found = [r for r in records(ROOT / "results" / "study").values() if r["spec"]["data"]["name"] == data]
     found = [r for r in found if r["spec"]["attack"]["name"] == "ageb"]
     for record in sorted(found, key=lambda r: -r["victim"]["asr"]["value"]):
         a, v = record["spec"]["attack"], record["victim"]
         settings = [a["alpha"], f"{a['signal']:g}", a["tau"], f"{a['shape']} {a['size']}", a["poison_rate"]]
+        settings += [record["spec"]["recipe"]["epochs"]]
         cells = [rate(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
         psnr = f"{v['stealth']['psnr_db']['mean']:.1f}"
         rows.append("| " + " | ".join([*map(str, settings), *cells, psnr]) + " |")

@@ -5,7 +5,9 @@ mirrored border, scikit-image yields ours to the fifth digit; given the bare ima
 digit at 32 px, less the larger the image.
 """
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,3 +114,25 @@ def test_without_weights_there_is_no_lpips() -> None:
     clean, noisy = pair(16)
     assert lpips(clean, noisy) is None
     assert stealth(clean, noisy).lpips is None
+
+
+def test_lpips_never_runs_what_a_file_holds(tmp_path: Path) -> None:
+    """A file in AlexNet's place that would run code when unpickled is refused, and nothing runs."""
+    (tmp_path / "checkpoints").mkdir()
+    marker = tmp_path / "ran"
+    torch.save(Harmful(str(marker)), tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Exception, match=r"[Ww]eights.only|hash"):
+        lpips(images, images)
+    assert not marker.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+class Harmful:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (self.path, "w")

@@ -1,5 +1,8 @@
 """How much a trigger changes an image, on the final 8-bit pixels at the size it is applied."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +72,27 @@ def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
     """
     if min(clean.shape[-2:]) < 32 or not lpips_at_hand():
         return None
-    distances = learned_perceptual_image_patch_similarity(
-        triggered, clean, net_type="alex", reduction="none", normalize=True
-    )
+    with _weights_only():
+        distances = learned_perceptual_image_patch_similarity(
+            triggered, clean, net_type="alex", reduction="none", normalize=True
+        )
     assert isinstance(distances, Tensor)
     return distances.reshape(len(clean))
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Within the block torch unpickles nothing but tensors, whoever loads: torchvision would run what a file holds."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def stealth(clean: Images, triggered: Images, batch_size: int = 512) -> Stealth:
