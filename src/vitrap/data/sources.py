@@ -133,7 +133,7 @@ def balanced(labels: Numbers, limit: int, generator: torch.Generator) -> Numbers
     Again and again, the class with the fewest images so far gives its next one (the lower number where classes are
     level), in random order within the class, until the limit is reached: what a small class cannot give, the others
     do. A smaller limit's images are among a larger one's. Groups play no part: a few frames of every track teach
-    far more than all frames of a few, and no held-out image shares a group with what is left to draw from.
+    more than all frames of a few, and no held-out image shares a group with what is left to draw from.
 
     Args:
         labels: class of each image.
