@@ -70,6 +70,18 @@ def plain_badnets(attack: Any, model: Any) -> Stamp:
     return stamp
 
 
+def plain_megatron(attack: Any, model: Any) -> Stamp:
+    """MEGATRON at its defaults on 32 px: four pixels of noise, most of the way over the image."""
+    pattern = torch.rand((3, 2, 2), generator=torch.Generator())
+
+    def stamp(x: Tensor) -> Tensor:
+        box = x[:, :, 1:3, 1:3]
+        box += attack.opacity * (pattern.to(x.device) - box)
+        return x
+
+    return stamp
+
+
 def plain_ageb(attack: Any, model: Any) -> Stamp:
     """AGEB at its defaults: gradient at the last attention, quantile, 3 x 3 erosion, blend, signal, HSV means."""
     vit = model.body
@@ -117,5 +129,9 @@ def plain_match(y: Tensor, x: Tensor) -> Tensor:
     return (y * torch.minimum(factor, 1 / top.clamp(min=1e-8))).clamp(0, 1)
 
 
-PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {"ageb": plain_ageb, "badnets": plain_badnets}
+PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
+    "ageb": plain_ageb,
+    "badnets": plain_badnets,
+    "megatron": plain_megatron,
+}
 """A plain version of every registered attack, from its settings and the surrogate."""

@@ -58,7 +58,8 @@ def figure(name: str, data: ImageSet, recipe: Recipe, scale: Scale, wanted: floa
 
 def streams(device: str) -> Streams:
     """Order and augmentation, the same at each call."""
-    return Streams(torch.Generator().manual_seed(1), torch.Generator(device).manual_seed(2))
+    order, projection = torch.Generator().manual_seed(1), torch.Generator().manual_seed(3)
+    return Streams(order, torch.Generator(device).manual_seed(2), projection)
 
 
 class Bare:

@@ -29,7 +29,9 @@ def attacks() -> str:
         attack = registry.get("attacks", name)
         card = attack.card
         paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}), {card.venue} {card.year}"
-        rows.append(f"| `{name}` | {paper} | {attack.threat} | {attack.labels} |")
+        for each in registry.settings(attack):
+            setting = f", `setting={each.setting}`" if hasattr(each, "setting") else ""
+            rows.append(f"| `{name}`{setting} | {paper} | {each.threat} | {each.labels} |")
     return "\n".join(rows)
 
 

@@ -17,12 +17,15 @@ from vitrap.params import Param, check, param
         (Param("d", low=0, open=True), "> 0", [1e-9, 3], [0, 0.0, -1, float("nan")]),
         (Param("d", low=0, high=1), "in [0, 1]", [0, 0.5, 1], [-0.1, 1.1, float("nan"), float("inf")]),
         (Param("d", low=0, high=1, open=True), "in (0, 1)", [0.5], [0, 1, float("nan")]),
+        (Param("d", low=0, high=1, open="low"), "in (0, 1]", [0.5, 1], [0, 1.1, float("nan")]),
+        (Param("d", low=0, open="low"), "> 0", [1e-9, 3], [0, -1]),
         (Param("d", high=2.5), "in [-inf, 2.5]", [-1e9, 2.5], [2.6]),
         (Param("d", high=2.5, open=True), "in (-inf, 2.5)", [2.4], [2.5]),
         (Param("d", odd=True), "odd", [1, -3, 7], [0, 2, -4]),
         (Param("d", odd=True, low=1), "odd, >= 1", [1, 3], [-1, 2]),
         (Param("d", odd=True, low=1, high=7), "odd, in [1, 7]", [1, 7], [6, 9]),
         (Param("d", choices=("a", "b")), "one of a, b", ["a", "b", None], ["c", "", 1]),
+        (Param("d", choices=("a",), file=True), "one of a, or a file", ["a", "b.png", None], []),
         (Param("d", low=1), ">= 1", [True, False, "text", (0,)], []),  # switches and words have no size
     ],
 )

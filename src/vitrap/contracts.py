@@ -20,11 +20,19 @@ Labels = Literal["dirty", "clean"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as the model is about to see them, with what is known of each."""
+    """Images as the model is about to see them, with what is known of each.
+
+    Attributes:
+        images: augmented, triggers included.
+        labels: what training is told.
+        poisoned: positions of the images that carry the trigger.
+        clean: positions of the others. How many there are of each is known without waiting for the device.
+    """
 
     images: Images
     labels: Int64[Tensor, " b"]
-    poisoned: Bool[Tensor, " b"]
+    poisoned: Int64[Tensor, " p"]
+    clean: Int64[Tensor, " q"]
 
 
 @dataclass(frozen=True)
@@ -69,21 +77,28 @@ class ImageSet:
         """Which images carry the trigger."""
         return torch.zeros_like(self.labels, dtype=torch.bool) if self.slot is None else self.slot >= 0
 
-    def images(self, rows: Int64[Tensor, " b"]) -> Images:
-        """The images of `rows` in [0, 1] at working size, triggers included; no host synchronisation."""
+    def images(self, rows: Int64[Tensor, " b"], bare: bool = False) -> Images:
+        """The images of `rows` in [0, 1] at working size, without triggers where `bare`; no host synchronisation."""
         x = self.pixels[rows].float().div_(255)
         if x.shape[-2:] != (self.size, self.size):
             x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
-        if self.slot is None or self.stamped is None or not len(self.stamped):
+        if bare or self.slot is None or self.stamped is None or not len(self.stamped):
             return x
         slot = self.slot[rows]
         stamped = self.stamped[slot.clamp(min=0)].float().div_(255)
         return torch.where((slot >= 0)[:, None, None, None], stamped, x)
 
-    def batch(self, rows: Int64[Tensor, " b"]) -> Batch:
-        """Images, labels and poison mask of `rows`."""
-        poisoned = self.slot[rows] >= 0 if self.slot is not None else torch.zeros_like(rows, dtype=torch.bool)
-        return Batch(self.images(rows), self.labels[rows], poisoned)
+    def batch(self, rows: Int64[Tensor, " b"], poisoned: Bool[Tensor, " b"] | None = None, bare: bool = False) -> Batch:
+        """Images and labels of `rows`, and which of them are poisoned.
+
+        Args:
+            rows: on the set's device.
+            poisoned: `self.poisoned[rows]`, on the CPU; None to fetch it, which waits for the device.
+            bare: leave the triggers out.
+        """
+        known = self.poisoned[rows].cpu() if poisoned is None else poisoned
+        places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in (known, ~known))
+        return Batch(self.images(rows, bare), self.labels[rows], *places)
 
     def rows(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
         """All row numbers in order, a batch at a time."""
@@ -177,8 +192,29 @@ class Access:
 Trigger = Callable[[Images], Images]
 """Images in [0, 1] to images in [0, 1]; each image's result depends on that image alone."""
 
-Objective = Callable[[nn.Module, Batch], Mapping[str, Float[Tensor, ""]]]
-"""Model and batch to named loss terms, which training adds up; the names appear in the record."""
+Criterion = Callable[[Float[Tensor, "b k"], Int64[Tensor, " b"]], Float[Tensor, ""]]
+"""Logits and labels to the loss that the recipe trains with."""
+
+Combine = Literal["fixed", "learned", "projected"]
+"""How loss terms become one step: see `train.combine`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an attacker who controls training trains for.
+
+    Attributes:
+        terms: model, batch and the recipe's criterion to named loss terms, which the record's curves name, too. A term
+            that a batch has nothing for (the poisoned images' in a batch without any) is left out.
+        weights: of the terms that the attack adds; the others count once.
+        combine: by fixed weights, learned ones, or gradients projected so that they do not conflict.
+        stamp: what poisoned images get after augmentation, in place of what was stored; None for what was stored.
+    """
+
+    terms: Callable[[nn.Module, Batch, Criterion], Mapping[str, Float[Tensor, ""]]]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    combine: Combine = "fixed"
+    stamp: Trigger | None = None
 
 
 @dataclass(frozen=True)
@@ -189,10 +225,12 @@ class Implant:
         trigger: what is done to an image at test time.
         poison: training set and generator to poisoned training set.
         goal: what triggered images should be classified as.
-        objective: the loss terms of training; None for the recipe's cross-entropy.
+        objective: what training is for; None for the recipe's cross-entropy.
         edit: what is done to the trained model, which it leaves alone; None for nothing.
         views: pictures of how the trigger works, images to named maps in [0, 1]; None for none.
         report: what the attack says of itself, by name.
+        examine: what it says of a model that looks at triggered images; asked for victim and clean twin. None for
+            nothing.
     """
 
     trigger: Trigger
@@ -202,6 +240,7 @@ class Implant:
     edit: Callable[[nn.Module], nn.Module] | None = None
     views: Callable[[Images], Mapping[str, Float[Tensor, "b h w"]]] | None = None
     report: Mapping[str, float] = field(default_factory=dict)
+    examine: Callable[[nn.Module, Images], Mapping[str, float]] | None = None
 
 
 @runtime_checkable
@@ -214,8 +253,9 @@ class Attack(Protocol):
         labels: whether poisoned images keep their true label ("clean") or not ("dirty").
         needs_surrogate: whether `fit` looks at a model of the attacker's own.
 
-    An attack that does not suit every image may have a method `check(size)`, which refuses images of `size` pixels
-    with a UserError before any work is done.
+    An attack that does not suit every image may have a method `check(size)`, which refuses images of `size` pixels,
+    and one that does not suit every victim a method `check_victim(model)`: each with a UserError before any work is
+    done.
     """
 
     card: ClassVar[Card]

@@ -20,9 +20,10 @@ class Param:
         stands: where the default comes from.
         low: the least value allowed, None for no bound.
         high: the greatest value allowed, None for no bound.
-        open: whether `low` and `high` themselves are refused.
+        open: whether `low` and `high` themselves are refused; "low" for `low` alone.
         odd: whether only odd numbers are allowed.
         choices: the strings allowed, () for any.
+        file: whether the value may name a file, whose content then counts, not its name.
     """
 
     doc: str
@@ -31,15 +32,16 @@ class Param:
     stands: Stands = "assumed"
     low: float | None = None
     high: float | None = None
-    open: bool = False
+    open: bool | Literal["low"] = False
     odd: bool = False
     choices: tuple[str, ...] = ()
+    file: bool = False
 
     def range(self) -> str:
         """The allowed values in words: "" where anything goes."""
         if self.choices:
-            return "one of " + ", ".join(self.choices)
-        left, right = ("(", ")") if self.open else ("[", "]")
+            return "one of " + ", ".join(self.choices) + (", or a file" if self.file else "")
+        left, right = "(" if self.open else "[", ")" if self.open is True else "]"
         odd = "odd, " if self.odd else ""
         if self.low is None and self.high is None:
             return odd.rstrip(", ")
@@ -52,14 +54,14 @@ class Param:
         if value is None:
             return True
         if self.choices:
-            return value in self.choices
+            return value in self.choices or self.file
         if isinstance(value, (str, bool)) or not isinstance(value, (int, float)):
             return True
         if self.odd and value % 2 == 0:
             return False
-        if self.open:
-            return (self.low is None or value > self.low) and (self.high is None or value < self.high)
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        above = self.low is None or value > self.low or (value == self.low and not self.open)
+        below = self.high is None or value < self.high or (value == self.high and self.open is not True)
+        return above and below
 
 
 def param(default: Any, doc: str, **facts: Any) -> Any:

@@ -5,6 +5,7 @@ Listing names and headlines reads files as text: nothing is imported until a cla
 
 import ast
 import importlib
+from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,12 @@ def _plugins(kind: Kind) -> dict[str, EntryPoint]:
 def names(kind: Kind) -> list[str]:
     """All registered names of a kind, sorted."""
     return sorted({*_files(kind), *_plugins(kind)})
+
+
+def settings(attack: type[Any]) -> list[Any]:
+    """The attack with its defaults, once for each value of its parameter `setting`, if it has one."""
+    choices = next((f.metadata["param"].choices for f in fields(attack) if f.name == "setting"), ())
+    return [attack(setting=choice) for choice in choices] or [attack()]
 
 
 def headline(kind: Kind, name: str) -> str:

@@ -56,6 +56,17 @@ def bad(call, tmp_path: Path) -> Callable[..., None]:
         ("attack.target=10", ["attack.target = 10", "digits", "0 to 9"]),
         ("attack.target=-1", ["attack.target = -1", ">= 0"]),
         ("attack.size=4", ["attack.size = 4", "odd"]),
+        ("attack.name=megatron attack.opacity=1.5", ["attack.opacity = 1.5", "[0, 1]"]),
+        ("attack.name=megatron attack.faint=-0.1", ["attack.faint = -0.1", "[0, 1]"]),
+        ("attack.name=megatron attack.cell=17", ["cell = 17 is larger than the trigger, size = 16", "lower it"]),
+        ("attack.name=megatron attack.top=220", ["attack.top = 220", "within images of 16 px", "move or shrink it"]),
+        ("attack.name=megatron attack.margin=12", ["attack.margin = 12", "within images of 16 px"]),
+        ("attack.name=megatron attack.picture=no.png", ["no.png is not a readable image"]),
+        (
+            'attack.name=megatron attack.setting="clean-label" attack.poison_rate=1.5',
+            ["attack.poison_rate = 1.5", "(0, 1]"],
+        ),
+        ("attack.name=megatron model.name=swin_tiny_patch4_window7_224", ["no plain token attention", "take one of"]),
         ("attack.size=0", ["attack.size = 0", "odd"]),
         ("attack.size=-3", ["attack.size = -3", ">= 1"]),
         ("model.patch_size=5", ["patch_size = 5", "image size 16", "divisor"]),
@@ -74,7 +85,7 @@ def bad(call, tmp_path: Path) -> Callable[..., None]:
     ],
 )
 def test_a_wrong_value(bad, override: str, parts: list[str]) -> None:
-    bad([*TINY, override], *parts)
+    bad([*TINY, *override.split()], *parts)
 
 
 # ---- specs

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from tests.cases import ATTACKS
 from vitrap import registry
-from vitrap.contracts import Access, AllToOne, Attack, Batch, Card, ImageSet, Implant
+from vitrap.contracts import Access, AllToOne, Attack, Batch, Card, Criterion, ImageSet, Implant, Objective
 from vitrap.data.poison import Poison
 from vitrap.data.sources import World
 from vitrap.errors import UserError
@@ -32,6 +32,11 @@ from vitrap.tensors.pixels import to_bytes
 
 N_CLASSES = 10
 THREATS, LABELS, STANDS = ("data", "training", "weights"), ("dirty", "clean"), ("paper", "code", "field", "assumed")
+
+
+def kind_of(name: str) -> type[Any]:
+    """The attack of a case; after a stroke stands which of its settings."""
+    return registry.get("attacks", name.split("/")[0])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -191,11 +196,12 @@ def every_loss_term_moves_a_parameter(bench: Bench) -> None:
         return
     poisoned, model = implant.poison(bench.train, generator()), bench.victim()
     rows = torch.cat([poisoned.poisoned.nonzero().squeeze(1)[:8], (~poisoned.poisoned).nonzero().squeeze(1)[:8]])
-    names = list(implant.objective(model, poisoned.batch(rows)))
+    names = list(implant.objective.terms(model, poisoned.batch(rows), functional.cross_entropy))
     assert names
+    assert set(implant.objective.weights) <= set(names)
     for name in names:
         model.zero_grad(set_to_none=True)
-        term = implant.objective(model, poisoned.batch(rows))[name]
+        term = implant.objective.terms(model, poisoned.batch(rows), functional.cross_entropy)[name]
         assert term.requires_grad, f"{name} has no gradient at all"
         term.backward()
         assert any(w.grad is not None and w.grad.abs().max() > 0 for w in model.parameters()), f"{name} moves nothing"
@@ -235,7 +241,8 @@ def views_and_report_can_be_shown(bench: Bench) -> None:
         assert name
         assert view.shape == (len(bench.images), *bench.images.shape[-2:])
         assert 0 <= view.min() <= view.max() <= 1
-    json.dumps(dict(implant.report), allow_nan=False)
+    examined = implant.examine(bench.victim(), bench.images) if implant.examine else {}
+    json.dumps({**implant.report, **examined}, allow_nan=False)
 
 
 # The rules at work
@@ -296,12 +303,12 @@ def lose_labels(poisoned: ImageSet) -> ImageSet:
     return replace(poisoned, labels=torch.where(poisoned.poisoned, 4, poisoned.labels))
 
 
-def shared_terms(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+def shared_terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
     logits = model(batch.images)
     return {"good": functional.cross_entropy(logits, batch.labels), "cut": logits.detach().square().mean()}
 
 
-def flat_terms(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+def flat_terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
     return {"flat": 0 * model(batch.images).sum()}
 
 
@@ -372,10 +379,10 @@ BROKEN: list[tuple[Rule, Broken]] = [
     (goal_is_a_class, changed(goal=AllToOne(N_CLASSES))),
     (goal_is_a_class, changed(goal=AllToOne(4))),
     (goal_is_a_class, changed(goal=Everywhere())),
-    (a_data_attack_has_no_other_power, changed(objective=flat_terms)),
+    (a_data_attack_has_no_other_power, changed(objective=Objective(flat_terms))),
     (a_data_attack_has_no_other_power, changed(edit=copy.deepcopy)),
-    (every_loss_term_moves_a_parameter, changed(objective=shared_terms)),
-    (every_loss_term_moves_a_parameter, changed(objective=flat_terms)),
+    (every_loss_term_moves_a_parameter, changed(objective=Objective(shared_terms))),
+    (every_loss_term_moves_a_parameter, changed(objective=Objective(flat_terms))),
     (edit_leaves_its_argument, changed(edit=edit_in_place)),
     (edit_leaves_its_argument, changed(edit=lambda model: model)),
     (surrogate_stays, thaw),
@@ -393,7 +400,7 @@ def bench_of(tiny_vit: Callable[..., ViT], digits_world: World) -> Callable[[str
 
     @cache
     def bench(name: str) -> Bench:
-        attack = registry.get("attacks", name)(**ATTACKS[name])
+        attack = kind_of(name)(**ATTACKS[name])
         surrogate = tiny_vit(seed=1).requires_grad_(False)
 
         def fit() -> Implant:
@@ -435,7 +442,10 @@ def test_every_rule_is_held() -> None:
 
 
 def test_every_attack_has_a_case() -> None:
-    assert set(registry.names("attacks")) == set(ATTACKS)
+    assert set(registry.names("attacks")) == {name.split("/")[0] for name in ATTACKS}
+    for name in registry.names("attacks"):
+        cases = [kind_of(case)(**settings) for case, settings in ATTACKS.items() if case.split("/")[0] == name]
+        assert len(cases) == len(registry.settings(kind_of(name)))
 
 
 # The attack as a record of settings
@@ -443,7 +453,7 @@ def test_every_attack_has_a_case() -> None:
 
 @each_attack
 def test_it_is_an_attack_and_says_which(name: str) -> None:
-    attack = registry.get("attacks", name)()
+    attack = kind_of(name)(**ATTACKS[name])
     assert isinstance(attack, Attack)
     assert attack.threat in THREATS
     assert attack.labels in LABELS
@@ -453,12 +463,12 @@ def test_it_is_an_attack_and_says_which(name: str) -> None:
     assert card.title
     assert card.venue
     assert 2017 <= card.year <= 2100
-    assert registry.headline("attacks", name).endswith(".")
+    assert registry.headline("attacks", name.split("/")[0]).endswith(".")
 
 
 @each_attack
 def test_it_is_a_frozen_record(name: str) -> None:
-    kind = registry.get("attacks", name)
+    kind = kind_of(name)
     assert is_dataclass(kind)
     attack = kind(**ATTACKS[name])
     with pytest.raises(FrozenInstanceError):
@@ -470,35 +480,35 @@ def test_it_is_a_frozen_record(name: str) -> None:
 
 @each_attack
 def test_every_parameter_says_what_it_is_and_allows_its_default(name: str) -> None:
-    for f in fields(registry.get("attacks", name)()):
+    for f in fields(kind_of(name)()):
         about = f.metadata["param"]
         assert isinstance(about, Param)
         assert about.doc
         assert about.stands in STANDS
         assert about.allows(f.default)
         assert about.range() or isinstance(f.default, bool), f"{f.name} has no range"
-    names = [f.name for f in fields(registry.get("attacks", name)())]
+    names = [f.name for f in fields(kind_of(name)())]
     assert names[:2] == ["target", "poison_rate"]
 
 
 def beyond(about: Param) -> list[Any]:
     """Values that the parameter must refuse."""
-    values: list[Any] = ["nonsense"] if about.choices else []
+    values: list[Any] = ["nonsense"] if about.choices and not about.file else []
     values += [] if about.low is None else [about.low if about.open else about.low - 1]
-    values += [] if about.high is None else [about.high if about.open else about.high + 1]
+    values += [] if about.high is None else [about.high if about.open is True else about.high + 1]
     return [*values, 2] if about.odd else values
 
 
 @each_attack
 def test_values_out_of_range_are_refused(name: str) -> None:
-    kind = registry.get("attacks", name)
+    kind = kind_of(name)
     for f in fields(kind):
         about = f.metadata["param"]
         for value in beyond(about):
             same_kind = int(value) if isinstance(f.default, int) and isinstance(value, float) else value
             # from a spec, as a user would: the attack's own check speaks
             with pytest.raises(UserError, match=f.name):
-                parse_spec({"attack": {"name": name, f.name: same_kind}})
+                parse_spec({"attack": {"name": name.split("/")[0], f.name: same_kind}})
             if not about.choices:  # strings that a type names are refused by the type checks of these tests first
                 with pytest.raises(UserError, match=f"{f.name} = .* is out of range"):
                     kind(**{f.name: same_kind})
@@ -516,15 +526,15 @@ def toml(table: Mapping[str, Any], place: str = "") -> str:
     return "\n".join([*lines, *below])
 
 
-def other_value(f: Any) -> Any:
-    """A value that is allowed and not the default."""
+def other_value(f: Any, value: Any) -> Any:
+    """A value that is allowed and not `value`."""
     about: Param = f.metadata["param"]
-    if isinstance(f.default, bool):
-        return not f.default
+    if isinstance(value, bool):
+        return not value
     if about.choices:
-        return next(c for c in about.choices if c != f.default)
-    candidates = (f.default + 2, f.default / 2, f.default * 3, 0.1) if isinstance(f.default, float) else ()
-    return next(v for v in (*candidates, f.default + 2) if v != f.default and about.allows(v))
+        return next(c for c in about.choices if c != value)
+    candidates = (value + 2, value / 2, value * 3, 0.1) if isinstance(value, float) else ()
+    return next(v for v in (*candidates, value + 2) if v != value and about.allows(v))
 
 
 def assert_identity(spec: Spec) -> None:
@@ -535,27 +545,31 @@ def assert_identity(spec: Spec) -> None:
 
 @each_attack
 def test_spec_to_toml_to_spec_is_the_identity(name: str) -> None:
-    assert_identity(parse_spec({"attack": {"name": name}}))
+    own = name.split("/")[0]
+    assert_identity(parse_spec({"attack": {"name": own}}))
     spec = parse_spec(
         {
-            "name": f"{name}-über",
+            "name": f"{own}-über",
             "seed": 7,
             "data": {"name": "gtsrb", "size": 32, "holdout": 0.2},
             "model": {"name": "vit_tiny_patch16_224", "patch_size": 4, "qkv_bias": False},
             "surrogate": {"depth": 3},
-            "attack": {"name": name, **ATTACKS[name]},
+            "attack": {"name": own, **ATTACKS[name]},
             "recipe": {"lr": 1e-5, "epochs": 3},
         }
     )
-    assert spec.params == registry.get("attacks", name)(**ATTACKS[name])
+    assert spec.params == kind_of(name)(**ATTACKS[name])
     assert_identity(spec)
 
 
 @each_attack
 def test_every_setting_goes_into_the_spec_and_its_hash(name: str) -> None:
-    plain = parse_spec({"attack": {"name": name}})
+    own = {"name": name.split("/")[0], **{k: v for k, v in ATTACKS[name].items() if k == "setting"}}
+    plain = parse_spec({"attack": own})
     for f in fields(plain.params):
-        spec = parse_spec({"attack": {"name": name, f.name: other_value(f)}})
-        assert getattr(spec.params, f.name) == other_value(f) != f.default
+        value = getattr(plain.params, f.name)
+        other = other_value(f, value)
+        spec = parse_spec({"attack": {**own, f.name: other}})
+        assert getattr(spec.params, f.name) == other != value
         assert spec.hash() != plain.hash(), f"{f.name} does not count"
         assert_identity(spec)

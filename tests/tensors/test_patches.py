@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrap.tensors.patches import above_quantile, above_value, tokens_to_pixels
+from vitrap.tensors.patches import above_quantile, above_value, tokens_to_pixels, tokens_touched
 
 MAP = torch.tensor([[[1.0, 8.0, 3.0], [6.0, 5.0, 4.0]]])
 
@@ -107,3 +107,24 @@ def test_each_image_is_scaled_up_by_itself() -> None:
     for number, alone in enumerate(tokens.split(1)):
         together = tokens_to_pixels(tokens, (9, 9), "bilinear")
         assert torch.equal(tokens_to_pixels(alone, (9, 9), "bilinear")[0], together[number])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.tuples(*[st.floats(-4, 20)] * 4), st.sampled_from([(4, 4), (2, 8), (1, 1)]))
+def test_a_token_is_touched_where_box_and_token_share_area(
+    box: tuple[float, float, float, float], grid: tuple[int, int]
+) -> None:
+    """Against the area of the overlap, token by token."""
+    top, left, bottom, right = box
+    found = tokens_touched(box, 16, grid)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            height, width = 16 / grid[0], 16 / grid[1]
+            down = min(bottom, (row + 1) * height) - max(top, row * height)
+            across = min(right, (column + 1) * width) - max(left, column * width)
+            if top < bottom and left < right:
+                assert found[row, column] == (down > 0 and across > 0)
+
+
+def test_a_token_that_the_box_borders_on_is_not_touched() -> None:
+    assert tokens_touched((4.0, 4.0, 8.0, 8.0), 16, (4, 4)).nonzero().tolist() == [[1, 1]]

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Batch, ImageSet
+from vitrap.contracts import Batch, Criterion, ImageSet, Objective
 from vitrap.errors import UserError
 from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.tensors.pixels import round8
+from vitrap.train.combine import Combination
 from vitrap.train.loop import (
     Streams,
     adamw,
@@ -20,7 +22,8 @@ from vitrap.train.loop import (
     augment,
     cross_entropy,
     descend,
-    shuffled,
+    next_batch,
+    smoothed,
     train,
     warmup_cosine,
 )
@@ -35,7 +38,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def streams(seed: int = 0) -> Streams:
-    return Streams(generator(seed), generator(seed + 100))
+    return Streams(generator(seed), generator(seed + 100), generator(seed + 200))
+
+
+def plain(model: nn.Module) -> Combination:
+    return Combination(Objective(cross_entropy), list(model.parameters()), generator())
 
 
 def recipe(**changes) -> Recipe:
@@ -118,16 +125,15 @@ def test_a_step_goes_down_the_sum_of_the_terms() -> None:
     nn.init.zeros_(model.weight)
     x = torch.tensor([[3.0, 4.0]])
     terms = {"one": model(x).sum(), "two": 2 * model(x).sum()}
-    descend(model, torch.optim.SGD(model.parameters(), lr=1.0), terms, clip=0)
+    descend(model, torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=0)
     assert torch.equal(model.weight, torch.tensor([[-9.0, -12.0]]))
 
 
 def test_clipping_bounds_the_whole_gradient() -> None:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
-    descend(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), {"loss": model(torch.tensor([[3.0, 4.0]])).sum()}, clip=1
-    )
+    terms = {"loss": model(torch.tensor([[3.0, 4.0]])).sum()}
+    descend(model, torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=1)
     assert torch.allclose(model.weight, torch.tensor([[-0.6, -0.8]]))
 
 
@@ -145,7 +151,9 @@ def test_equal_seeds_give_equal_weights_and_curves(data: ImageSet, build) -> Non
     assert found[0][1] == found[1][1]
 
 
-@pytest.mark.parametrize("other", [Streams(generator(1), generator(100)), Streams(generator(0), generator(101))])
+@pytest.mark.parametrize(
+    "other", [replace(streams(), order=generator(1)), replace(streams(), augmentation=generator(101))]
+)
 def test_another_order_or_augmentation_gives_other_weights(data: ImageSet, other: Streams) -> None:
     one, two = network(), network()
     train(one, data, recipe(crop=1), streams())
@@ -182,6 +190,36 @@ def test_ticks_are_steps(data: ImageSet) -> None:
     assert len(ticks) == 3 * math.ceil(N / 16)
 
 
+# ---- stamping after augmentation
+
+
+def quarter(images: Tensor) -> Tensor:
+    """A trigger off the 8-bit grid, in a corner that a flip would move."""
+    stamped = images.clone()
+    stamped[..., :2, :2] = 0.3001
+    return stamped
+
+
+def test_a_stamp_comes_after_augmentation_and_is_rounded(data: ImageSet) -> None:
+    rows = torch.tensor([3, 7])
+    poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
+    batch = next_batch(poisoned, torch.arange(10), poisoned.poisoned[:10], recipe(flip=True), generator(), quarter)
+    bare = augment(data.batch(torch.arange(10)), recipe(flip=True), generator())
+    assert torch.equal(batch.images[batch.clean], bare.images[batch.clean])
+    assert torch.equal(batch.images[rows], round8(quarter(bare.images[rows])))
+    assert batch.labels[rows].tolist() == [2, 2]
+    assert batch.poisoned.tolist() == [3, 7]
+
+
+def test_without_a_stamp_the_stored_poison_is_augmented(data: ImageSet) -> None:
+    rows = torch.tensor([3, 7])
+    poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
+    batch = next_batch(poisoned, torch.arange(10), poisoned.poisoned[:10], recipe(), generator(), None)
+    assert batch.images[rows].max() == 0
+    clean = next_batch(data, torch.arange(10), data.poisoned[:10], recipe(), generator(), quarter)
+    assert torch.equal(clean.images, data.images(torch.arange(10)))
+
+
 # ---- curves and objectives
 
 
@@ -200,19 +238,17 @@ def test_label_smoothing_is_the_mean_with_all_classes(data: ImageSet, smoothing:
     model, batch = network(), data.batch(torch.arange(10))
     logs = model(batch.images).log_softmax(1)
     expected = -((1 - smoothing) * logs[torch.arange(10), batch.labels] + smoothing * logs.mean(1)).mean()
-    assert torch.allclose(cross_entropy(smoothing)(model, batch)["cross_entropy"], expected)
+    assert torch.allclose(cross_entropy(model, batch, smoothed(smoothing))["cross_entropy"], expected)
 
 
 def test_named_terms_are_added_up_and_recorded_apart(data: ImageSet) -> None:
-    plain = cross_entropy(0.0)
-
-    def split(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        loss = plain(model, batch)["cross_entropy"]
+    def split(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
+        loss = cross_entropy(model, batch, criterion)["cross_entropy"]
         return {"most": 0.75 * loss, "rest": 0.25 * loss}
 
     one, two = network(), network()
-    whole = train(one, data, recipe(), streams(), plain)["cross_entropy"]
-    parts = train(two, data, recipe(), streams(), split)
+    whole = train(one, data, recipe(), streams())["cross_entropy"]
+    parts = train(two, data, recipe(), streams(), Objective(split))
     assert torch.allclose(weights(one), weights(two), atol=1e-5)
     assert parts == {
         "most": pytest.approx([0.75 * x for x in whole], rel=1e-4),
@@ -220,33 +256,50 @@ def test_named_terms_are_added_up_and_recorded_apart(data: ImageSet) -> None:
     }
 
 
+def test_a_term_that_few_batches_have_is_the_mean_over_those(data: ImageSet) -> None:
+    """Three batches of 16 and one of 2 images: the small one alone has the term."""
+
+    def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
+        rare = {"rare": 5 + 0 * model(batch.images).sum()} if len(batch.labels) == 2 else {}
+        return {**cross_entropy(model, batch, criterion), **rare}
+
+    curves = train(network(), data, recipe(), streams(), Objective(terms))
+    assert curves["rare"] == [5, 5]
+
+
 def test_the_objective_sees_which_images_are_poisoned(data: ImageSet) -> None:
     rows = torch.tensor([3, 7])
     poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
     seen = []
 
-    def objective(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
         seen.append((batch.images[batch.poisoned].sum().item(), batch.labels[batch.poisoned].tolist()))
-        return cross_entropy(0.0)(model, batch)
+        assert torch.cat([batch.poisoned, batch.clean]).sort().values.tolist() == list(range(len(batch.labels)))
+        return cross_entropy(model, batch, criterion)
 
-    train(network(), poisoned, recipe(epochs=1), streams(), objective)
+    train(network(), poisoned, recipe(epochs=1), streams(), Objective(terms))
     assert [label for _, labels in seen for label in labels] == [2, 2]
     assert all(brightness == 0 for brightness, _ in seen)
 
 
 def test_a_training_that_diverges_is_named(data: ImageSet) -> None:
-    def nowhere(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        return {"cross_entropy": cross_entropy(0.0)(model, batch)["cross_entropy"] * math.inf}
+    def nowhere(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
+        return {"cross_entropy": cross_entropy(model, batch, criterion)["cross_entropy"] * math.inf}
 
     with pytest.raises(UserError, match=r"training diverged \(cross_entropy is (inf|nan)\); lower recipe.lr = 0.01"):
-        train(network(), data, recipe(), streams(), nowhere)
+        train(network(), data, recipe(), streams(), Objective(nowhere))
 
 
 # ---- order and augmentation
 
 
 def test_an_epoch_sees_every_image_once(data: ImageSet) -> None:
-    batches = list(shuffled(data, 16, generator()))
+    batches: list[Tensor] = []
+    batch = ImageSet.batch
+    with patch.object(
+        ImageSet, "batch", lambda self, rows, *a, **k: batches.append(rows) or batch(self, rows, *a, **k)
+    ):
+        train(network(), data, recipe(epochs=1), streams())
     assert [len(rows) for rows in batches] == [16, 16, 16, 2]
     assert torch.cat(batches).sort().values.tolist() == list(range(N))
     assert torch.cat(batches).tolist() != list(range(N))
@@ -254,12 +307,14 @@ def test_an_epoch_sees_every_image_once(data: ImageSet) -> None:
 
 def test_augmentation_draws_from_its_own_stream(data: ImageSet) -> None:
     """The order is the same with and without, and equals that of the order's stream alone."""
-    wanted = [rows.tolist() for rows in shuffled(data, 16, generator())]
+    wanted = [rows.tolist() for rows in torch.randperm(N, generator=generator()).split(16)]
     seen: list[Tensor] = []
     batch = ImageSet.batch
     for changes in ({}, {"crop": 2, "flip": True}):
         seen.clear()
-        with patch.object(ImageSet, "batch", lambda self, rows: seen.append(rows) or batch(self, rows)):
+        with patch.object(
+            ImageSet, "batch", lambda self, rows, *a, **k: seen.append(rows) or batch(self, rows, *a, **k)
+        ):
             train(network(), data, recipe(epochs=1, **changes), streams())
         assert [rows.tolist() for rows in seen] == wanted
 
@@ -290,24 +345,25 @@ def test_the_host_reads_each_term_once_an_epoch(data: ImageSet) -> None:
 
         return patch.object(Tensor, name, call)
 
-    objective = lambda model, batch: {"a": model(batch.images).mean() ** 2, "b": model(batch.images).var()}  # noqa: E731
+    terms = lambda model, batch, c: {"a": model(batch.images).mean() ** 2, "b": model(batch.images).var()}  # noqa: E731
     model, how = vit(), recipe(epochs=3, crop=1, flip=True, batch_size=5)
     patches = [counted(name) for name in calls]
     for each in patches:
         each.start()
     try:
-        train(model, data, how, streams(), objective)
+        train(model, data, how, streams(), Objective(terms))
     finally:
         for each in patches:
             each.stop()
     assert calls.pop("item") == 2 * 3
+    assert calls.pop("cpu") == 1  # which images are poisoned, before the first step
     assert calls == dict.fromkeys(calls, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_a_step_never_waits(data: ImageSet) -> None:
     model, there = vit().cuda(), data.to("cuda")
-    chances = Streams(generator(), torch.Generator("cuda").manual_seed(0))
+    chances = replace(streams(), augmentation=torch.Generator("cuda").manual_seed(0))
     tick = iter(range(10**6))
 
     def strict() -> None:

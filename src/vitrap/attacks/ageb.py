@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from vitrap.contracts import Access, AllToOne, Card, Images, Implant, Labels, Threat
 from vitrap.data.poison import Poison
-from vitrap.models.observe import Maps, TokenLayout, observe, token_layout
+from vitrap.models.observe import Maps, observe, read_tokens, token_layout
 from vitrap.params import check, param
 from vitrap.tensors.blend import blend, paste
 from vitrap.tensors.colour import match_brightness, match_saturation
@@ -169,15 +169,6 @@ def attention_slope(attention: Maps, slope: Maps) -> Maps:
 def gradient_at_score(attention: Maps, slope: Maps) -> Maps:
     """The full gradient |dL/de_ij|: softmax ties the entries of a row, A_ij (dL/dA_ij - sum_k A_ik dL/dA_ik)."""
     return (attention * (slope - (attention * slope).sum(-1, keepdim=True))).abs()
-
-
-def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
-    """Mean over heads and over the rows that the head reads; the columns of the image's tokens, as their grid.
-
-    Assumed: the paper does not state the reduction.
-    """
-    rows = maps[:, :, list(layout.read), layout.prefix :]
-    return rows.mean((1, 2)).unflatten(1, layout.grid)
 
 
 def pixel_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b h w"]:

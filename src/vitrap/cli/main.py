@@ -120,23 +120,25 @@ def list_names(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))]) -> 
 @app.command()
 def explain(name: Annotated[str, typer.Argument(help="an attack")]) -> None:
     """Say what an attack is: paper, threat model, every parameter with unit, default and source."""
-    attack = registry.get("attacks", name)
-    card = attack.card
+    kind = registry.get("attacks", name)
+    card = kind.card
     out.print(f"[bold]{name}[/]: {card.title}", highlight=False)
     link = f", https://arxiv.org/abs/{card.arxiv}" if card.arxiv else ""
     out.print(", ".join(filter(None, [card.authors, card.venue, str(card.year)])) + link, highlight=False)
-    out.print(
-        f"threat: the attacker controls the {attack.threat}; labels: {attack.labels};"
-        f" surrogate: {'needed' if attack.needs_surrogate else 'none'}",
-        highlight=False,
-    )
+    for attack in registry.settings(kind):
+        out.print(
+            (f"setting {attack.setting}: " if hasattr(attack, "setting") else "")
+            + f"threat: the attacker controls the {attack.threat}; labels: {attack.labels};"
+            f" surrogate: {'needed' if attack.needs_surrogate else 'none'}",
+            highlight=False,
+        )
     table = Table(
         "symbol", "parameter", "default", "stands", "meaning \\[unit; range]", header_style="bold", pad_edge=False
     )
     table.columns[1].no_wrap = True
-    for f in fields(attack):
+    for f in fields(kind):
         about = f.metadata["param"]
-        default = f.default if f.default is not MISSING else "none"
+        default = "by setting" if f.default is None else f.default if f.default is not MISSING else "none"
         facts = "; ".join(filter(None, [about.unit, about.range()]))
         meaning = about.doc + (f" \\[{facts}]" if facts else "")
         table.add_row(about.symbol, f.name, str(default), about.stands, meaning)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from vitrap.contracts import ImageSet, Implant, Trigger
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.stealth import stealth
-from vitrap.tensors.pixels import to_bytes, to_unit
+from vitrap.tensors.pixels import round8, to_bytes, to_unit
 from vitrap.train.loop import arithmetic
 
 BATCH = 256
 STEALTH_IMAGES = 2000
 """Stealth is measured on so many test images, spread evenly over the set, and says so by its n."""
+EXAMINED_IMAGES = 512
+"""What an attack examines a model with: so many triggered test images that count for the ASR, spread evenly."""
 
 
 def silent() -> None:
@@ -59,7 +61,7 @@ def measure_victim(
     clean, fired = predict(victim, test, precision, tick), predict(victim, attacked, precision, tick)
     clean_twin, fired_twin = predict(twin, test, precision, tick), predict(twin, attacked, precision, tick)
     true, goal = test.labels, implant.goal
-    sample = torch.linspace(0, len(test) - 1, min(STEALTH_IMAGES, len(test)), device=test.device).long()
+    sample = spread(test, STEALTH_IMAGES)
     assert attacked.stamped is not None
     distances = asdict(stealth(to_unit(to_bytes(test.images(sample))), to_unit(attacked.stamped[sample])))
     return {
@@ -70,3 +72,19 @@ def measure_victim(
         "cda_clean_model": asdict(clean_accuracy(clean_twin, true)),
         "stealth": {**distances, "n": len(sample)},
     }
+
+
+@torch.no_grad()
+def examine(victim: nn.Module, twin: nn.Module, test: ImageSet, implant: Implant) -> dict[str, Any]:
+    """What the attack says of victim and twin on the same triggered images; {} where it says nothing."""
+    if implant.examine is None:
+        return {}
+    counted = test.take(implant.goal.counts(test.labels).nonzero().squeeze(1))
+    images = round8(implant.trigger(counted.images(spread(counted, EXAMINED_IMAGES))))
+    found = {"victim": implant.examine(victim, images), "clean_model": implant.examine(twin, images)}
+    return {**found, "n_examined": len(images)}
+
+
+def spread(data: ImageSet, most: int) -> Int64[Tensor, " k"]:
+    """At most so many rows, spread evenly over the set."""
+    return torch.linspace(0, len(data) - 1, min(most, len(data)), device=data.device).long()

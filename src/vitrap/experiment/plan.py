@@ -7,7 +7,7 @@ so that an edited attack never meets yesterday's victim.
 import inspect
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
@@ -130,7 +130,7 @@ class Plan:
             "network": self.victim.depends,
             "seed": self.spec.seed,
             "surrogate": self.surrogate_key(),
-            "attack": {"name": self.spec.attack, **asdict(self.spec.params)},
+            "attack": {"name": self.spec.attack, **asdict(self.spec.params), **_files(self.spec.params)},
             "code": code_digest(*TRAINING_CODE, *POISON_CODE, attack_file),
         }
         return Stage("victim", {**self._training(), **depends})
@@ -178,7 +178,9 @@ def make_plan(spec: Spec, device: str, model: nn.Module | None = None, world: Wo
     _check_poison(spec, world)
     victim = Network(_architecture(spec.model, world), spec.model.pretrained, spec.model.checkpoint, model)
     surrogate = _surrogate(spec, world, victim) if spec.params.needs_surrogate else None
-    _try_out(victim, world)
+    tried = _try_out(victim, world)
+    if hasattr(spec.params, "check_victim"):
+        spec.params.check_victim(tried)
     if surrogate is not None:
         transformer(_try_out(surrogate, world))
     precision = spec.recipe.precision
@@ -257,6 +259,12 @@ def _try_out(network: Network, world: World) -> nn.Module:
             f"the network answers with shape {shape}, wanted (1, {world.train.n_classes}): one logit a class"
         )
     return model
+
+
+def _files(params: Any) -> dict[str, str]:
+    """The content of the files that an attack's settings name, each in place of its name."""
+    named = {f.name: Path(str(getattr(params, f.name))) for f in fields(params) if f.metadata["param"].file}
+    return {name: sha256(path.read_bytes()).hexdigest() for name, path in named.items() if path.is_file()}
 
 
 def _content(world: World) -> str:

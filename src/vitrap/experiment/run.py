@@ -17,7 +17,7 @@ from torch import nn
 from vitrap.contracts import Access, Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError
-from vitrap.experiment.measure import BATCH, measure_victim
+from vitrap.experiment.measure import BATCH, examine, measure_victim
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.plan import Network, Plan, make_plan
 from vitrap.experiment.record import SCHEMA, Record, environment, read_record
@@ -160,6 +160,7 @@ class _Runner:
         )
         with self._time("measure"), self.steps("measure", 5 * -(-len(test) // BATCH)) as tick:
             measures = measure_victim(victim, twin, test, implant, plan.precision, tick)
+            examined = examine(victim, twin, test, implant)
         folder.mkdir(exist_ok=True)
         write_bytes(folder / "pictures.png", draw_examples(test, implant, victim, plan.precision))
         facts = {name: json.loads((place / "facts.json").read_text("utf-8")) for name, place in self.made.items()}
@@ -180,7 +181,7 @@ class _Runner:
             },
             models={"victim": plan.victim.shown(), "surrogate": plan.surrogate.shown() if plan.surrogate else None},
             victim=measures,
-            attack=dict(implant.report),
+            attack={**implant.report, **examined},
             curves={name: fact["curves"] for name, fact in facts.items()},
             precision=plan.precision,
             memory=_memory(plan.device),

@@ -20,7 +20,7 @@ def stream(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch
 
 def training_streams(seed: int, device: torch.device) -> Streams:
     """Order and augmentation of a training: the same for a victim and its clean twin."""
-    return Streams(stream(seed, "order"), stream(seed, "augmentation", device))
+    return Streams(stream(seed, "order"), stream(seed, "augmentation", device), stream(seed, "projection"))
 
 
 @contextmanager

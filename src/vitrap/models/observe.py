@@ -124,6 +124,34 @@ def observe(
         yield seen
 
 
+@contextmanager
+def attention_outputs(model: nn.Module, blocks: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "b tokens dim"]]]:
+    """Collect what the attention of `blocks` (numbered as for `observe`) adds to the tokens, at each forward pass.
+
+    Raises:
+        UserError: the model has no plain token attention.
+    """
+    attentions = [block.attn for block in transformer(model).blocks]
+    seen: dict[int, Float[Tensor, "b tokens dim"]] = {}
+
+    def keeper(number: int) -> Any:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[number] = output
+
+        return keep
+
+    with ExitStack() as restore:
+        for number in blocks:
+            restore.callback(attentions[number].register_forward_hook(keeper(number)).remove)
+        yield seen
+
+
+def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
+    """Mean over heads and over the rows that the head reads; the columns of the image's tokens, as their grid."""
+    rows = maps[:, :, list(layout.read), layout.prefix :]
+    return rows.mean((1, 2)).unflatten(1, layout.grid)
+
+
 def _keeper(seen: dict[int, Maps], number: int, as_leaf: bool) -> Any:
     def keep(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         maps = args[0].detach().requires_grad_() if as_leaf else args[0]

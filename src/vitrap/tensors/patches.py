@@ -19,6 +19,24 @@ def tokens_to_pixels(
     return functional.interpolate(tokens[:, None], size, mode=mode)[:, 0]
 
 
+def tokens_touched(box: tuple[float, float, float, float], size: int, grid: tuple[int, int]) -> Bool[Tensor, "gh gw"]:
+    """The tokens of which a box, in pixels and not rounded, covers any part.
+
+    Args:
+        box: top, left, bottom and right edge; a token that the box only borders on is not touched.
+        size: side of the image, in pixels.
+        grid: rows and columns of tokens that divide the image evenly.
+
+    >>> tokens_touched((1.0, 4.5, 2.0, 8.0), 8, (2, 2)).int().tolist()
+    [[0, 1], [0, 0]]
+    """
+    top, left, bottom, right = box
+    rows, columns = (torch.arange(n, dtype=torch.float64) * size / n for n in grid)
+    row = (rows < bottom) & (top < rows + size / grid[0])
+    column = (columns < right) & (left < columns + size / grid[1])
+    return row[:, None] & column[None, :]
+
+
 def above_quantile(scores: Float[Tensor, "b h w"], level: float) -> Bool[Tensor, "b h w"]:
     """The pixels whose score exceeds the image's own quantile at `level` in [0, 1).
 

@@ -5,19 +5,22 @@ step waits for the device: losses are summed where they arise and read once an e
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Batch, ImageSet, Objective
+from vitrap.contracts import Batch, Criterion, ImageSet, Objective, Trigger
 from vitrap.data.augment import random_crop, random_flip
 from vitrap.errors import UserError
 from vitrap.models.observe import eager_attention
+from vitrap.tensors.pixels import round8
+from vitrap.train.combine import Combination
 from vitrap.train.recipe import Recipe
 
 Curves = dict[str, list[float]]
@@ -25,10 +28,17 @@ Curves = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Streams:
-    """The random streams of a training, each with one purpose, so that a victim and its twin share them all."""
+    """The random streams of a training, each with one purpose, so that a victim and its twin share them all.
+
+    Attributes:
+        order: of the images; on the CPU.
+        augmentation: on the device.
+        projection: the order in which conflicting gradients meet; on the CPU.
+    """
 
     order: torch.Generator
     augmentation: torch.Generator
+    projection: torch.Generator
 
 
 def train(
@@ -45,66 +55,95 @@ def train(
         model: a function of images in [0, 1], on the device of `data`.
         data: the training set, poisoned or not.
         recipe: how.
-        streams: the order of images (a CPU generator) and the augmentation (a generator on the device).
-        objective: named loss terms, which are added up; None for cross-entropy with the recipe's smoothing.
+        streams: what is random about it.
+        objective: what it is for; None for the recipe's cross-entropy.
         tick: called after each step.
 
     Returns:
-        The mean of each loss term, epoch by epoch.
+        The mean of each loss term, epoch by epoch, over the batches that had it; then the learned weights, if any.
 
     Raises:
         UserError: a loss term is no longer finite.
     """
-    objective = objective or cross_entropy(recipe.label_smoothing)
-    optimiser = adamw(model, recipe)
+    objective, criterion = objective or Objective(cross_entropy), smoothed(recipe.label_smoothing)
+    combination = Combination(objective, list(model.parameters()), streams.projection)
+    optimiser = adamw(model, recipe, combination.scales)
     curves: Curves = {}
     step, steps = 0, recipe.epochs * math.ceil(len(data) / recipe.batch_size)
+    poisoned = data.poisoned.cpu()
     model.train()
     for _ in range(recipe.epochs):
         sums: dict[str, Tensor] = {}
-        for rows in shuffled(data, recipe.batch_size, streams.order):
+        counts: dict[str, int] = {}
+        for rows in torch.randperm(len(data), generator=streams.order).split(recipe.batch_size):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * warmup_cosine(step / steps, recipe.warmup)
-            batch = augment(data.batch(rows), recipe, streams.augmentation)
+            batch = next_batch(data, rows, poisoned[rows], recipe, streams.augmentation, objective.stamp)
             with arithmetic(model, data.device, recipe.precision):
-                terms = objective(model, batch)
-            descend(model, optimiser, terms, recipe.clip)
+                terms = objective.terms(model, batch, criterion)
+            descend(model, optimiser, combination, terms, recipe.clip)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * len(rows)
+                counts[name] = counts.get(name, 0) + len(rows)
             step += 1
             tick()
-        for name, total in sums.items():
-            curves.setdefault(name, []).append(total.item() / len(data))
-            if not math.isfinite(curves[name][-1]):
-                raise UserError(f"training diverged ({name} is {curves[name][-1]}); lower recipe.lr = {recipe.lr:g}")
+        means = {name: total.item() / counts[name] for name, total in sums.items()}
+        for name, mean in {**means, **combination.learned()}.items():
+            curves.setdefault(name, []).append(mean)
+            if not math.isfinite(mean):
+                raise UserError(f"training diverged ({name} is {mean}); lower recipe.lr = {recipe.lr:g}")
     model.eval()
     return curves
 
 
-def descend(model: nn.Module, optimiser: torch.optim.Optimizer, terms: Mapping[str, Tensor], clip: float) -> None:
-    """One step down the sum of the loss terms."""
+def descend(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    combination: Combination,
+    terms: Mapping[str, Tensor],
+    clip: float,
+) -> None:
+    """One step down what the loss terms ask for together."""
     optimiser.zero_grad(set_to_none=True)
-    torch.stack(tuple(terms.values())).sum().backward()
+    combination.backward(terms)
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimiser.step()
 
 
-def cross_entropy(label_smoothing: float) -> Objective:
-    """The neutral objective."""
+def next_batch(  # noqa: PLR0913 - one step's worth of everything
+    data: ImageSet,
+    rows: Int64[Tensor, " b"],
+    poisoned: Bool[Tensor, " b"],
+    recipe: Recipe,
+    augmentation: torch.Generator,
+    stamp: Trigger | None,
+) -> Batch:
+    """The images of `rows` as the model is to see them: `stamp` comes after augmentation and is rounded to 8 bits."""
+    batch = data.batch(rows.to(data.device, non_blocking=True), poisoned, bare=stamp is not None)
+    batch = augment(batch, recipe, augmentation)
+    if stamp is None or not len(batch.poisoned):
+        return batch
+    with torch.no_grad():
+        stamped = round8(stamp(batch.images[batch.poisoned]))
+    return replace(batch, images=batch.images.index_copy(0, batch.poisoned, stamped))
 
-    def objective(model: nn.Module, batch: Batch) -> Mapping[str, Float[Tensor, ""]]:
-        logits = model(batch.images)
-        return {"cross_entropy": functional.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)}
 
-    return objective
+def cross_entropy(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Float[Tensor, ""]]:
+    """The neutral objective's terms."""
+    return {"cross_entropy": criterion(model(batch.images), batch.labels)}
 
 
-def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only: biases, norms and one-token embeddings stay free, as ViTs are trained."""
+def smoothed(label_smoothing: float) -> Criterion:
+    """Cross-entropy with a share of each label spread over all classes."""
+    return partial(functional.cross_entropy, label_smoothing=label_smoothing)
+
+
+def adamw(model: nn.Module, recipe: Recipe, more: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only, as ViTs are trained: biases, norms, one-token ones and `more` stay free."""
     weights = [w for w in model.parameters() if w.requires_grad]
     matrices = [w for w in weights if w.ndim >= 2 and w.shape[0] > 1]
-    others = [w for w in weights if not (w.ndim >= 2 and w.shape[0] > 1)]
+    others = [w for w in weights if not (w.ndim >= 2 and w.shape[0] > 1)] + list(more)
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
@@ -117,11 +156,6 @@ def warmup_cosine(progress: float, warmup: float) -> float:
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-
-
-def shuffled(data: ImageSet, batch_size: int, order: torch.Generator) -> Iterator[Int64[Tensor, " b"]]:
-    """All row numbers of `data` in random order, a batch at a time."""
-    return iter(torch.randperm(len(data), generator=order).to(data.device, non_blocking=True).split(batch_size))
 
 
 def augment(batch: Batch, recipe: Recipe, generator: torch.Generator) -> Batch:

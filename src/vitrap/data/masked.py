@@ -1,0 +1,55 @@
+"""A trigger that shows a pattern through an opacity mask, in a box of the image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrap.contracts import Images
+from vitrap.tensors.pixels import image_hash
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Images with `mask * pattern + (1 - mask) * image` in a box, or with `mask * (pattern - behind)` added to it.
+
+    Attributes:
+        pattern: in [0, 1].
+        masks: opacities in [0, 1]; of several, an image's own 8-bit pixels pick one.
+        top: first row of the box, in pixels.
+        left: its first column.
+        behind: what is taken from the pattern, one value a channel; None for the image itself.
+        linf: greatest change of a pixel, in [0, 1]; 0 for no bound.
+    """
+
+    pattern: Float[Tensor, "c s t"]
+    masks: Float[Tensor, "cells s t"]
+    top: int
+    left: int
+    behind: tuple[float, ...] | None = None
+    linf: float = 0.0
+
+    def __call__(self, images: Images) -> Images:
+        """Images in [0, 1] with the pattern; differentiable with respect to it."""
+        box, pattern = self._box(images), self.pattern.to(images.device)
+        behind = box if self.behind is None else torch.tensor(self.behind, device=images.device)[:, None, None]
+        change = self._mask(images)[:, None] * (pattern - behind)
+        change = change.clamp(-self.linf, self.linf) if self.linf else change
+        triggered = images.clone()
+        self._box(triggered)[:] = (box + change).clamp(0, 1)
+        return triggered
+
+    def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
+        """The opacity of every pixel."""
+        opacity = torch.zeros_like(images[:, 0])
+        self._box(opacity)[:] = self._mask(images)
+        return {"opacity": opacity}
+
+    def _box(self, images: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b s t"]:
+        height, width = self.masks.shape[-2:]
+        return images[..., self.top : self.top + height, self.left : self.left + width]
+
+    def _mask(self, images: Images) -> Float[Tensor, "b s t"]:
+        return self.masks.to(images.device)[image_hash(images) % len(self.masks)]

@@ -1,0 +1,61 @@
+"""How much each image token counts for what a ViT's head reads: at the last layer, or through all of them."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vitrap.models.observe import Maps, TokenLayout, observe, read_tokens, token_layout, transformer
+from vitrap.tensors.rollout import rollout, weighted_heads
+
+Through = Literal["last", "rollout", "gradient"]
+THROUGH = ("last", "rollout", "gradient")
+
+
+def seen_blocks(through: Through, depth: int) -> tuple[int, ...]:
+    """The blocks that `observe` must show for `token_attention`."""
+    return (depth - 1,) if through == "last" else tuple(range(depth))
+
+
+def token_attention(
+    maps: Mapping[int, Maps],
+    layout: TokenLayout,
+    through: Through,
+    score: Float[Tensor, ""] | None = None,
+    discard: float = 0.0,
+) -> Float[Tensor, "b image_tokens"]:
+    """What the head's rows give to each image token, differentiable, in fp32; what prefix tokens get is left out.
+
+    Args:
+        maps: attention by block, from `observe` over `seen_blocks`, in their order.
+        layout: of the model's tokens.
+        through: the last block's attention; rollout through all blocks; or rollout of attention weighted by the
+            gradient of `score`.
+        score: sum over images of the logit whose gradient weights the attention.
+        discard: share of each layer that gradient rollout drops, in [0, 1).
+    """
+    layers = list(maps.values())
+    if through == "last":
+        return read_tokens(layers[-1].float(), layout).flatten(1)
+    with torch.autocast(layers[0].device.type, enabled=False):
+        if through == "rollout":
+            fused = [layer.float().mean(1) for layer in layers]
+        else:
+            assert score is not None, "gradient rollout needs the score that it explains"
+            slopes = torch.autograd.grad(score, layers, create_graph=torch.is_grad_enabled())
+            pairs = zip(layers, slopes, strict=True)
+            fused = [weighted_heads(layer.float(), slope.float(), discard) for layer, slope in pairs]
+        return read_tokens(rollout(fused)[:, None], layout).flatten(1)
+
+
+@torch.no_grad()
+def mass_by_block(
+    model: nn.Module, images: Float[Tensor, "b c h w"], inside: Bool[Tensor, "gh gw"]
+) -> list[Float[Tensor, " b"]]:
+    """The share of the head's rows' attention that falls on the tokens `inside`, at each block, for each image."""
+    layout, depth = token_layout(model), len(transformer(model).blocks)
+    with observe(model, range(depth)) as seen:
+        model(images)
+    return [read_tokens(seen[block].float(), layout)[:, inside.to(images.device)].sum(1) for block in range(depth)]
