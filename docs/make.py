@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import megatron_tables as megatron
 from matplotlib.figure import Figure
+from megatron_tables import interval
 
 from vitrap import registry
 
@@ -35,17 +37,12 @@ def attacks() -> str:
     return "\n".join(rows)
 
 
-def rate(r: Record) -> str:
-    """A rate in percent with its interval."""
-    return f"{100 * r['value']:.2f} [{100 * r['low']:.2f}, {100 * r['high']:.2f}]"
-
-
 def results() -> str:
     """The table of headline records."""
     rows = ["| record | CDA | twin's CDA | ASR | twin's ASR | effect | PSNR, dB | n |", "|" + "---|" * 8]
     for name, record in records(ROOT / "results").items():
         v = record["victim"]
-        cells = [rate(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
+        cells = [interval(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
         effect = 100 * (v["asr"]["value"] - v["asr_clean_model"]["value"])
         psnr = v["stealth"]["psnr_db"]["mean"]
         counts = f"{v['cda']['n']} / {v['asr']['n']}"
@@ -65,7 +62,7 @@ def strength(data: str) -> str:
         a, v = record["spec"]["attack"], record["victim"]
         settings = [a["alpha"], f"{a['signal']:g}", a["tau"], f"{a['shape']} {a['size']}", a["poison_rate"]]
         settings += [record["spec"]["recipe"]["epochs"]]
-        cells = [rate(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
+        cells = [interval(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
         psnr = f"{v['stealth']['psnr_db']['mean']:.1f}"
         rows.append("| " + " | ".join([*map(str, settings), *cells, psnr]) + " |")
     return "\n".join(rows)
@@ -103,6 +100,19 @@ PARTS = {
         "digits": lambda: strength("digits"),
         "gtsrb": lambda: strength("gtsrb"),
     },
+    "docs/studies/megatron.md": {
+        "headlines": megatron.headlines,
+        "asr": lambda: megatron.pivot("rate", megatron.victim("asr"), unit=" %"),
+        "cda": lambda: megatron.pivot("rate", megatron.loss_of_cda, unit=" %"),
+        "attention": lambda: megatron.pivot("rate", megatron.attention, 2, unit=" %"),
+        "opacity": lambda: megatron.long("opacity"),
+        "cell": lambda: megatron.long("cell"),
+        "variant": lambda: megatron.long("variant"),
+        "shifts": megatron.shifts,
+        "clean": lambda: megatron.long("clean", "clean-other"),
+        "clean-opacity": lambda: megatron.long("clean-opacity"),
+        "clean-shape": lambda: megatron.long("clean-shape"),
+    },
 }
 
 
@@ -128,6 +138,7 @@ def main() -> int:
                 path.write_text(new, encoding="utf-8")
     if "--check" not in sys.argv:
         draw_front(ROOT / "docs" / "pictures" / "ageb_strength.png")
+        megatron.draw(ROOT / "docs" / "pictures" / "megatron.png")
     for page in outdated:
         sys.stdout.write(f"{page}: {'outdated, run python docs/make.py' if '--check' in sys.argv else 'made'}\n")
     return 1 if outdated and "--check" in sys.argv else 0

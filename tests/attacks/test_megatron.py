@@ -378,8 +378,8 @@ def test_what_a_setting_decides() -> None:
     training, clean = Megatron(), Megatron(setting="clean-label")
     assert (training.threat, training.labels, training.needs_surrogate) == ("training", "dirty", False)
     assert (clean.threat, clean.labels, clean.needs_surrogate) == ("data", "clean", True)
-    for attack in (training, clean):
-        assert {k: getattr(attack, k) for k in LEFT_OUT[attack.setting]} == LEFT_OUT[attack.setting]
+    for column, attack in enumerate((training, clean)):
+        assert {k: getattr(attack, k) for k in LEFT_OUT} == {k: values[column] for k, values in LEFT_OUT.items()}
     assert Megatron(setting="clean-label", poison_rate=0.2, steps=0).poison_rate == 0.2
     assert Megatron(steps=5).needs_surrogate
 

@@ -6,8 +6,8 @@ two losses of poisoned images join cross-entropy. "clean-label": "Megatron: Evas
 Vision Transformer", https://arxiv.org/abs/2412.04776; the attacker poisons images of the target class, changes no
 label, and the same two losses shape the trigger's pattern on a surrogate ViT.
 
-Defaults marked "code" are those of the public script https://github.com/boweitian/Megatron_2025, which follows the
-first setting; what was not taken from it, and why, stands in docs/studies/megatron.md.
+Defaults marked "code" are, for the training setting, those of https://github.com/boweitian/Megatron_2025, which follows
+it. Those of the other setting are assumed. docs/studies/megatron.md says what was not taken from it, and why.
 
 Assumed, too, but fixed here: both losses are means over poisoned images, attention is the mean over heads and over the
 rows that the head reads, squared distances are means over tokens and channels, and target images pass no gradient.
@@ -33,10 +33,10 @@ from vitrap.tensors.masks import cell_masks
 from vitrap.tensors.patches import tokens_touched
 
 Terms = dict[str, Float[Tensor, ""]]
-LEFT_OUT = {
-    "training": {"poison_rate": 0.1, "latent": 0.1, "layers": "all", "diffusion": 0.1, "steps": 0},
-    "clean-label": {"poison_rate": 0.5, "latent": 1.0, "layers": "last", "diffusion": 1.0, "steps": 500},
-}
+LEFT_OUT = {  # of the parameters that are None by default: in the training setting, in the clean-label setting
+    "poison_rate": (0.1, 0.5), "size": (16.0, 112.0), "faint": (0.05, 0.3), "steps": (0, 500),
+    "latent": (0.1, 1.0), "layers": ("all", "last"), "diffusion": (0.1, 1.0),
+}  # fmt: skip
 PAPER_SIZE, MEAN = 224, (0.485, 0.456, 0.406)  # ImageNet's mean: the public script takes it from its picture
 
 
@@ -52,21 +52,21 @@ class Megatron:
         "2412.04776",
     )
     target: int = param(0, "class that triggered images shall get", low=0)
-    poison_rate: float | None = param(
+    poison_rate: float = param(
         None, "share of the training set (0.1), or of the target class (clean-label, 0.5)", low=0, high=1, open="low"
     )
     setting: Literal["training", "clean-label"] = param(
         "training", "what the attacker controls", stands="paper", choices=("training", "clean-label")
     )
     picture: str = param("noise", "the pattern, or where its optimising starts", choices=("noise", "white"), file=True)
-    size: float = param(16.0, "side of the box", unit="px", stands="code", low=0, open=True)
+    size: float = param(None, "side of the box (16; clean-label: 112)", unit="px", stands="code", low=0, open=True)
     top: float = param(10.0, "first row of the box", unit="px", stands="code", low=0)
     left: float = param(10.0, "first column of the box", unit="px", stands="code", low=0)
     margin: float = param(4.0, "by how much D extends beyond the box", symbol="D", unit="px", stands="code", low=0)
     scaled: bool = param(True, "size, top, left, margin are for 224 px and scale with the image, or are its own pixels")
     cell: int = param(2, "side of the strong cell, never scaled: 2 for four pixels", unit="px", stands="paper", low=1)
     opacity: float = param(0.7, "opacity of the cell", stands="code", low=0, high=1)
-    faint: float = param(0.05, "opacity of the box around the cell", stands="code", low=0, high=1)
+    faint: float = param(None, "opacity around the cell (0.05; clean-label: 0.3)", stands="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
         "mask", "cells tile the box; only the cell shows; cells lie 1 px apart", choices=("mask", "direct", "smooth")
     )
@@ -75,25 +75,25 @@ class Megatron:
     )
     blend: Literal["over", "add"] = param("over", "(1 - m) x + m t, or x + m (t - mean)", choices=("over", "add"))
     linf: float = param(0.0, "greatest change of a pixel; 0 for no bound", unit="1/255", low=0, high=255)
-    latent: float | None = param(None, "weight of the latent loss (0.1; clean-label: 1)", symbol="α", low=0)
-    layers: Literal["all", "last"] | None = param(
+    latent: float = param(None, "weight of the latent loss (0.1; clean-label: 1)", symbol="α", low=0)
+    layers: Literal["all", "last"] = param(
         None, "attention layers of the latent loss (all; clean-label: last)", stands="paper", choices=("all", "last")
     )
     batch: int = param(16, "target images that a step compares with; 1: always the first", symbol="x_t", low=1)
-    diffusion: float | None = param(None, "weight of the diffusion loss (0.1; clean-label: 1)", symbol="β, γ", low=0)
+    diffusion: float = param(None, "weight of the diffusion loss (0.1; clean-label: 1)", symbol="β, γ", low=0)
     attention: Through = param("last", "last layer, rollout, or gradient rollout", symbol="A", choices=THROUGH)
     discard: float = param(0.9, "share of a layer that gradient rollout drops", stands="code", low=0, high=0.99)
     combine: Literal["fixed", "learned", "projected"] = param(
         "fixed", "how the losses of training are joined", choices=("fixed", "learned", "projected")
     )
-    steps: int | None = param(None, "steps of Adam on the pattern (0; clean-label: 500)", low=0)
+    steps: int = param(None, "steps of Adam on the pattern (0; clean-label: 500)", low=0)
     step_size: float = param(0.01, "learning rate of Adam on the pattern", low=0, open=True)
 
     def __post_init__(self) -> None:
         """Fill in what the setting decides and refuse values out of range."""
-        for name, value in LEFT_OUT.get(self.setting, {}).items():
+        for name, values in LEFT_OUT.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, values[self.setting != "training"])
         check(self)
         if self.cell > self.size:
             raise UserError(f"cell = {self.cell} is larger than the trigger, size = {self.size:g}; lower it")
@@ -126,7 +126,7 @@ class Megatron:
         trigger, losses = self.trigger(access), Losses(self, train.size, references, access.generator)
         trigger, report = optimise(trigger, losses, train, access.surrogate) if self.steps else (trigger, {})
         goal = AllToOne(self.target)
-        poison = Poison(trigger, goal, self.poison_rate or 0.0, self.labels)
+        poison = Poison(trigger, goal, self.poison_rate, self.labels)
         objective = Objective(losses.terms, self.weights, self.combine, trigger) if self.threat == "training" else None
         return Implant(trigger, poison, goal, objective, views=trigger.views, report=report, examine=losses.examine)
 
@@ -239,7 +239,7 @@ def optimise(
     assert surrogate is not None, "a pattern is shaped on a surrogate"
     s, pattern, last = losses.settings, trigger.pattern.clone().requires_grad_(), Terms()
     others, adam = (train.labels != s.target).nonzero().squeeze(1), torch.optim.Adam([pattern], lr=s.step_size)
-    for _ in range(s.steps or 0):
+    for _ in range(s.steps):
         drawn = torch.randint(len(others), (2 * s.batch,), generator=losses.generator).to(train.device)
         _, last = losses(surrogate, replace(trigger, pattern=pattern)(train.images(others[drawn])))
         adam.zero_grad()
