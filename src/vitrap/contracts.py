@@ -182,11 +182,13 @@ class Access:
         train: the training samples.
         surrogate: a ready, frozen model of the attacker's own; None where the attack asks for none.
         generator: the attacker's random stream, on the CPU.
+        trigger: what an earlier `fit` with the same settings optimised, to be taken as it is; None for nothing.
     """
 
     train: ImageSet
     surrogate: nn.Module | None
     generator: torch.Generator
+    trigger: "Trigger | None" = None
 
 
 Trigger = Callable[[Images], Images]
@@ -255,7 +257,8 @@ class Attack(Protocol):
 
     An attack that does not suit every image may have a method `check(size)`, which refuses images of `size` pixels,
     and one that does not suit every victim a method `check_victim(model)`: each with a UserError before any work is
-    done.
+    done. One that optimises its trigger may say so by `optimises`: a run then keeps that trigger as a stage, and hands
+    it to the next `fit`.
     """
 
     card: ClassVar[Card]

@@ -398,7 +398,7 @@ def test_optimising_lowers_the_losses_and_stays_in_range(
     surrogate = tiny_vit(seed=1).requires_grad_(False)
     start = Masked(torch.rand(3, 4, 4, generator=generator()), torch.full((1, 4, 4), 0.8), 1, 1)
     own = losses(setting="clean-label", steps=60, step_size=0.05)
-    found, report = optimise(start, own, train, surrogate)
+    found, report = optimise(start, own, Access(train, surrogate, generator()))
     assert 0 <= found.pattern.min() <= found.pattern.max() <= 1
     assert not found.pattern.requires_grad
     assert set(report) == {"last latent loss", "last diffusion loss"}
@@ -410,6 +410,17 @@ def test_optimising_lowers_the_losses_and_stays_in_range(
         return (terms["latent"] + terms["diffusion"]).item()
 
     assert total(found) < total(start) - 0.01
+
+
+def test_an_earlier_trigger_is_taken_as_it_is(fit: Fit, digits_world: World, tiny_vit: Callable[..., ViT]) -> None:
+    train, attack = digits_world.train.take(torch.arange(120)), Megatron(setting="clean-label", steps=2)
+    assert attack.optimises
+    assert not Megatron().optimises
+    earlier = fit(setting="clean-label", steps=2).trigger
+    never = nn.Identity()  # would fail if it were looked at
+    again = attack.fit(Access(train, never, generator(5), earlier))
+    assert again.trigger is earlier
+    assert again.poison(train, generator()).stamped is not None
 
 
 def test_a_pattern_optimised_in_the_training_setting(fit: Fit) -> None:

@@ -100,7 +100,7 @@ class Megatron:
 
     threat = property(lambda self: "training" if self.setting == "training" else "data")
     labels = property(lambda self: "dirty" if self.setting == "training" else "clean")
-    needs_surrogate = property(lambda self: self.steps > 0)
+    needs_surrogate = optimises = property(lambda self: self.steps > 0)
     weights = property(lambda self: {k: w for k in ("latent", "diffusion") if (w := getattr(self, k))})
 
     def check(self, size: int) -> None:
@@ -120,11 +120,10 @@ class Megatron:
 
     def fit(self, access: Access) -> Implant:
         """Mask the pattern, shape it on the surrogate if so asked, poison, and train with the losses."""
-        train = access.train
-        self.check(train.size)
-        references = train.take((train.labels == self.target).nonzero().squeeze(1))
-        trigger, losses = self.trigger(access), Losses(self, train.size, references, access.generator)
-        trigger, report = optimise(trigger, losses, train, access.surrogate) if self.steps else (trigger, {})
+        self.check(access.train.size)
+        references = access.train.take((access.train.labels == self.target).nonzero().squeeze(1))
+        trigger, losses = self.trigger(access), Losses(self, access.train.size, references, access.generator)
+        trigger, report = optimise(trigger, losses, access) if self.steps else (trigger, {})
         goal = AllToOne(self.target)
         poison = Poison(trigger, goal, self.poison_rate, self.labels)
         objective = Objective(losses.terms, self.weights, self.combine, trigger) if self.threat == "training" else None
@@ -232,10 +231,11 @@ def diffusion_loss(attention: Float[Tensor, "b n"], inside: Bool[Tensor, " n"]) 
     return torch.where(inside, 1 - attention, attention).sum(1).mean()
 
 
-def optimise(
-    trigger: Masked, losses: Losses, train: ImageSet, surrogate: nn.Module | None
-) -> tuple[Masked, dict[str, float]]:
-    """Minimise alpha L_alpha + gamma L_beta over the pattern, on clean images of the other classes."""
+def optimise(trigger: Masked, losses: Losses, access: Access) -> tuple[Masked, dict[str, float]]:
+    """Minimise alpha L_alpha + gamma L_beta over the pattern, on clean images of the other classes, if not done yet."""
+    if isinstance(access.trigger, Masked):
+        return access.trigger, {}
+    train, surrogate = access.train, access.surrogate
     assert surrogate is not None, "a pattern is shaped on a surrogate"
     s, pattern, last = losses.settings, trigger.pattern.clone().requires_grad_(), Terms()
     others, adam = (train.labels != s.target).nonzero().squeeze(1), torch.optim.Adam([pattern], lr=s.step_size)

@@ -32,7 +32,7 @@ TRAINING_CODE = (
     "contracts.py", "data/sources.py", "data/cache.py", "data/augment.py", "models/vit.py", "models/observe.py",
     "train", "tensors/pixels.py", "experiment/plan.py", "experiment/streams.py", "experiment/stages.py",
 )  # fmt: skip
-POISON_CODE = ("tensors", "data/poison.py")
+POISON_CODE = ("tensors", "data/poison.py", "data/masked.py", "models/attention.py")
 MEASURE_CODE = (
     "metrics", "experiment/measure.py", "experiment/record.py", "experiment/pictures.py", "experiment/run.py",
 )  # fmt: skip
@@ -134,6 +134,11 @@ class Plan:
             "code": code_digest(*TRAINING_CODE, *POISON_CODE, attack_file),
         }
         return Stage("victim", {**self._training(), **depends})
+
+    def trigger_stage(self) -> Stage:
+        """The trigger, where the attack optimises one; the victim's network is no part of it."""
+        depends = self.victim_stage().depends
+        return Stage("trigger", {name: part for name, part in depends.items() if name != "network"})
 
     def keys(self) -> dict[str, str]:
         """The key of everything that the run's record rests on."""

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.plan import Network, Plan, make_plan
 from vitrap.experiment.record import SCHEMA, Record, environment, read_record
 from vitrap.experiment.spec import Spec, parse_spec
-from vitrap.experiment.stages import Steps, carries, make_clean, make_victim, silent, training_steps
+from vitrap.experiment.stages import Steps, carries, make_clean, make_trigger, make_victim, silent, training_steps
 from vitrap.experiment.store import Store, place_file, write_bytes
 from vitrap.experiment.streams import SURROGATE_SEED, stream
 from vitrap.experiment.trigger_file import read_trigger, save_trigger
@@ -142,9 +142,19 @@ class _Runner:
         elif network is not None:
             place = self._clean(network, SURROGATE_SEED, "surrogate")
             surrogate = network.read(place / "model.safetensors", self.plan.device)
-        access = Access(self.plan.world.train, surrogate, stream(self.plan.spec.seed, "attack"))
-        with self._time("fit"), self.steps(f"fit {self.plan.spec.attack}", None):
-            return self.plan.spec.params.fit(access)
+        attack, seed = self.plan.spec.params, self.plan.spec.seed
+        access = Access(self.plan.world.train, surrogate, stream(seed, "attack"))
+        show = self.steps(f"fit {self.plan.spec.attack}", None)
+        if not getattr(attack, "optimises", False):
+            with self._time("fit"), show:
+                return attack.fit(access)
+        make = partial(make_trigger, self.plan, access, show)
+        place = self.store.stage(self.plan.trigger_stage(), make, self.redo != "nothing")
+        facts = json.loads((place / "facts.json").read_text("utf-8"))
+        self.seconds["fit"] = facts["seconds"]
+        trigger = read_trigger(place / "trigger.safetensors", attack)
+        implant = attack.fit(replace(access, generator=stream(seed, "attack"), trigger=trigger))
+        return replace(implant, report=facts["report"])
 
     def _clean(self, network: Network, seed: int, name: str) -> Path:
         """The folder of a clean model's stage."""

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitrap.contracts import ImageSet, Implant, Objective
+from vitrap.contracts import Access, ImageSet, Implant, Objective
 from vitrap.experiment.plan import Network, Plan
 from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import write_json
 from vitrap.experiment.streams import ambient, stream, training_streams
+from vitrap.experiment.trigger_file import save_trigger
 from vitrap.models.vit import ViT, save_vit
 from vitrap.train.loop import train
 
@@ -35,6 +36,16 @@ def make_clean(plan: Plan, network: Network, seed: int, show: AbstractContextMan
     model = network.build(seed, plan.device)
     curves = _train(plan, model, plan.world.train, seed, None, show)
     _keep(model, folder, {"curves": curves, "seconds": {"train": time.perf_counter() - start}}, {"role": "clean"})
+
+
+def make_trigger(plan: Plan, access: Access, show: AbstractContextManager[Tick], folder: Path) -> None:
+    """Optimise the attack's trigger into `folder`, with what `fit` says of it."""
+    spec, start = plan.spec, time.perf_counter()
+    with show:
+        implant = spec.params.fit(access)
+    carried = json.dumps(carries(spec, "trigger"))
+    save_trigger(implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=carried)
+    write_json(folder / "facts.json", {"report": dict(implant.report), "seconds": time.perf_counter() - start})
 
 
 def make_victim(plan: Plan, implant: Implant, steps: Steps, folder: Path) -> None:

@@ -75,7 +75,8 @@ def read_trigger(path: Path, settings: Any, networks: Mapping[str, nn.Module] | 
         elif "network" in plain[f.name]:
             values[f.name] = _network(f.name, plain[f.name]["network"], tensors, networks or {})
         else:
-            values[f.name] = plain[f.name]["value"]
+            value = plain[f.name]["value"]
+            values[f.name] = tuple(value) if isinstance(value, list) else value
     return cast(Trigger, kind(**values))
 
 
