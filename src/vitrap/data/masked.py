@@ -52,4 +52,7 @@ class Masked:
         return images[..., self.top : self.top + height, self.left : self.left + width]
 
     def _mask(self, images: Images) -> Float[Tensor, "b s t"]:
-        return self.masks.to(images.device)[image_hash(images) % len(self.masks)]
+        masks = self.masks.to(images.device)
+        if len(masks) == 1:
+            return masks.expand(len(images), -1, -1)
+        return masks[image_hash(images) % len(masks)]
