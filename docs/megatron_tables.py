@@ -41,9 +41,9 @@ def loss_of_cda(record: Record) -> float:
     return victim("cda")(record) - victim("cda_clean_model")(record)
 
 
-def attention(record: Record) -> float:
-    """The share of the last block's attention that D gets in the victim."""
-    return list(record["attack"]["victim"].values())[-1]
+def attention(record: Record, who: str = "victim") -> float:
+    """The share of the last block's attention that D gets in the victim or the twin."""
+    return list(record["attack"][who].values())[-1]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -115,8 +115,19 @@ def long(*parts: str) -> str:
         ]
         psnr = spread([r["victim"]["stealth"]["psnr_db"]["mean"] for r in same])
         name = key[1] if len(parts) == 1 else f"{key[0]} {key[1]}"
-        body.append([name, LOSSES[key[2]], str(len(same)), *cells, psnr, spread([attention(r) for r in same], 2)])
-    head = ["", "losses", "seeds", "ASR", "twin's ASR", "CDA", "twin's CDA", "PSNR, dB", "attention in D"]
+        inside = " / ".join(spread([attention(r, who) for r in same], 2) for who in ("victim", "clean_model"))
+        body.append([name, LOSSES[key[2]], str(len(same)), *cells, psnr, inside])
+    head = [
+        "",
+        "losses",
+        "seeds",
+        "ASR",
+        "twin's ASR",
+        "CDA",
+        "twin's CDA",
+        "PSNR, dB",
+        "attention in D: victim / twin",
+    ]
     return table(head, body)
 
 

@@ -1,9 +1,11 @@
 """MEGATRON: its equations by hand, its gradients, its geometry, its two settings, and what it refuses."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -231,6 +233,29 @@ def test_target_images_are_drawn_anew_or_always_the_first(losses: Callable[..., 
     assert torch.equal(alone.target_images(), alone.target_images())
 
 
+@pytest.mark.parametrize("settings", [{}, {"attention": "rollout", "place": "hashed", "size": 64.0}, {"batch": 1}])
+def test_a_step_reads_no_value_of_a_tensor(
+    settings: dict[str, Any], fit: Fit, tiny_vit: Callable[..., ViT], digits_world: World
+) -> None:
+    """Reading one would make the host wait for a GPU."""
+    implant, model = fit(**settings), tiny_vit().train()
+    batch = poisoned_batch(implant, digits_world)
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        plain = getattr(Tensor, name)
+        return patch.object(Tensor, name, lambda self, *a, **k: calls.append(name) or plain(self, *a, **k))
+
+    assert implant.objective is not None
+    with ExitStack() as patches:
+        for name in ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
+            patches.enter_context(counted(name))
+        implant.trigger(batch.images)
+        terms = implant.objective.terms(model, batch, functional.cross_entropy)
+        torch.stack(list(terms.values())).sum().backward()
+    assert calls == []
+
+
 # ---- where D lies
 
 
@@ -308,6 +333,7 @@ def test_examine_reports_d_and_its_share_of_attention(fit: Fit, tiny_vit: Callab
         "attention in D, block 1": masses[0].mean().item(),
         "attention in D, block 2": masses[1].mean().item(),
     }
+    assert implant.examine(nn.Flatten(), images) == {}
     everywhere = mass_by_block(model, images, torch.ones(8, 8, dtype=torch.bool))
     assert all(0.5 < mass.mean() < 1 for mass in everywhere)  # the class token keeps the rest
 
@@ -419,7 +445,7 @@ def test_an_earlier_trigger_is_taken_as_it_is(fit: Fit, digits_world: World, tin
     earlier = fit(setting="clean-label", steps=2).trigger
     never = nn.Identity()  # would fail if it were looked at
     again = attack.fit(Access(train, never, generator(5), earlier))
-    assert again.trigger is earlier
+    assert torch.equal(again.trigger.pattern, earlier.pattern)  # type: ignore[attr-defined]
     assert again.poison(train, generator()).stamped is not None
 
 
@@ -471,11 +497,25 @@ def test_a_picture_that_is_not_there_is_refused() -> None:
         ({"faint": -0.1}, "faint = -0.1 is out of range"),
         ({"setting": "clean-label", "poison_rate": 1.5}, "poison_rate = 1.5 is out of range"),
         ({"poison_rate": 0.0}, "poison_rate = 0.0 is out of range"),
+        ({"setting": "clean-label", "latent": 0.0, "diffusion": 0.0}, "steps = 500 of what"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Megatron(**settings)
+
+
+def test_a_victim_that_drops_tokens_is_refused(tiny_vit: Callable[..., ViT]) -> None:
+    with pytest.raises(UserError, match="drops tokens in training"):
+        Megatron().check_victim(tiny_vit(patch_drop_rate=0.5))
+    Megatron().check_victim(tiny_vit())
+
+
+def test_a_target_without_an_image_is_refused(digits_world: World) -> None:
+    train = digits_world.train.take((digits_world.train.labels != 4).nonzero().squeeze(1))
+    with pytest.raises(UserError, match="attack.target = 4 has no training image"):
+        Megatron(target=4).fit(Access(train, None, generator()))
+    Megatron(target=4, latent=0.0).fit(Access(train, None, generator()))
 
 
 def test_a_victim_without_token_attention_is_refused() -> None:

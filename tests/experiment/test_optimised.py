@@ -1,5 +1,7 @@
 """A trigger that is optimised is a stage: kept, read back as it was, and made once."""
 
+import ast
+import inspect
 import json
 from pathlib import Path
 from unittest.mock import patch
@@ -9,7 +11,9 @@ import torch
 
 import vitrap.attacks.megatron as megatron
 from tests.experiment.conftest import tiny
+from vitrap import registry
 from vitrap.errors import UserError
+from vitrap.experiment.plan import POISON_CODE, TRAINING_CODE
 from vitrap.experiment.run import open_run, run, run_folder
 from vitrap.experiment.spec import Spec
 
@@ -53,15 +57,17 @@ def test_another_victim_shares_it_and_another_setting_does_not(tmp_path: Path) -
     assert len(shapes(tmp_path)) == 2
 
 
-def test_force_makes_it_anew(tmp_path: Path) -> None:
+def test_force_all_makes_it_anew_and_force_leaves_it_to_other_victims(tmp_path: Path) -> None:
     asked = spec()
     run(asked, tmp_path, device="cpu")
     (before,) = shapes(tmp_path)
     inode = before.stat().st_ino
     run(asked, tmp_path, device="cpu", redo="victim")
-    (after,) = shapes(tmp_path)
-    assert after == before
-    assert after.stat().st_ino != inode
+    assert shapes(tmp_path) == [before]
+    assert before.stat().st_ino == inode
+    run(asked, tmp_path, device="cpu", redo="all")
+    assert shapes(tmp_path) == [before]
+    assert before.stat().st_ino != inode
 
 
 def test_a_picture_counts_by_its_content(tmp_path: Path) -> None:
@@ -87,4 +93,17 @@ def test_a_training_attack_leaves_its_terms_and_what_it_found(tmp_path: Path) ->
     assert record.attack["victim"]["tokens"] == 4
     assert record.attack["n_examined"] > 0
     learned = run(tiny("attack.name=megatron", "attack.combine=learned"), tmp_path, device="cpu")
-    assert {"weight of latent", "weight of diffusion"} < set(learned.curves["victim"])
+    for name in ("latent", "diffusion"):
+        (weight,) = learned.curves["victim"][f"weight of {name}"]
+        assert weight != 1, "it was not learned"
+
+
+@pytest.mark.parametrize("name", registry.names("attacks"))
+def test_a_stage_counts_all_code_that_an_attack_uses(name: str) -> None:
+    """What an attack's file imports of vitrap is in the digest, but for the nouns of its settings and refusals."""
+    counted = [place.removesuffix(".py") for place in (*TRAINING_CODE, *POISON_CODE)]
+    tree = ast.parse(Path(inspect.getfile(registry.get("attacks", name))).read_text(encoding="utf-8"))
+    imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    used = {module.removeprefix("vitrap.").replace(".", "/") for module in imports if module.startswith("vitrap.")}
+    left_out = {module for module in used if not any(f"{module}/".startswith(f"{place}/") for place in counted)}
+    assert left_out <= {"params", "errors"}

@@ -77,6 +77,18 @@ def test_projected_gradients_that_agree_add_up_and_one_alone_stays() -> None:
     assert w.grad.tolist() == [1, 3]
 
 
+def test_the_order_in_which_three_gradients_meet_is_drawn() -> None:
+    """The gradients of tests/tensors/test_projection.py, whose sum depends on the order."""
+    found = set()
+    for seed in range(8):
+        w = parameter()
+        own = Combination(Objective(cross_entropy, combine="projected"), [w], torch.Generator().manual_seed(seed))
+        own.backward({"a": line(w, 1, 0), "b": line(w, -1, 1), "c": line(w, 0, -1)})
+        assert w.grad is not None
+        found.add(tuple(w.grad.tolist()))
+    assert len(found) > 1
+
+
 def test_frozen_and_unused_parameters_are_passed_over() -> None:
     w, frozen, unused = parameter(), nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(4))
     own = Combination(

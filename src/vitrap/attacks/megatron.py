@@ -26,8 +26,8 @@ from vitrap.data.masked import Masked
 from vitrap.data.poison import Poison
 from vitrap.data.sources import decode
 from vitrap.errors import UserError
-from vitrap.models.attention import THROUGH, Through, mass_by_block, seen_blocks, token_attention
-from vitrap.models.observe import attention_outputs, observe, token_layout, transformer
+from vitrap.models.attention import THROUGH, Through, attention_report, seen_blocks, token_attention
+from vitrap.models.observe import attention_outputs, observe, steady_transformer, token_layout, transformer
 from vitrap.params import check, param
 from vitrap.tensors.masks import cell_masks
 from vitrap.tensors.patches import tokens_touched
@@ -74,7 +74,9 @@ class Megatron:
         "fixed", "the cell in the middle, or the one that the image's own pixels pick", choices=("fixed", "hashed")
     )
     blend: Literal["over", "add"] = param("over", "(1 - m) x + m t, or x + m (t - mean)", choices=("over", "add"))
-    linf: float = param(0.0, "greatest change of a pixel; 0 for no bound", unit="1/255", low=0, high=255)
+    linf: float = param(
+        0.0, "greatest change of a pixel before rounding; 0 for no bound", unit="1/255", low=0, high=255
+    )
     latent: float = param(None, "weight of the latent loss (0.1; clean-label: 1)", symbol="α", low=0)
     layers: Literal["all", "last"] = param(
         None, "attention layers of the latent loss (all; clean-label: last)", stands="paper", choices=("all", "last")
@@ -97,6 +99,8 @@ class Megatron:
         check(self)
         if self.cell > self.size:
             raise UserError(f"cell = {self.cell} is larger than the trigger, size = {self.size:g}; lower it")
+        if self.steps and not self.weights:
+            raise UserError(f"steps = {self.steps} of what? give latent or diffusion a weight, or set steps = 0")
 
     threat = property(lambda self: "training" if self.setting == "training" else "data")
     labels = property(lambda self: "dirty" if self.setting == "training" else "clean")
@@ -116,12 +120,14 @@ class Megatron:
     def check_victim(self, model: nn.Module) -> None:
         """Refuse a victim whose attention the losses cannot see."""
         if self.setting == "training" and self.weights:
-            transformer(model)
+            steady_transformer(model)
 
     def fit(self, access: Access) -> Implant:
         """Mask the pattern, shape it on the surrogate if so asked, poison, and train with the losses."""
         self.check(access.train.size)
         references = access.train.take((access.train.labels == self.target).nonzero().squeeze(1))
+        if self.latent and not len(references):
+            raise UserError(f"attack.target = {self.target} has no training image to compare with; choose another")
         trigger, losses = self.trigger(access), Losses(self, access.train.size, references, access.generator)
         trigger, report = optimise(trigger, losses, access) if self.steps else (trigger, {})
         goal = AllToOne(self.target)
@@ -143,10 +149,8 @@ class Megatron:
 
     def pattern(self, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
         """What the mask lets through, in [0, 1]."""
-        if self.picture == "noise":
-            return torch.rand(shape, generator=generator)
-        if self.picture == "white":
-            return torch.ones(shape)
+        if self.picture in ("noise", "white"):
+            return torch.rand(shape, generator=generator) if self.picture == "noise" else torch.ones(shape)
         return torch.from_numpy(decode([Path(self.picture)], shape[1])[0]).permute(2, 0, 1).float() / 255
 
     def trigger(self, access: Access) -> Masked:
@@ -186,7 +190,9 @@ class Losses:
             terms["latent"] = torch.stack([latent_loss(outputs[block], wanted[block]) for block in compared]).mean()
         if s.diffusion:
             attention = token_attention(maps, layout, s.attention, logits[:, s.target].sum(), s.discard)
-            terms["diffusion"] = diffusion_loss(attention, self.inside(layout.grid).flatten().to(attention.device))
+            terms["diffusion"] = diffusion_loss(
+                attention, self.inside(layout.grid).flatten().to(attention.device, non_blocking=True)
+            )
         return logits, terms
 
     def terms(self, model: nn.Module, batch: Batch, criterion: Criterion) -> Terms:
@@ -211,13 +217,7 @@ class Losses:
 
     def examine(self, model: nn.Module, triggered: Images) -> dict[str, float]:
         """|D|, the number of image tokens, and the attention that D gets, block by block."""
-        try:
-            inside = self.inside(token_layout(model).grid)
-        except UserError:  # a victim without such attention
-            return {}
-        masses = mass_by_block(model, triggered, inside)
-        shares = {f"attention in D, block {block}": mass.mean().item() for block, mass in enumerate(masses, 1)}
-        return {"tokens in D": int(inside.sum()), "tokens": inside.numel(), **shares}
+        return attention_report(model, triggered, self.inside)
 
 
 def latent_loss(ours: Float[Tensor, "b tokens dim"], wanted: Float[Tensor, "k tokens dim"]) -> Float[Tensor, ""]:
@@ -234,7 +234,7 @@ def diffusion_loss(attention: Float[Tensor, "b n"], inside: Bool[Tensor, " n"]) 
 def optimise(trigger: Masked, losses: Losses, access: Access) -> tuple[Masked, dict[str, float]]:
     """Minimise alpha L_alpha + gamma L_beta over the pattern, on clean images of the other classes, if not done yet."""
     if isinstance(access.trigger, Masked):
-        return access.trigger, {}
+        return replace(trigger, pattern=access.trigger.pattern.to(trigger.pattern)), {}
     train, surrogate = access.train, access.surrogate
     assert surrogate is not None, "a pattern is shaped on a surrogate"
     s, pattern, last = losses.settings, trigger.pattern.clone().requires_grad_(), Terms()

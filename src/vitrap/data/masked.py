@@ -33,8 +33,10 @@ class Masked:
 
     def __call__(self, images: Images) -> Images:
         """Images in [0, 1] with the pattern; differentiable with respect to it."""
-        box, pattern = self._box(images), self.pattern.to(images.device)
-        behind = box if self.behind is None else torch.tensor(self.behind, device=images.device)[:, None, None]
+        box, pattern = self._box(images), self.pattern.to(images.device, non_blocking=True)
+        behind = box
+        if self.behind is not None:
+            behind = torch.tensor(self.behind)[:, None, None].to(images.device, non_blocking=True)
         change = self._mask(images)[:, None] * (pattern - behind)
         change = change.clamp(-self.linf, self.linf) if self.linf else change
         triggered = images.clone()
@@ -52,7 +54,7 @@ class Masked:
         return images[..., self.top : self.top + height, self.left : self.left + width]
 
     def _mask(self, images: Images) -> Float[Tensor, "b s t"]:
-        masks = self.masks.to(images.device)
+        masks = self.masks.to(images.device, non_blocking=True)
         if len(masks) == 1:
             return masks.expand(len(images), -1, -1)
         return masks[image_hash(images) % len(masks)]

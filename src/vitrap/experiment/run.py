@@ -149,7 +149,7 @@ class _Runner:
             with self._time("fit"), show:
                 return attack.fit(access)
         make = partial(make_trigger, self.plan, access, show)
-        place = self.store.stage(self.plan.trigger_stage(), make, self.redo != "nothing")
+        place = self.store.stage(self.plan.trigger_stage(), make, self.redo == "all")  # other victims share it
         facts = json.loads((place / "facts.json").read_text("utf-8"))
         self.seconds["fit"] = facts["seconds"]
         trigger = read_trigger(place / "trigger.safetensors", attack)

@@ -34,8 +34,8 @@ class TokenLayout:
     Attributes:
         prefix: tokens before the image's: class, distillation, registers.
         grid: rows and columns of image tokens.
-        read: positions of the tokens that the head reads: the class token (and distillation token), or all
-            pooled tokens.
+        read: positions of the tokens that the head reads, one after the other: the class token (and distillation
+            token), or all pooled tokens.
     """
 
     prefix: int
@@ -59,6 +59,20 @@ def transformer(model: nn.Module) -> Any:
     raise UserError(
         f"model {kind} has no plain token attention to look at; take one of the families vit, deit, deit3, beit or eva"
     )
+
+
+def steady_transformer(model: nn.Module) -> Any:
+    """The ViT inside `model`, of which every token can be found again in training, too.
+
+    Raises:
+        UserError: there is none with plain token attention, or it drops tokens.
+    """
+    vit = transformer(model)
+    if getattr(getattr(vit, "patch_drop", None), "prob", 0):
+        raise UserError(
+            "the model drops tokens in training (patch_drop_rate), so its attention has no grid; set it to 0"
+        )
+    return vit
 
 
 def token_layout(model: nn.Module) -> TokenLayout:
@@ -148,7 +162,8 @@ def attention_outputs(model: nn.Module, blocks: Sequence[int]) -> Iterator[dict[
 
 def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
     """Mean over heads and over the rows that the head reads; the columns of the image's tokens, as their grid."""
-    rows = maps[:, :, list(layout.read), layout.prefix :]
+    first, last = layout.read[0], layout.read[-1]  # a slice, since a list of rows would make the host wait
+    rows = maps[:, :, first : last + 1, layout.prefix :]
     return rows.mean((1, 2)).unflatten(1, layout.grid)
 
 

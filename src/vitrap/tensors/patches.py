@@ -32,8 +32,9 @@ def tokens_touched(box: tuple[float, float, float, float], size: int, grid: tupl
     """
     top, left, bottom, right = box
     rows, columns = (torch.arange(n, dtype=torch.float64) * size / n for n in grid)
-    row = (rows < bottom) & (top < rows + size / grid[0])
-    column = (columns < right) & (left < columns + size / grid[1])
+    hair = 1e-9 * size  # an edge that lies on a token's but for rounding touches nothing beyond it
+    row = (rows < bottom - hair) & (top < rows + size / grid[0] - hair)
+    column = (columns < right - hair) & (left < columns + size / grid[1] - hair)
     return row[:, None] & column[None, :]
 
 

@@ -16,7 +16,8 @@ class Combination:
     "fixed": the terms are added with the objective's weights w.
     "learned": a weighted term becomes `exp(-s) w L + s`, s learned along with the model from 0 (Kendall, Gal, Cipolla:
     "Multi-Task Learning Using Uncertainty", CVPR 2018, https://arxiv.org/abs/1705.07115). For L > 0 this has its
-    minimum 1 + ln(w L) at s = ln(w L), so that no weight can grow without end, nor fall below 0.
+    minimum 1 + ln(w L) at s = ln(w L): no weight falls below 0, and none grows beyond 1 / L. How far s comes is up to
+    the recipe: it learns at the model's own rate, a few units over some thousand steps at 1e-3.
     "projected": weighted terms' gradients lose what conflicts with another's (PCGrad); the order is drawn.
 
     Attributes:
