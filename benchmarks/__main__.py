@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks import first_result, objective, poisoning, screens, training, trigger
 from benchmarks.compare import FULL, QUICK, Figure, Scale
-from vitrap.experiment.record import environment
+from vitrap.experiment.machine import environment
 
 PARTS: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "poisoning": poisoning.figures,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vitrap.experiment.spec import Spec as Spec
     from vitrap.experiment.spec import load_defence as load_defence
     from vitrap.experiment.spec import load_spec as load_spec
+    from vitrap.report.frame import load_records as load_records
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOMES = {
     "World": "vitrap.data.sources",
     "defend": "vitrap.experiment.defend",
     "load_defence": "vitrap.experiment.spec",
+    "load_records": "vitrap.report.frame",
     "load_spec": "vitrap.experiment.spec",
     "open_data": "vitrap.data.sources",
     "open_run": "vitrap.experiment.run",
@@ -54,6 +56,7 @@ __all__ = [
     "defences",
     "defend",
     "load_defence",
+    "load_records",
     "load_spec",
     "open_data",
     "open_run",

@@ -1,30 +1,17 @@
 """The `vitrap` command. Torch is imported only by commands that compute."""
 
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from vitrap import registry
+from vitrap.cli.console import Bars, err, out, print_json, split
 from vitrap.data.cache import DATASETS
 from vitrap.errors import UserError, unknown
 
@@ -36,7 +23,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
 app.add_typer(data_app, name="data")
-out, err = Console(), Console(stderr=True)
 
 OUTCOMES = {
     "screen": "a score for each input at test time",
@@ -90,15 +76,15 @@ def run(
     """Implant a backdoor as a spec says and measure it beside its clean twin."""
     from vitrap.experiment.spec import load_spec
 
-    path, overrides = _split(words or [])
+    path, overrides = split(words or [])
     spec = load_spec(path, overrides)
-    with _Bars() as bars:
+    with Bars() as bars:
         from vitrap.experiment.run import run as run_spec
 
         redo = "all" if force_all else "victim" if force else "nothing"
         record = run_spec(spec, out_folder, device=device, redo=redo, steps=bars.step)
     if as_json:
-        _print_json(asdict(record))
+        print_json(asdict(record))
         return
     _print_record(asdict(record), out_folder / f"{record.name}-{record.hash}")
 
@@ -115,7 +101,7 @@ def defend(
     from vitrap.experiment.spec import load_defence
 
     wanted = load_defence(defence, words or [])
-    with _Bars() as bars:
+    with Bars() as bars:
         from vitrap.experiment.defend import defend as defend_run
         from vitrap.experiment.defend import find_row
 
@@ -123,7 +109,7 @@ def defend(
     row = find_row(record, wanted)
     assert row is not None
     if as_json:
-        _print_json(row)
+        print_json(row)
         return
     _print_defences([row])
 
@@ -143,8 +129,8 @@ def poison(
     """Write a spec's poisoned data set for other tools: images, labels, and which images are poisoned."""
     from vitrap.experiment.spec import load_spec
 
-    spec = load_spec(*_split(words or []))
-    with _Bars() as bars:
+    spec = load_spec(*split(words or []))
+    with Bars() as bars:
         from vitrap.experiment.run import poison as poison_data
 
         poison_data(spec, folder, out_folder, device=device, steps=bars.step)
@@ -224,64 +210,9 @@ def prepare(
     from vitrap.data.cache import cache_folder
     from vitrap.data.prepare import prepare as prepare_data
 
-    with _Bars() as bars:
+    with Bars() as bars:
         place = prepare_data(name, source, cache_folder(), progress=bars.fraction(f"prepare {name}"))
     out.print(f"{name} is in {place}", highlight=False, markup=False, soft_wrap=True)
-
-
-class _Bars:
-    """Progress bars on stderr, one a step; a step of unknown length shows that it lives."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=err,
-        )
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, kind: object, *exception: object) -> None:
-        if self.progress.tasks:
-            self.progress.stop()
-        if kind is KeyboardInterrupt:
-            err.print("vitrap: interrupted; the next call goes on from the last finished stage", soft_wrap=True)
-            raise typer.Exit(130) from None
-
-    @contextmanager
-    def step(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
-        """Show one step; yields what to call each tick."""
-        task = self._add(name, total)
-        yield lambda: self.progress.advance(task)
-        self.progress.update(task, total=total or 1, completed=total or 1)
-
-    def fraction(self, name: str) -> Callable[[int, int], None]:
-        """Show one step by what is done of what is to do."""
-        bar: list[TaskID] = []
-
-        def show(done: int, whole: int) -> None:
-            if not bar:
-                bar.append(self._add(name, None))
-            self.progress.update(bar[0], completed=done, total=whole)
-
-        return show
-
-    def _add(self, name: str, total: int | None) -> TaskID:
-        """A bar; the first one starts the display, so that a refusal before it is the only line."""
-        self.progress.start()
-        return self.progress.add_task(name, total=total)
-
-
-def _split(words: list[str]) -> tuple[Path | None, list[str]]:
-    """A spec's path, if the first word is no override, and the overrides."""
-    if words and "=" not in words[0]:
-        return Path(words[0]), words[1:]
-    return None, words
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:
@@ -313,10 +244,6 @@ def _print_defences(rows: Iterable[dict[str, Any]]) -> None:
         for line in defence_measures(row):
             table.add_row(*line)
         out.print(table)
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:

@@ -1,14 +1,9 @@
 """The record of a run: what was asked, what was measured, and all it takes to judge it. See docs/record.md."""
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vitrap.errors import UserError
 from vitrap.experiment.store import write_json
@@ -80,28 +75,3 @@ def read_record(folder: Path) -> Record:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"record {str(path)!r} is damaged ({error}); run its spec again with --force") from error
     raise UserError(f"record {str(path)!r} has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
-
-
-def environment(device: torch.device) -> Table:
-    """What the run ran on; no name of a machine or person."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    libraries = {lib: version(lib) for lib in ("vitrap", "torch", "timm", "torchvision", "torchmetrics", "numpy")}
-    return {
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "device": name,
-        "device_kind": device.type,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **libraries,
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

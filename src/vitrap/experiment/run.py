@@ -1,8 +1,6 @@
 """A run: surrogate, implant, victim, clean twin, measures, record."""
 
 import json
-import resource
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -10,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from vitrap.contracts import Access, Implant, Trigger
@@ -18,10 +15,11 @@ from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.defend import Finished, add_defences, still_holding
 from vitrap.experiment.export import check_folder, write_poisoned
+from vitrap.experiment.machine import environment, memory
 from vitrap.experiment.measure import BATCH, examine, measure_victim, timed
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.plan import Network, Plan, make_plan
-from vitrap.experiment.record import SCHEMA, Record, Table, environment, read_record
+from vitrap.experiment.record import SCHEMA, Record, Table, read_record
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.stages import Steps, carries, make_clean, make_trigger, make_victim, silent, training_steps
 from vitrap.experiment.store import Store, locked, place_file, write_bytes
@@ -230,16 +228,7 @@ class _Runner:
             attack={**implant.report, **examined},
             curves={name: fact["curves"] for name, fact in facts.items()},
             precision=plan.precision,
-            memory=_memory(plan.device),
+            memory=memory(plan.device),
             seconds={"poison": facts["victim"]["seconds"]["poison"], **trained, **self.seconds},
             stages=plan.keys(),
         )
-
-
-def _memory(device: torch.device) -> dict[str, int | None]:
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {
-        "host_peak_bytes": host,
-        "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    }

@@ -1,0 +1,83 @@
+"""How the command speaks: results on stdout, progress and messages on stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+out, err = Console(), Console(stderr=True)
+
+
+class Bars:
+    """Progress bars on stderr, one a step; a step of unknown length shows that it lives."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=err,
+        )
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if self.progress.tasks:
+            self.progress.stop()
+        if kind is KeyboardInterrupt:
+            err.print("vitrap: interrupted; the next call goes on from the last finished stage", soft_wrap=True)
+            raise typer.Exit(130) from None
+
+    @contextmanager
+    def step(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        """Show one step; yields what to call each tick."""
+        task = self._add(name, total)
+        yield lambda: self.progress.advance(task)
+        self.progress.update(task, total=total or 1, completed=total or 1)
+
+    def fraction(self, name: str) -> Callable[[int, int], None]:
+        """Show one step by what is done of what is to do."""
+        bar: list[TaskID] = []
+
+        def show(done: int, whole: int) -> None:
+            if not bar:
+                bar.append(self._add(name, None))
+            self.progress.update(bar[0], completed=done, total=whole)
+
+        return show
+
+    def _add(self, name: str, total: int | None) -> TaskID:
+        """A bar; the first one starts the display, so that a refusal before it is the only line."""
+        self.progress.start()
+        return self.progress.add_task(name, total=total)
+
+
+def split(words: list[str]) -> tuple[Path | None, list[str]]:
+    """A spec's path, if the first word is no override, and the overrides."""
+    if words and "=" not in words[0]:
+        return Path(words[0]), words[1:]
+    return None, words
+
+
+def print_json(content: Any) -> None:
+    """A record, or a part of it, alone on stdout."""
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,46 @@
+"""What a run ran on: versions, processor or GPU, and how much memory it took."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the run ran on; no name of a machine or person."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    libraries = {lib: version(lib) for lib in ("vitrap", "torch", "timm", "torchvision", "torchmetrics", "numpy")}
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": name,
+        "device_kind": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **libraries,
+    }
+
+
+def memory(device: torch.device) -> dict[str, int | None]:
+    """Peaks of the process since it started, in bytes; None for a GPU where none is used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {
+        "host_peak_bytes": host,
+        "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

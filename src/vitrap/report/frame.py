@@ -1,0 +1,93 @@
+"""Records as one table: a row for each run and measure."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitrap.experiment.records import Found, read_records
+
+if TYPE_CHECKING:
+    import pandas
+
+Measured = tuple[str, float, float | None, float | None, int | None]
+"""A measure's name, its value, and of a rate the interval and n."""
+
+
+def load_records(place: str | Path = "runs") -> "pandas.DataFrame":
+    """Every record of a folder of runs as a pandas DataFrame, one row a run and measure.
+
+    Columns: `run` (the run's folder), `name`, `hash`, `seed`; every setting of the spec by its dotted key
+    (`attack.poison_rate`, `recipe.lr`, ...; missing where a run has no such setting); `defence`, `defence.kind` and
+    `defence.params` (its settings as JSON), which are "" for what is measured of the victim itself; `measure` (the key
+    of docs/record.md below `victim`, `attack`, `seconds`, `memory` or a row of `defences`, such as `asr`,
+    `asr_clean_model`, `stealth.psnr_db`, `tpr_at_fpr.0.05`); `value` (of a centre, the mean), and of rates `low`,
+    `high`, `n`.
+
+    Args:
+        place: a folder of runs, one run's folder, or a `.json` or `.jsonl` file of records.
+
+    Raises:
+        UserError: there is no such place.
+
+    Warns:
+        UserWarning: for each record that is damaged or of a newer vitrap; it is left out.
+    """
+    shelf = read_records(place)
+    for complaint in shelf.skipped:
+        warnings.warn(complaint, stacklevel=2)
+    return to_frame(shelf.records)
+
+
+def to_frame(records: Sequence[Found]) -> "pandas.DataFrame":
+    """The table of some records; see `load_records`."""
+    import pandas
+
+    runs = pandas.DataFrame([_run(found) for found in records])
+    lines = [(i, *line) for i, found in enumerate(records) for line in _lines(found.content)]
+    columns = ["run", "defence", "defence.kind", "defence.params", "measure", "value", "low", "high", "n"]
+    measures = pandas.DataFrame(lines, columns=columns)
+    if not len(runs):
+        return measures.assign(name="", hash="", seed=0)
+    measures = measures.astype({"value": float, "low": float, "high": float, "n": "Int64"})
+    settings = runs.take(measures.pop("run")).reset_index(drop=True)
+    return pandas.concat([settings, measures], axis="columns")
+
+
+def _run(found: Found) -> dict[str, Any]:
+    record = found.content
+    head = {"run": found.place.name, "name": record["name"], "hash": record["hash"], "seed": record["seed"]}
+    return {**head, **dict(settings({k: v for k, v in record["spec"].items() if k not in head}))}
+
+
+def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a spec's table by its dotted key; its defences are no settings of the run."""
+    for key, value in spec.items():
+        if isinstance(value, Mapping):
+            yield from settings(value, f"{place}{key}.")
+        elif key != "defences":
+            yield f"{place}{key}", value
+
+
+def _lines(record: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for part in ("victim", "attack", "seconds", "memory"):
+        found, prefix = record.get(part), "" if part == "victim" else f"{part}."
+        yield from (("", "", "", *line) for line in measured(found if isinstance(found, Mapping) else {}, prefix))
+    for row in record.get("defences", []):
+        own = {key: value for key, value in row.items() if key not in ("name", "kind", "params", "key", "layer")}
+        head = (row["name"], row["kind"], json.dumps(row["params"]))
+        yield from ((*head, *line) for line in measured(own))
+
+
+def measured(table: Mapping[str, Any], place: str = "") -> Iterator[Measured]:
+    """Every number of a nested table, with the intervals of those that have one."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and "value" in value:
+            yield f"{place}{key}", value["value"], value.get("low"), value.get("high"), value.get("n")
+        elif isinstance(value, Mapping) and "mean" in value:
+            yield f"{place}{key}", value["mean"], None, None, None
+        elif isinstance(value, Mapping):
+            yield from measured(value, f"{place}{key}.")
+        elif isinstance(value, int | float):
+            yield f"{place}{key}", value, None, None, None
