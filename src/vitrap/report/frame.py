@@ -4,18 +4,17 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
 
 from vitrap.experiment.records import Found, read_records
-
-if TYPE_CHECKING:
-    import pandas
 
 Measured = tuple[str, float, float | None, float | None, int | None]
 """A measure's name, its value, and of a rate the interval and n."""
 
 
-def load_records(place: str | Path = "runs") -> "pandas.DataFrame":
+def load_records(place: str | Path = "runs") -> pandas.DataFrame:
     """Every record of a folder of runs as a pandas DataFrame, one row a run and measure.
 
     Columns: `run` (the run's folder), `name`, `hash`, `seed`; every setting of the spec by its dotted key
@@ -40,10 +39,8 @@ def load_records(place: str | Path = "runs") -> "pandas.DataFrame":
     return to_frame(shelf.records)
 
 
-def to_frame(records: Sequence[Found]) -> "pandas.DataFrame":
+def to_frame(records: Sequence[Found]) -> pandas.DataFrame:
     """The table of some records; see `load_records`."""
-    import pandas
-
     runs = pandas.DataFrame([_run(found) for found in records])
     lines = [(i, *line) for i, found in enumerate(records) for line in _lines(found.content)]
     columns = ["run", "defence", "defence.kind", "defence.params", "measure", "value", "low", "high", "n"]
