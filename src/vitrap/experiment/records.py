@@ -6,7 +6,6 @@ Imports no torch.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,9 @@ class _Record:
     defences: list[_Row] = field(default_factory=list)
 
 
+_KINDS = {kind: TypeAdapter(kind) for kind in (_Record, _Failure)}
+
+
 @dataclass(frozen=True)
 class Found:
     """A record, or the failure record of a run that has none, and where it lies.
@@ -139,16 +141,11 @@ def _read(text: bytes | OSError, kind: type[_Record] | type[_Failure]) -> dict[s
     if isinstance(schema, int) and schema > SCHEMA:
         raise ValueError(f"it has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
     try:
-        _adapter(kind).validate_json(text)
+        _KINDS[kind].validate_json(text)
     except ValidationError as errors:
         error = errors.errors()[0]
         raise ValueError(f"it is damaged ({'.'.join(map(str, error['loc']))}: {error['msg']})") from errors
     return content
-
-
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
 
 
 def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
