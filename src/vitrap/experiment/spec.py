@@ -9,6 +9,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitrap.train.recipe import Recipe, recipe_for
 
 Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
+_adapter = cache(TypeAdapter)
 KEPT = {"attack": ("target",), "model": (), "surrogate": (), "data": ("limit",)}
 """Tables whose name can be overridden, and the keys that a new name leaves in place."""
 UNNAMED = {"attack": "ageb", "data": "digits"}
@@ -138,11 +140,20 @@ def load_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> 
     Raises:
         UserError: the file is missing or not TOML; a key, name, type or value is wrong.
     """
-    table = _read(Path(path) if path is not None else DEFAULT, ())
-    pairs = [_parse_override(text) for text in overrides]
-    for keys, value in sorted(pairs, key=lambda pair: pair[0][1:] != ["name"]):  # names first: they drop other keys
-        _lay_over(table, _nest(keys, value))
-    return parse_spec(table)
+    table = read_table(Path(path) if path is not None else DEFAULT)
+    if "grid" in table:
+        raise UserError(f"spec {str(path)!r} has a [grid]: it is a sweep of many runs; start it with vitrap sweep")
+    return parse_spec(set_keys(table, [parse_override(text) for text in overrides]))
+
+
+def set_keys(table: Table, pairs: Sequence[tuple[list[str], Any]]) -> Table:
+    """`table`, changed in place, with each value at its place.
+
+    Names come first, since another name drops its table's other keys.
+    """
+    for keys, value in sorted(pairs, key=lambda pair: pair[0][1:] != ["name"]):
+        lay_over(table, nest(keys, value))
+    return table
 
 
 def parse_spec(table: Mapping[str, Any]) -> Spec:
@@ -177,7 +188,7 @@ def load_defence(name: str, overrides: Sequence[str] = ()) -> Named:
     Raises:
         UserError: the name, a key, type or value is wrong.
     """
-    pairs = [_parse_override(text) for text in overrides]
+    pairs = [parse_override(text) for text in overrides]
     if any(keys == ["name"] for keys, _ in pairs):
         raise UserError(f"defence.name is given already, as {name!r}; leave name=... out")
     return parse_defence({**{".".join(keys): value for keys, value in pairs}, "name": name})
@@ -249,7 +260,7 @@ def _build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequen
         if key not in known:
             raise unknown("key", dot + key, [dot + k for k in (*known, *more)])
     try:
-        return TypeAdapter(record).validate_json(json.dumps(table), strict=True)
+        return _adapter(record).validate_json(json.dumps(table), strict=True)
     except ValidationError as errors:
         raise UserError("; ".join(_sentence(dict(e), dot) for e in errors.errors())) from errors
     except TypeError as error:  # a TOML date or time
@@ -263,7 +274,12 @@ def _sentence(error: Table, dot: str) -> str:
     return f"{dot}{place} = {error['input']!r} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> Table:
+def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
+    """A spec's file as a table, over the one that its `base` names.
+
+    Raises:
+        UserError: a file is missing or not TOML, or is its own base.
+    """
     if path.resolve() in seen:
         raise UserError(f"spec {str(path)!r} is its own base; remove the circle")
     try:
@@ -278,11 +294,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Table:
         return table
     if not isinstance(base, str):
         raise UserError(f"base = {base!r} in spec {str(path)!r} must be the path of another spec")
-    start = _read(path.parent / base, (*seen, path.resolve()))
-    return _lay_over(start, table)
+    start = read_table(path.parent / base, (*seen, path.resolve()))
+    return lay_over(start, table)
 
 
-def _lay_over(table: Table, over: Mapping[str, Any]) -> Table:
+def lay_over(table: Table, over: Mapping[str, Any]) -> Table:
     """Put `over` on `table` in place; a new name drops the other keys of its table."""
     for key, value in over.items():
         below = table.get(key)
@@ -291,11 +307,16 @@ def _lay_over(table: Table, over: Mapping[str, Any]) -> Table:
             continue
         if key in KEPT and "name" in value and value["name"] != below.get("name", UNNAMED.get(key)):
             table[key] = below = {k: v for k, v in below.items() if k in KEPT[key]}
-        _lay_over(below, value)
+        lay_over(below, value)
     return table
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """The place and the value that `table.key=value` names.
+
+    Raises:
+        UserError: it is not of that form.
+    """
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):
@@ -306,7 +327,8 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         return keys, value.strip()
 
 
-def _nest(keys: Sequence[str], value: Any) -> Table:
+def nest(keys: Sequence[str], value: Any) -> Table:
+    """The table with `value` at the place that `keys` lead to."""
     for key in reversed(keys):
         value = {key: value}
     return value

@@ -1,0 +1,195 @@
+"""A sweep's spec: a spec with a `[grid]` of what varies, and the runs that it stands for.
+
+Each key of `[grid]` leads to a list of values, quoted or bare (`"attack.poison_rate" = [0.05, 0.1]`, `seed = [0, 1]`);
+`[[grid.case]]` tables hold settings that belong together, and may have a `title` for tables and figures. A key `base`
+names the spec that a run starts from. The runs are all combinations. Imports no torch.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from vitrap.errors import UserError
+from vitrap.experiment.spec import Spec, Table, parse_override, parse_spec, read_table, set_keys
+
+MOST = 10_000
+"""A sweep of more runs asks for confirmation."""
+DEFENCES, BASE, TITLE = "defences", "base", "title"
+PAGE = ("page", "table", "figure")
+"""Keys of a sweep's spec that say what `vitrap table` makes of its records."""
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        settings: what sets it apart: each key of the grid and of its case, with its value; a case's `title`, too.
+        spec: the whole spec.
+    """
+
+    settings: Settings
+    spec: Spec
+
+    @property
+    def label(self) -> str:
+        """What sets it apart, in a line."""
+        shown = {k: v for k, v in self.settings.items() if k not in (DEFENCES, TITLE)}
+        return ", ".join(f"{k} {_short(v)}" for k, v in shown.items()) or self.spec.name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep's spec.
+
+    Attributes:
+        name: of the spec's file.
+        points: each run once, in the order of the grid.
+        page: the `page`, `table` and `figure` keys, as they stand there.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    page: Table = field(default_factory=dict)
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: bool = False) -> Sweep:
+    """Read a sweep's spec and make a spec of each combination.
+
+    Args:
+        path: a TOML file with a `[grid]`; paths in it (`base`, also as a grid's key) are relative to it.
+        overrides: `key=value`; a key of the grid then has this value alone.
+        any_number: allow more than 10,000 runs.
+
+    Raises:
+        UserError: the grid is empty or contradicts itself, names too many runs, or one of its specs is wrong.
+    """
+    path = Path(path)
+    table = read_table(path)
+    page = {key: table.pop(key) for key in PAGE if key in table}
+    grid = table.pop("grid", None)
+    if not isinstance(grid, Mapping):
+        raise UserError(f"spec {str(path)!r} has no [grid] of lists: it is a single run; start it with vitrap run")
+    axes, cases = dict(_axes(grid)), _cases(grid.get("case", []))
+    _override(table, axes, cases, overrides)
+    _check(str(path), axes, cases)
+    if (count := prod(map(len, axes.values())) * max(1, len(cases))) > MOST and not any_number:
+        raise UserError(f"the grid of {str(path)!r} has {count} runs, more than {MOST}; say --yes if you mean it")
+    combinations = (
+        {**case, **dict(zip(axes, values, strict=True))} for case in cases or [{}] for values in product(*axes.values())
+    )
+    points = [Point(settings, _spec(table, settings, path.parent)) for settings in combinations]
+    return Sweep(path.stem, tuple(_each_once(points)), page)
+
+
+def _axes(grid: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Each key of the grid by its dotted name, and its values."""
+    seen: set[str] = set()
+    for key, values in grid.items():
+        if not place and key == "case":
+            continue
+        name = f"{place}{key}"
+        found = list(_axes(values, f"{name}.")) if isinstance(values, Mapping) else [(name, values)]
+        for dotted, each in found:
+            if dotted in seen:
+                raise UserError(f"grid.{dotted} stands twice, quoted and bare; remove one")
+            if not isinstance(each, list) or not each:
+                raise UserError(f"grid.{dotted} = {each!r} must be a list with a value or more")
+            seen.add(dotted)
+            yield dotted, each
+
+
+def _cases(cases: Any) -> list[Settings]:
+    if not isinstance(cases, list) or not all(isinstance(case, Mapping) and case for case in cases):
+        raise UserError(f"grid.case = {cases!r} must be tables of settings that belong together: [[grid.case]]")
+    return [dict(_leaves(case)) for case in cases]
+
+
+def _leaves(case: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in case.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", value
+
+
+def _override(table: Table, axes: dict[str, list[Any]], cases: Sequence[Settings], overrides: Sequence[str]) -> None:
+    """Put each override over the grid where it is one of its keys, else over all runs."""
+    pairs = []
+    for text in overrides:
+        keys, value = parse_override(text)
+        name = ".".join(keys)
+        if any(_overlap(name, key) for case in cases for key in case):
+            raise UserError(f"override {text!r} contradicts the grid's cases, which set {name!r}; change the spec")
+        if name in axes:
+            axes[name] = [value]
+        else:
+            pairs.append((keys, value))
+    set_keys(table, pairs)
+
+
+def _check(where: str, axes: Mapping[str, list[Any]], cases: Sequence[Settings]) -> None:
+    """Refuse a grid that is empty, or in which two keys say something of the same setting."""
+    if not axes and not cases:
+        raise UserError(f"the [grid] of {where!r} is empty; give it a key with a list of values, or [[grid.case]]")
+    for key, values in axes.items():
+        if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+            raise UserError(f"grid.{key} has {twice[0]!r} twice; remove one")
+        others = [*(other for other in axes if other != key), *(own for case in cases for own in case)]
+        if clash := next((other for other in others if _overlap(key, other)), None):
+            raise UserError(f"the grid contradicts itself: {key!r} and {clash!r} both set {min(key, clash, key=len)!r}")
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def _spec(table: Table, settings: Settings, folder: Path) -> Spec:
+    """The spec of one combination."""
+    start = deepcopy(table)
+    if BASE in settings:
+        own = [([key], value) for key, value in start.items()]
+        start = set_keys(read_table(folder / str(settings[BASE])), own)
+    pairs = [
+        (key.split("."), _listed(value) if key == DEFENCES else value)
+        for key, value in settings.items()
+        if key not in (BASE, TITLE)
+    ]
+    try:
+        return parse_spec(set_keys(start, pairs))
+    except UserError as error:
+        shown = ", ".join(f"{key} = {_short(value)}" for key, value in settings.items())
+        raise UserError(f"{error} (in the grid's run {shown})") from error
+
+
+def _listed(defences: Any) -> list[Any]:
+    """One defence or several, by name or as tables, as `[[defences]]` has them."""
+    several = defences if isinstance(defences, list) else [defences]
+    return [{"name": defence} if isinstance(defence, str) else defence for defence in several]
+
+
+def _each_once(points: Sequence[Point]) -> Iterator[Point]:
+    """Runs that differ by their defences alone are one run with all of these."""
+    found: dict[str, Point] = {}
+    for point in points:
+        key = point.spec.hash()
+        first = found.setdefault(key, point)
+        if first is point:
+            continue
+        one, other = ({k: v for k, v in p.settings.items() if k != DEFENCES} for p in (first, point))
+        if one != other:
+            raise UserError(f"the grid contradicts itself: {first.label} and {point.label} are the same run")
+        more = tuple(d for d in point.spec.defences if d not in first.spec.defences)
+        found[key] = replace(first, spec=replace(first.spec, defences=first.spec.defences + more))
+    return iter(found.values())
+
+
+def _short(value: Any) -> str:
+    """A value as a TOML file has it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
