@@ -88,8 +88,8 @@ def test_a_picture_counts_by_its_content(tmp_path: Path) -> None:
 
 def test_a_training_attack_leaves_its_terms_and_what_it_found(tmp_path: Path) -> None:
     record = run(tiny("attack.name=megatron", "recipe.flip=true"), tmp_path, device="cpu")
-    assert set(record.curves["victim"]) == {"cross_entropy", "latent", "diffusion"}
-    assert set(record.curves["twin"]) == {"cross_entropy"}
+    assert set(record.curves["victim"]) == {"cross_entropy", "latent", "diffusion", "cda", "asr"}
+    assert set(record.curves["twin"]) == {"cross_entropy", "cda"}
     assert record.attack["victim"]["tokens"] == 4
     assert record.attack["n_examined"] > 0
     learned = run(tiny("attack.name=megatron", "attack.combine=learned"), tmp_path, device="cpu")

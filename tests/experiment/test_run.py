@@ -65,7 +65,12 @@ def test_a_record_has_every_key_of_its_format(runs: Runs, name: str) -> None:
     assert record["schema"] == SCHEMA == 1
     assert record["defences"] == []
     assert record["precision"] == "fp32"
-    assert set(record["data"]) == {"n_train", "n_test", "n_poisoned", "classes", "fingerprint"}
+    assert set(record["data"]) == {"n_train", "n_test", "n_poisoned", "classes", "fingerprint", "n_curves"}
+    goal = runs.specs[name].params.target
+    held = open_data("digits", limit=100).choose.labels
+    assert record["data"]["n_curves"] == {"cda": 45, "asr": int((held != goal).sum())}
+    last = record["curves"]["victim"]
+    assert all(round(last[rate][-1] * n, 6).is_integer() for rate, n in record["data"]["n_curves"].items())
     assert [record["data"][k] for k in ("n_train", "n_test", "n_poisoned", "classes")] == [100, 450, 10, 10]
     assert set(record["memory"]) == {"host_peak_bytes", "device_peak_bytes"}
     assert record["memory"]["host_peak_bytes"] > 10**7

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -130,31 +132,62 @@ def test_a_full_disk_leaves_no_half_stage(tmp_path: Path, monkeypatch: pytest.Mo
     assert content(Store(tmp_path).stage(STAGE, make()))["model"] == "weights"
 
 
-def test_where_another_was_faster_its_stage_stays_untouched(tmp_path: Path) -> None:
-    """A process that read the path of a stage must find it there at any later time."""
-    inside, finished = threading.Event(), threading.Event()
+def test_who_comes_second_waits_and_takes_what_the_first_made(tmp_path: Path) -> None:
+    inside, said = threading.Event(), []
 
     def slow(folder: Path) -> None:
         inside.set()
-        finished.wait(10)
-        make("slow")(folder)
+        assert waits.wait(10)
+        make("first")(folder)
 
-    places = []
+    @contextmanager
+    def waiting(name: str) -> Iterator[None]:
+        said.append(name)
+        waits.set()
+        yield
+
+    waits, places = threading.Event(), []
     thread = threading.Thread(target=lambda: places.append(Store(tmp_path).stage(STAGE, slow)))
     thread.start()
-    inside.wait(10)
-    place = Store(tmp_path).stage(STAGE, make("fast"))
-    node = place.stat().st_ino
-    finished.set()
+    assert inside.wait(10)
+    places.append(Store(tmp_path, waiting).stage(STAGE, make("second")))
     thread.join()
-    assert places == [place]
-    assert content(place)["model"] == "fast"
-    assert place.stat().st_ino == node
+    assert places[0] == places[1]
+    assert content(places[0])["model"] == "first"
+    assert said == ["wait for another's clean"]
+    assert hidden(tmp_path) == []
+
+
+def test_who_waits_for_one_that_fails_makes_it(tmp_path: Path) -> None:
+    inside, waits = threading.Event(), threading.Event()
+
+    def fail(folder: Path) -> None:
+        inside.set()
+        assert waits.wait(10)
+        raise OSError(errno.ENOSPC, "full")
+
+    @contextmanager
+    def waiting(name: str) -> Iterator[None]:
+        waits.set()
+        yield
+
+    def first() -> None:
+        with pytest.raises(OSError, match="full"):
+            Store(tmp_path).stage(STAGE, fail)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(10)
+    place = Store(tmp_path, waiting).stage(STAGE, make("second"))
+    thread.join()
+    assert content(place)["model"] == "second"
     assert hidden(tmp_path) == []
 
 
 RACE = """
 import sys, time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from vitrap.experiment.store import Stage, Store
 def make(folder):

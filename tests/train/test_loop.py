@@ -34,6 +34,29 @@ N, CLASSES, SIZE = 50, 3, 8
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
+def test_a_watch_sees_the_model_as_it_would_be_used_and_changes_nothing(data: ImageSet):
+    def trained(watch=None):
+        torch.manual_seed(3)  # dropout draws from it
+        model = open_vit(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, {**TINY, "proj_drop_rate": 0.3}))
+        return model, train(model, data, recipe(), streams(), watch=watch)
+
+    seen: list[bool] = []
+
+    def watch(model: nn.Module) -> Mapping[str, float]:
+        seen.append(model.training or any(part.training for part in model.modules()))
+        right = model(data.images(torch.arange(N))).argmax(1) == data.labels
+        return {"cda": right.float().mean().item()}
+
+    with torch.random.fork_rng(devices=[]):
+        plain, curves = trained()
+        watched, more = trained(watch)
+    assert seen == [False, False]
+    assert {**curves, "cda": more["cda"]} == more
+    assert len(more["cda"]) == 2
+    assert more["cda"][-1] == watch(watched)["cda"]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -184,7 +184,7 @@ class Finished:
 
     @property
     def _store(self) -> Store:
-        return Store(self.folder.parent)
+        return Store(self.folder.parent, lambda name: self.steps(name, None))
 
 
 def add_defences(run: Finished) -> Record:

@@ -20,6 +20,7 @@ from vitrap.experiment.measure import BATCH, examine, measure_victim, timed
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.plan import Network, Plan, make_plan
 from vitrap.experiment.record import SCHEMA, Record, Table, read_record
+from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.stages import Steps, carries, make_clean, make_trigger, make_victim, silent, training_steps
 from vitrap.experiment.store import Store, locked, place_file, write_bytes
@@ -65,12 +66,15 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
     """
     plan = make_plan(spec, device, model, world)
     folder = run_folder(spec, out)
-    store = Store(Path(out))
+    store = Store(Path(out), lambda name: steps(name, None))
     record = _still_true(folder, plan.keys()) if redo == "nothing" else None
     if record is None:
         store.check()
         record = _Runner(plan, store, redo, steps).run(folder)
-    return add_defences(Finished(folder, record, plan, steps))
+    record = add_defences(Finished(folder, record, plan, steps))
+    if (failure := folder / FAILURE).exists():  # of an earlier try
+        failure.unlink(missing_ok=True)
+    return record
 
 
 def poison(
@@ -88,7 +92,8 @@ def poison(
     Raises:
         UserError: something about the spec, the data or a folder is wrong; nothing has been written.
     """
-    plan, store, folder = make_plan(spec, device), Store(Path(out)), Path(folder)
+    plan, folder = make_plan(spec, device), Path(folder)
+    store = Store(Path(out), lambda name: steps(name, None))
     check_folder(folder)
     store.check()
     implant = _Runner(plan, store, "nothing", steps).implant()
@@ -222,6 +227,7 @@ class _Runner:
                 "n_poisoned": facts["victim"]["n_poisoned"],
                 "classes": test.n_classes,
                 "fingerprint": plan.world.fingerprint,
+                "n_curves": facts["victim"]["n_curves"],
             },
             models={"victim": plan.victim.shown(), "surrogate": plan.surrogate.shown() if plan.surrogate else None},
             victim=measures,

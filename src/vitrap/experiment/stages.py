@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitrap.contracts import Access, ImageSet, Implant, Objective
+from vitrap.contracts import Access, Goal, ImageSet, Implant, Objective
+from vitrap.experiment.measure import every_row, predict, spread, triggered
 from vitrap.experiment.plan import Network, Plan
 from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import write_json
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.experiment.trigger_file import save_trigger
+from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.models.vit import ViT, save_vit
 from vitrap.train.loop import train
 
+WATCHED = 500
+"""Curves count at most so many held-out images, spread evenly."""
 Tick = Callable[[], None]
 Steps = Callable[[str, int | None], AbstractContextManager[Tick]]
 """Shows that a step with a name and so many ticks (None: unknown) is under way; yields what to call each tick."""
@@ -34,7 +39,7 @@ def make_clean(plan: Plan, network: Network, seed: int, show: AbstractContextMan
     """Train a network on the clean training set into `folder`."""
     start = time.perf_counter()
     model = network.build(seed, plan.device)
-    curves = _train(plan, model, plan.world.train, seed, None, show)
+    curves = _train(plan, model, plan.world.train, seed, None, show, _watch(plan))
     _keep(model, folder, {"curves": curves, "seconds": {"train": time.perf_counter() - start}}, {"role": "clean"})
 
 
@@ -69,12 +74,13 @@ def make_victim(plan: Plan, implant: Implant, steps: Steps, folder: Path) -> Non
     middle = time.perf_counter()
     model = plan.victim.build(spec.seed, plan.device)
     show = steps("train the victim", training_steps(plan))
-    curves = _train(plan, model, poisoned, spec.seed, implant.objective, show)
+    watch = _watch(plan, implant)
+    curves = _train(plan, model, poisoned, spec.seed, implant.objective, show, watch)
     if implant.edit is not None:
         model = implant.edit(model)
     seconds = {"poison": middle - start, "train": time.perf_counter() - middle}
-    facts = {"curves": curves, "seconds": seconds, "n_poisoned": int(poisoned.poisoned.sum())}
-    _keep(model, folder, facts, carries(spec, "victim"))
+    counted = {"n_poisoned": int(poisoned.poisoned.sum()), "n_curves": watch.counts()}
+    _keep(model, folder, {"curves": curves, "seconds": seconds, **counted}, carries(spec, "victim"))
 
 
 def training_steps(plan: Plan) -> int:
@@ -93,16 +99,49 @@ def carries(spec: Spec, role: Literal["victim", "trigger", "retrained", "poisone
     }
 
 
-def _train(
+@dataclass(frozen=True)
+class Watch:
+    """CDA and, of a victim, ASR on held-out images after each epoch, for the curves: nothing is chosen by them."""
+
+    held: ImageSet
+    precision: str
+    goal: Goal | None = None
+    fired: ImageSet | None = None
+
+    def counts(self) -> dict[str, int]:
+        """How many images each curve counts; one that would count none is left out."""
+        counting = int(self.goal.counts(self.held.labels).sum()) if self.goal else 0
+        return {name: n for name, n in {"cda": len(self.held), "asr": counting}.items() if n}
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Each curve's next value."""
+        found, true = {}, self.held.labels
+        if len(true):
+            found["cda"] = clean_accuracy(predict(model, self.held, self.precision), true).value
+        if self.goal and self.fired and "asr" in self.counts():
+            found["asr"] = attack_success(predict(model, self.fired, self.precision), true, self.goal).value
+        return found
+
+
+def _watch(plan: Plan, implant: Implant | None = None) -> Watch:
+    held = plan.world.choose
+    held = held.take(spread(every_row(held), WATCHED))
+    if implant is None or not len(held):
+        return Watch(held, plan.precision)
+    return Watch(held, plan.precision, implant.goal, triggered(held, implant.trigger))
+
+
+def _train(  # noqa: PLR0913 - as `train`
     plan: Plan,
     model: nn.Module,
     data: ImageSet,
     seed: int,
     objective: Objective | None,
     show: AbstractContextManager[Tick],
+    watch: Watch | None = None,
 ) -> dict[str, list[float]]:
     with show as tick, ambient(seed, "dropout", plan.device):
-        return train(model, data, plan.spec.recipe, training_streams(seed, plan.device), objective, tick)
+        return train(model, data, plan.spec.recipe, training_streams(seed, plan.device), objective, tick, watch)
 
 
 def _keep(model: nn.Module, folder: Path, facts: dict[str, Any], carried: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder that runs and stages live in."""
+    """The folder that runs and stages live in.
+
+    Attributes:
+        root: the folder.
+        waiting: shows, by a name for it, that another process is being waited for.
+    """
 
     root: Path
+    waiting: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def check(self) -> None:
         """Refuse a folder that cannot be written, before any work is done; nothing is made yet.
@@ -65,15 +71,22 @@ class Store:
     def _sweep(self) -> None:
         """Remove the drafts that killed processes left behind: those so old that no stage can still be made there."""
         for draft in (self.root / "stages").glob(".*"):
-            with suppress(OSError):  # another process may be sweeping, too
+            with suppress(OSError):  # another process may be sweeping, too; and a lock is no folder
                 if time.time() - draft.stat().st_mtime > STALE:
                     shutil.rmtree(draft)
 
     def stage(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
-        """The folder of a stage, made by `make(folder)` unless it is there already (or `force`)."""
+        """The folder of a stage, made by `make(folder)` unless it is there already (or `force`).
+
+        Of several processes that need it, one makes it and the others wait.
+        """
         place = self.root / "stages" / f"{stage.kind}-{stage.key}"
-        if force or not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not force:
+            return place
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(place.with_name(f".{place.name}.lock"), partial(self.waiting, f"wait for another's {stage.kind}")):
+            if place.exists() and not force:
+                return place
             draft = Path(tempfile.mkdtemp(prefix=f".{stage.kind}-", dir=place.parent))
             try:
                 make(draft)
@@ -82,6 +95,27 @@ class Store:
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return place
+
+
+@contextmanager
+def _alone(lock: Path, waiting: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within the block no other process is in a block of the same lock; a killed process holds none."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with waiting():
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                break
+        os.close(handle)  # whoever held it has removed it: ask anew
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _put_in_place(draft: Path, place: Path, force: bool) -> None:

@@ -43,13 +43,14 @@ class Streams:
     projection: torch.Generator
 
 
-def train(
+def train(  # noqa: PLR0913 - all that a training is made of
     model: nn.Module,
     data: ImageSet,
     recipe: Recipe,
     streams: Streams,
     objective: Objective | None = None,
     tick: Callable[[], None] = lambda: None,
+    watch: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> Curves:
     """Train `model` in place on `data` and leave it in evaluation mode.
 
@@ -60,9 +61,11 @@ def train(
         streams: what is random about it.
         objective: what it is for; None for the recipe's cross-entropy.
         tick: called after each step.
+        watch: measures the model after each epoch, in evaluation mode; it must draw nothing from torch's random state.
 
     Returns:
-        The mean of each loss term, epoch by epoch, over the batches that had it; then the learned weights, if any.
+        The mean of each loss term, epoch by epoch, over the batches that had it; then the learned weights, if any, and
+        what `watch` found.
 
     Raises:
         UserError: a loss term is no longer finite.
@@ -90,12 +93,21 @@ def train(
             step += 1
             tick()
         means = {name: total.item() / counts[name] for name, total in sums.items()}
-        for name, mean in {**means, **combination.learned()}.items():
+        for name, mean in {**means, **combination.learned(), **_watched(model, watch)}.items():
             curves.setdefault(name, []).append(mean)
             if not math.isfinite(mean):
                 raise UserError(f"training diverged ({name} is {mean}); lower recipe.lr = {recipe.lr:g}")
     model.eval()
     return curves
+
+
+def _watched(model: nn.Module, watch: Callable[[nn.Module], Mapping[str, float]] | None) -> Mapping[str, float]:
+    """What `watch` says of the model as it would be used; training goes on as it was."""
+    if watch is None:
+        return {}
+    found = watch(model.eval())
+    model.train()
+    return found
 
 
 def descend(
