@@ -1,8 +1,8 @@
 """A sweep's spec: a spec with a `[grid]` of what varies, and the runs that it stands for.
 
 Each key of `[grid]` leads to a list of values, quoted or bare (`"attack.poison_rate" = [0.05, 0.1]`, `seed = [0, 1]`);
-`[[grid.case]]` tables hold settings that belong together, and may have a `title` for tables and figures. A key `base`
-names the spec that a run starts from. The runs are all combinations. Imports no torch.
+`[[grid.case]]` tables hold settings that belong together, and may have a `title` for tables and figures; a list in one
+is several cases. A key `base` names the spec that a run starts from. The runs are all combinations. Imports no torch.
 """
 
 import json
@@ -41,7 +41,7 @@ class Point:
     def label(self) -> str:
         """What sets it apart, in a line."""
         shown = {k: v for k, v in self.settings.items() if k not in (DEFENCES, TITLE)}
-        return ", ".join(f"{k} {_short(v)}" for k, v in shown.items()) or self.spec.name
+        return ", ".join(f"{k} = {_short(v)}" for k, v in shown.items()) or self.spec.name
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,15 @@ def _axes(grid: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, list[
 def _cases(cases: Any) -> list[Settings]:
     if not isinstance(cases, list) or not all(isinstance(case, Mapping) and case for case in cases):
         raise UserError(f"grid.case = {cases!r} must be tables of settings that belong together: [[grid.case]]")
-    return [dict(_leaves(case)) for case in cases]
+    return [settings for case in cases for settings in _each_case(dict(_leaves(case)))]
+
+
+def _each_case(case: Settings) -> Iterator[Settings]:
+    """A case for each combination of its lists; a list of defences is one setting."""
+    lists = {key: value if isinstance(value, list) and key != DEFENCES else [value] for key, value in case.items()}
+    if empty := next((key for key, values in lists.items() if not values), None):
+        raise UserError(f"grid.case.{empty} = [] must be a value, or a list with a value or more")
+    return (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
 
 
 def _leaves(case: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

@@ -172,11 +172,11 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
             raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
-    head = _build(_Head, {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
-    data = _build(DataTable, table.get("data", {}), "data")
+    head = build(_Head, {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
+    data = build(DataTable, table.get("data", {}), "data")
     model = _model(table.get("model", {}), "model")
     surrogate = _model(table["surrogate"], "surrogate") if "surrogate" in table else None
-    recipe = _build(Recipe, {**asdict(recipe_for(data.name)), **table.get("recipe", {})}, "recipe")
+    recipe = build(Recipe, {**asdict(recipe_for(data.name)), **table.get("recipe", {})}, "recipe")
     attack, params = _attack(table.get("attack", {}))  # last: its file imports torch
     defences = _defences(table.get("defences", []))
     return Spec(head.name, head.seed, data, model, surrogate, attack, params, recipe, defences)
@@ -211,7 +211,7 @@ def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
     if not isinstance(name, str):
         raise UserError(f"attack.name = {name!r} is wrong: it must be one of {', '.join(registry.names('attacks'))}")
     settings = {k: v for k, v in table.items() if k != "name"}
-    return name, _build(registry.get("attacks", name), settings, "attack", ("name",))
+    return name, build(registry.get("attacks", name), settings, "attack", ("name",))
 
 
 def _defences(tables: Any) -> tuple[Named, ...]:
@@ -234,13 +234,13 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> Named:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}.{key} = {value} is no finite number")
     settings = {k: v for k, v in table.items() if k != "name"}
-    return Named(name, _build(registry.get("defences", name), settings, where, ("name",)))
+    return Named(name, build(registry.get("defences", name), settings, where, ("name",)))
 
 
 def _model(table: Mapping[str, Any], where: str) -> ModelTable:
     own = {f.name for f in fields(ModelTable)} - {"overrides"}
     overrides = {k: v for k, v in table.items() if k not in own}
-    return _build(ModelTable, {**{k: v for k, v in table.items() if k in own}, "overrides": overrides}, where)
+    return build(ModelTable, {**{k: v for k, v in table.items() if k in own}, "overrides": overrides}, where)
 
 
 def _flat(model: ModelTable) -> Table:
@@ -249,7 +249,7 @@ def _flat(model: ModelTable) -> Table:
     return {**table, **overrides}
 
 
-def _build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequence[str] = ()) -> Any:
+def build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequence[str] = ()) -> Any:
     """A record from a table: unknown keys with a hint, types by pydantic, ranges by the record itself.
 
     `more` are keys of the table that are read elsewhere.

@@ -1,0 +1,132 @@
+"""One run of a sweep as a worker does it, on this machine or another, and the news of it."""
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from vitrap.experiment.record import SCHEMA, Table
+from vitrap.experiment.records import FAILURE
+from vitrap.experiment.spec import Spec, parse_spec
+from vitrap.experiment.store import write_json
+
+TRIES = 3
+"""A run whose worker is killed so many times has failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to do.
+
+    Attributes:
+        number: its place in the sweep.
+        label: what sets it apart from the others.
+        spec: its spec as a table.
+        hash: of the spec.
+        out: the folder of runs.
+        device: where to compute.
+        threads: how many the CPU's share is.
+    """
+
+    number: int
+    label: str
+    spec: Table
+    hash: str
+    out: str
+    device: str = "auto"
+    threads: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        return Path(self.out) / f"{self.spec['name']}-{self.hash}"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker has taken a run."""
+
+    number: int
+    worker: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a worker is at: so many ticks of so many (None: unknown) are done."""
+
+    number: int
+    worker: int
+    name: str
+    done: int
+    total: int | None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run has ended: made, found finished, or failed; `said` is what came out, or the error, in a line."""
+
+    number: int
+    how: Literal["done", "kept", "failed"]
+    said: str
+    seconds: float
+
+
+News = Started | Step | Ended
+Hear = Callable[[News], None]
+
+
+def job(number: int, label: str, spec: Spec, out: Path) -> Job:
+    """The job that does a spec."""
+    return Job(number, label, spec.table(), spec.hash(), str(out))
+
+
+def work(job: Job, steps: Callable[..., object] | None = None) -> Ended:
+    """Do a run, or find it done; an error becomes a failure record beside where its record would be."""
+    from vitrap.experiment.run import run
+    from vitrap.experiment.stages import silent
+
+    start, before = time.perf_counter(), _written(job.folder)
+    try:
+        record = run(parse_spec(job.spec), job.out, device=job.device, steps=steps or silent)  # type: ignore[arg-type]
+    except Exception as error:  # a failed run does not stop the others
+        return fail(job, error, time.perf_counter() - start)
+    rates = [f"{name.upper()} {100 * record.victim[name]['value']:.1f} %" for name in ("cda", "asr")]
+    how = "kept" if before == _written(job.folder) else "done"
+    return Ended(job.number, how, ", ".join(rates), time.perf_counter() - start)
+
+
+def fail(job: Job, error: BaseException, seconds: float) -> Ended:
+    """Leave a failure record, where the disk still takes one; the next call tries the run again."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    content = {
+        "schema": SCHEMA,
+        "name": job.spec["name"],
+        "hash": job.hash,
+        "seed": job.spec["seed"],
+        "spec": job.spec,
+        "error": line,
+        "traceback": "".join(traceback.format_exception(error)).splitlines(),
+        "seconds": seconds,
+        "environment": {name: version(name) for name in ("vitrap", "torch", "timm")},
+    }
+    with suppress(OSError):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.folder / FAILURE, content)
+    return Ended(job.number, "failed", line, seconds)
+
+
+def _written(folder: Path) -> int | None:
+    """When the record in a folder was written; None where there is none."""
+    with suppress(OSError):
+        return (folder / "record.json").stat().st_mtime_ns
+    return None
+
+
+def turns(jobs: Sequence[Job], needs: Callable[[Job], object]) -> list[Job]:
+    """First a job for each of the things that jobs `need` and share, so that workers make them side by side."""
+    first = set({needs(job): job.number for job in reversed(jobs)}.values())
+    return sorted(jobs, key=lambda job: (job.number not in first, job.number))

@@ -1,0 +1,132 @@
+"""Runs as tasks of a Ray cluster, for more than one machine. Ray does a task again whose worker was killed."""
+
+import os
+import secrets
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vitrap.errors import UserError
+from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, fail, work
+from vitrap.experiment.store import code_digest
+
+REACH = 5.0
+"""Seconds within which a cluster's head must answer."""
+
+
+def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hear) -> None:
+    """Do jobs as tasks of a cluster whose nodes all see the folder of runs.
+
+    Args:
+        jobs: in the order in which they are begun.
+        address: of the running cluster's head, "auto" for the one of this machine; None starts one here.
+        threads: a task's share of CPU cores.
+        hear: is told what happens.
+
+    Raises:
+        UserError: Ray is not installed, or the address does not answer or lets nobody in.
+    """
+    ray = load_ray()
+    with _cluster(ray, address):
+        resources = ray.cluster_resources()
+        gpus = 1 if resources.get("GPU") and jobs[0].device == "auto" else 0
+        task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(do)
+        room = 2 * max(1, int(resources.get("GPU" if gpus else "CPU", 1)) // threads)
+        waiting, running = deque(jobs), {}
+        while waiting or running:
+            while waiting and len(running) < room:
+                job = waiting.popleft()
+                running[task.remote(asdict(job), os.getcwd(), threads, code_digest("."))] = job
+            for done in ray.wait(list(running), timeout=1.0)[0]:
+                hear(_ended(ray, done, running.pop(done)))
+
+
+def load_ray() -> Any:
+    """Ray, with its tokens asked for.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is there: without it anybody can run code on a node
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise UserError("--ray asks for Ray, which is not installed; pip install 'vitrap[ray]'") from error
+
+
+def do(job: dict[str, Any], folder: str, threads: int, code: str) -> dict[str, Any]:
+    """A task: a run, on whatever node; paths are as seen from the driver's folder."""
+    found = Job(**job)
+    if code != code_digest("."):
+        return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
+    if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
+        return asdict(_refuse(found, f"this node does not see {found.out!r}; --out must lie where all nodes see it"))
+    os.chdir(folder)
+    import torch
+
+    torch.set_num_threads(threads)
+    return asdict(work(found))
+
+
+def _refuse(job: Job, why: str) -> Ended:
+    return Ended(job.number, "failed", f"UserError: {why}", 0.0)
+
+
+def _ended(ray: Any, reference: Any, job: Job) -> Ended:
+    """How a task ended; a run whose record did not come to the driver's folder has failed."""
+    try:
+        ended = Ended(**ray.get(reference))
+    except (ray.exceptions.RayError, OSError) as error:
+        return fail(job, error, 0.0)
+    if ended.how == "failed":
+        return ended if (job.folder / "failure.json").exists() else fail(job, UserError(ended.said), ended.seconds)
+    if not (job.folder / "record.json").exists():
+        why = f"its record is not in {job.out!r}: --out must lie where all nodes see it"
+        return fail(job, UserError(why), ended.seconds)
+    return ended
+
+
+@contextmanager
+def _cluster(ray: Any, address: str | None) -> Iterator[None]:
+    """A connection to the cluster at `address`, or one started here for as long as the block lasts."""
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    with tempfile.TemporaryDirectory() as own:
+        if address is None:
+            token = Path(own) / "token"
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_hex(32))
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+            quiet |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        else:
+            _reach(address)
+        try:
+            ray.init(address=address or "local", **quiet)
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {said}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Refuse an address that nobody answers at: Ray itself would go on trying."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not colon or not port.isdigit():
+        raise UserError(f"--ray-address {address!r} is wrong; give HOST:PORT, as ray start --head printed it, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH).close()
+    except (OSError, OverflowError) as error:
+        why = f"nobody answers at --ray-address {address!r} ({error})"
+        raise UserError(f"{why}; start the head there: see README, more than one machine") from error

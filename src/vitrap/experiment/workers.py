@@ -1,0 +1,152 @@
+"""Runs in worker processes of this machine. A worker that is killed is replaced, and its run done again."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+
+from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, work
+
+PATIENCE = 3.0
+"""Seconds that a worker has to clear its drafts away when it is to stop."""
+OFTEN = 0.25
+"""Seconds between two ticks that a worker reports."""
+
+
+@dataclass
+class Worker:
+    """A process, and the run that it is at."""
+
+    number: int
+    process: BaseProcess
+    connection: Connection
+    job: Job | None = None
+
+
+def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: Hear) -> None:
+    """Do jobs side by side, one worker a device.
+
+    Args:
+        jobs: in the order in which they are begun.
+        devices: what each worker computes on.
+        threads: of each worker, so that all together have the machine's cores.
+        hear: is told what happens.
+    """
+    context, waiting = get_context("spawn"), deque(jobs)
+    tries: Counter[int] = Counter()
+    crew: list[Worker] = []
+    try:
+        crew += [_hire(context, number, threads) for number in range(min(len(devices), len(jobs)))]
+        while waiting or any(worker.job for worker in crew):
+            for worker in crew:
+                if worker.job is None and waiting:
+                    _give(worker, replace(waiting.popleft(), device=devices[worker.number], threads=threads), hear)
+            busy = [worker for worker in crew if worker.job]
+            for worker in (w for c in wait([w.connection for w in busy]) for w in busy if w.connection is c):
+                _listen(worker, waiting, tries, hear)
+                if worker.job is None and not worker.process.is_alive():
+                    crew[worker.number] = _hire(context, worker.number, threads)
+    finally:
+        _dismiss(crew)
+
+
+def _hire(context: SpawnContext, number: int, threads: int) -> Worker:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, number, threads), daemon=True)
+    process.start()
+    theirs.close()  # so that the worker's death ends the connection
+    return Worker(number, process, ours)
+
+
+def _give(worker: Worker, job: Job, hear: Hear) -> None:
+    worker.job = job
+    with suppress(BrokenPipeError):  # it has died, which the next look at it will show
+        worker.connection.send(job)
+    hear(Started(job.number, worker.number))
+
+
+def _listen(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: Hear) -> None:
+    """Take what a worker says; where it has died, its run waits again, or has failed."""
+    job = worker.job
+    assert job is not None
+    try:
+        news = worker.connection.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        worker.job = None
+        tries[job.number] += 1
+        if tries[job.number] < TRIES:
+            waiting.appendleft(job)
+            return
+        news = fail(job, RuntimeError(f"its worker died {TRIES} times (exit {worker.process.exitcode})"), 0.0)
+    if isinstance(news, Ended):
+        worker.job = None
+    hear(news)
+
+
+def _dismiss(crew: Sequence[Worker]) -> None:
+    """End all workers: idle ones are told, others may clear away what they were making."""
+    for worker in crew:
+        if worker.job:
+            worker.process.terminate()
+        with suppress(OSError):
+            worker.connection.send(None)
+    until = time.monotonic() + PATIENCE
+    for worker in crew:
+        worker.process.join(max(0.0, until - time.monotonic()))
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+
+
+def _serve(connection: Connection, number: int, threads: int) -> None:
+    """A worker's life: take a job, do it, say how it ended; until there is none, or nobody to say it to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the driver's business
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # drafts are cleared on the way out
+    threading.Thread(target=_stop_with_driver, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is there
+    import torch
+
+    torch.set_num_threads(threads)
+    with suppress(EOFError, BrokenPipeError):
+        while (job := connection.recv()) is not None:
+            connection.send(work(job, _reporting(job.number, number, connection.send)))
+
+
+def _stop_with_driver() -> None:
+    driver = parent_process()
+    assert driver is not None
+    driver.join()
+    with suppress(ProcessLookupError):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(1)
+
+
+def _reporting(run: int, worker: int, send: Callable[[Step], None]) -> Callable[..., object]:
+    """Steps that are told to the driver."""
+
+    @contextmanager
+    def steps(name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        done, last = 0, time.monotonic()
+        send(Step(run, worker, name, done, total))
+
+        def tick() -> None:
+            nonlocal done, last
+            done += 1
+            if time.monotonic() - last > OFTEN:
+                last = time.monotonic()
+                send(Step(run, worker, name, done, total))
+
+        yield tick
+
+    return steps
