@@ -65,7 +65,7 @@ class Board:
         )  # fmt: skip
         self.counts: Counter[str] = Counter()
         self.lines: dict[int, TaskID] = {}
-        self.whole = self.progress.add_task(f"sweep {escape(grid.name)}", total=len(self.labels))
+        self.whole: TaskID | None = None
 
     def __enter__(self) -> "Board":
         return self
@@ -78,7 +78,9 @@ class Board:
         """Show what happened."""
         from vitrap.experiment.jobs import Ended, Started
 
-        self.progress.start()
+        if self.whole is None:  # only now, so that a refusal before any run is the only line
+            self.progress.start()
+            self.whole = self.progress.add_task("sweep", total=len(self.labels))
         label = escape(self.labels[news.number])
         if isinstance(news, Ended):
             self.counts[news.how] += 1

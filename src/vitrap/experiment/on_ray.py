@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError
-from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, fail, work
+from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, fail, work
 from vitrap.experiment.store import code_digest
 
+CODE = (
+    "attacks", "contracts.py", "data", "defences", "experiment", "metrics", "models", "tensors", "train",
+)  # fmt: skip
+"""What must be the same on every node."""
 REACH = 5.0
 """Seconds within which a cluster's head must answer."""
 
@@ -37,14 +41,17 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hea
         resources = ray.cluster_resources()
         gpus = 1 if resources.get("GPU") and jobs[0].device == "auto" else 0
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(do)
-        room = 2 * max(1, int(resources.get("GPU" if gpus else "CPU", 1)) // threads)
+        places = list(range(max(1, int(resources.get("GPU" if gpus else "CPU", 1)) // threads)))
         waiting, running = deque(jobs), {}
         while waiting or running:
-            while waiting and len(running) < room:
-                job = waiting.popleft()
-                running[task.remote(asdict(job), os.getcwd(), threads, code_digest("."))] = job
+            while waiting and places:
+                job, place = waiting.popleft(), places.pop(0)
+                running[task.remote(asdict(job), os.getcwd(), threads, code_digest(*CODE))] = job, place
+                hear(Started(job.number, place))
             for done in ray.wait(list(running), timeout=1.0)[0]:
-                hear(_ended(ray, done, running.pop(done)))
+                job, place = running.pop(done)
+                places.append(place)
+                hear(_ended(ray, done, job))
 
 
 def load_ray() -> Any:
@@ -55,6 +62,7 @@ def load_ray() -> Any:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is there: without it anybody can run code on a node
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return import_module("ray")
@@ -65,7 +73,7 @@ def load_ray() -> Any:
 def do(job: dict[str, Any], folder: str, threads: int, code: str) -> dict[str, Any]:
     """A task: a run, on whatever node; paths are as seen from the driver's folder."""
     found = Job(**job)
-    if code != code_digest("."):
+    if code != code_digest(*CODE):
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
     if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
         return asdict(_refuse(found, f"this node does not see {found.out!r}; --out must lie where all nodes see it"))
@@ -110,7 +118,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         try:
             ray.init(address=address or "local", **quiet)
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
+            said = " ".join(str(error).split()).partition(". ")[0]
             raise UserError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {said}") from error
         try:
             yield

@@ -87,7 +87,9 @@ class Store:
         with _alone(place.with_name(f".{place.name}.lock"), partial(self.waiting, f"wait for another's {stage.kind}")):
             if place.exists() and not force:
                 return place
-            draft = Path(tempfile.mkdtemp(prefix=f".{stage.kind}-", dir=place.parent))
+            for left in place.parent.glob(f".{place.name}-*"):  # by one that was killed: nobody else is in here
+                shutil.rmtree(left, ignore_errors=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
             try:
                 make(draft)
                 write_json(draft / "depends.json", stage.depends)
