@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import first_result, objective, poisoning, screens, training, trigger
+from benchmarks import first_result, objective, poisoning, records, screens, training, trigger
 from benchmarks.compare import FULL, QUICK, Figure, Scale
 from vitrap.experiment.machine import environment
 
@@ -21,6 +21,7 @@ PARTS: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "training": training.figures,
     "objective": objective.figures,
     "screens": screens.figures,
+    "records": records.figures,
     "first_result": first_result.figures,
 }
 out, err = Console(), Console(stderr=True)

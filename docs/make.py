@@ -1,28 +1,22 @@
-"""Make the parts of README and docs that quote registry or records: `python docs/make.py`; `--check` only compares.
+"""Make the parts of README and docs that no sweep makes: `python docs/make.py`; `--check` only compares.
 
-Figures come from the records in `results/` and nowhere else.
+The tables of attacks and defences quote the registry, the table and the picture of shifts what docs/studies/megatron.py
+measured. All other tables and figures are made by `vitrap table` from the specs in specs/studies.
 """
 
 import json
-import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-import defence_tables as study
-import megatron_tables as megatron
 from matplotlib.figure import Figure
-from megatron_tables import interval
 
 from vitrap import registry
+from vitrap.report.study import fill
 
 ROOT = Path(__file__).parents[1]
-Record = dict[str, Any]
-
-
-def records(folder: Path) -> dict[str, Record]:
-    """The records of a folder by file name, in order of the names."""
-    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
 
 
 def attacks() -> str:
@@ -51,125 +45,62 @@ def defences() -> str:
     return "\n".join(rows)
 
 
-def results() -> str:
-    """The table of headline records."""
-    rows = ["| record | CDA | twin's CDA | ASR | twin's ASR | effect | PSNR, dB | n |", "|" + "---|" * 8]
-    for name, record in records(ROOT / "results").items():
-        v = record["victim"]
-        cells = [interval(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
-        effect = 100 * (v["asr"]["value"] - v["asr_clean_model"]["value"])
-        psnr = v["stealth"]["psnr_db"]["mean"]
-        counts = f"{v['cda']['n']} / {v['asr']['n']}"
-        rows.append(f"| `{name}` | {' | '.join(cells)} | {effect:.2f} | {psnr:.1f} | {counts} |")
-    return "\n".join(rows)
+def shifted() -> dict[str, list[dict[str, Any]]]:
+    """ASR by direction and shift of each seed, by what was trained."""
+    found = json.loads((ROOT / "results" / "shifts" / "megatron.json").read_text(encoding="utf-8"))
+    return {name: [seed["asr"] for seed in seeds] for name, seeds in found.items()}
 
 
-def strength(data: str) -> str:
-    """The front of AGEB over strength and rate on one data set, strongest effect first."""
-    rows = [
-        "| α | c | τ | element | poison rate | epochs | CDA | twin's CDA | ASR | twin's ASR | PSNR, dB |",
-        "|" + "---|" * 11,
-    ]
-    found = [r for r in records(ROOT / "results" / "study").values() if r["spec"]["data"]["name"] == data]
-    found = [r for r in found if r["spec"]["attack"]["name"] == "ageb"]
-    for record in sorted(found, key=lambda r: -r["victim"]["asr"]["value"]):
-        a, v = record["spec"]["attack"], record["victim"]
-        settings = [a["alpha"], f"{a['signal']:g}", a["tau"], f"{a['shape']} {a['size']}", a["poison_rate"]]
-        settings += [record["spec"]["recipe"]["epochs"]]
-        cells = [interval(v[k]) for k in ("cda", "cda_clean_model", "asr", "asr_clean_model")]
-        psnr = f"{v['stealth']['psnr_db']['mean']:.1f}"
-        rows.append("| " + " | ".join([*map(str, settings), *cells, psnr]) + " |")
-    return "\n".join(rows)
+def shifts() -> str:
+    """ASR by shift and direction, mean and standard deviation over seeds."""
+    body, places = [], []
+    for name, seeds in shifted().items():
+        for direction, places in seeds[0].items():
+            rates = [[100 * seed[direction][px]["value"] for seed in seeds] for px in places]
+            body.append([name, direction, *(f"{mean(values):.1f} ± {stdev(values):.1f}" for values in rates)])
+    head = ["", "direction", *(f"{px} px" for px in places)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
-def draw_front(path: Path) -> None:
-    """ASR against PSNR of the strength study, one point a record, with intervals."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained", dpi=120)
+def draw_shifts(path: Path) -> None:
+    """Means over seeds and directions, with the range over directions."""
+    figure = Figure(figsize=(7, 3.8), layout="constrained", dpi=120)
     axis = figure.subplots()
-    found = [r for r in records(ROOT / "results" / "study").values() if r["spec"]["attack"]["name"] == "ageb"]
-    for data, marker in (("digits", "o"), ("gtsrb", "s")):
-        points = [(r["victim"], r["spec"]["attack"]["poison_rate"]) for r in found if r["spec"]["data"]["name"] == data]
-        x = [v["stealth"]["psnr_db"]["mean"] for v, _ in points]
-        y = [v["asr"]["value"] for v, _ in points]
-        spread = [
-            [v["asr"]["value"] - v["asr"]["low"] for v, _ in points],
-            [v["asr"]["high"] - v["asr"]["value"] for v, _ in points],
-        ]
-        axis.errorbar(x, y, spread, fmt=marker, capsize=2, label=data)
-        for (_, share), at in zip(points, zip(x, y, strict=True), strict=True):
-            axis.annotate(f"{100 * share:g} %", at, xytext=(5, 3), textcoords="offset points", fontsize=8)
-    axis.set(
-        xlabel="PSNR, dB (further right: less visible)",
-        ylabel="ASR",
-        ylim=(0, 1.02),
-        title="AGEB: success against visibility; the number is the poison rate",
-    )
-    axis.legend()
+    for name, seeds in shifted().items():
+        px = [int(p) for p in seeds[0]["right"]]
+        each = {way: [mean(100 * s[way][str(p)]["value"] for s in seeds) for p in px] for way in seeds[0]}
+        low, high = ([pick(values) for values in zip(*each.values(), strict=True)] for pick in (min, max))
+        line = axis.plot(px, [mean(v) for v in zip(*each.values(), strict=True)], marker="o", ms=4, label=name)
+        axis.fill_between(px, low, high, color=line[0].get_color(), alpha=0.2)
+    axis.set(xlabel="shift of the trigger at test, px", ylabel="ASR, %", ylim=(-3, 103))
+    axis.set_title("Trigger off its place: mean and range of directions")
+    axis.legend(fontsize=8)
     figure.savefig(path, metadata={"Software": "vitrap"})
 
 
-PARTS = {
-    "README.md": {"attacks": attacks, "defences": defences, "results": results},
-    "docs/defences.md": {
-        "victims": study.victims,
-        "auroc": lambda: study.across("screen", study.auroc),
-        "on hits": lambda: study.across("screen", lambda row: row["auroc_on_hits"]["value"]),
-        "twin": lambda: study.across("screen", lambda row: row["auroc_clean_model"]["value"]),
-        "tpr": lambda: study.across("screen", study.at_five("tpr_at_fpr"), 100, 1),
-        "fpr": lambda: study.across("screen", study.at_five("fpr_on_test"), 100, 1),
-        "fpr twin": lambda: study.across("screen", study.at_five("fpr_on_clean_model"), 100, 1),
-        "repairs": study.repairs,
-        "filters": study.filters,
-        "judgements": study.judgements,
-        "seconds": study.seconds,
-    },
-    "docs/studies/ageb_strength.md": {
-        "digits": lambda: strength("digits"),
-        "gtsrb": lambda: strength("gtsrb"),
-    },
-    "docs/studies/megatron.md": {
-        "headlines": megatron.headlines,
-        "asr": lambda: megatron.pivot("rate", megatron.victim("asr"), unit=" %"),
-        "cda": lambda: megatron.pivot("rate", megatron.loss_of_cda, unit=" %"),
-        "attention": lambda: megatron.pivot("rate", megatron.attention, 2, unit=" %"),
-        "opacity": lambda: megatron.long("opacity"),
-        "cell": lambda: megatron.long("cell"),
-        "variant": lambda: megatron.long("variant"),
-        "shifts": megatron.shifts,
-        "clean": lambda: megatron.long("clean", "clean-other"),
-        "clean-opacity": lambda: megatron.long("clean-opacity"),
-        "clean-shape": lambda: megatron.long("clean-shape"),
-    },
+PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "README.md": {"attacks": attacks, "defences": defences},
+    "docs/studies/megatron.md": {"shifts": shifts},
 }
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the marks of the part `name`."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"the part {name!r} has no marks")
-    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
 def main() -> int:
     """Make every part; exit status 1 where `--check` finds one outdated."""
-    outdated = []
+    check, outdated = "--check" in sys.argv, []
     for page, parts in PARTS.items():
         path = ROOT / page
         old = new = path.read_text(encoding="utf-8")
         for name, make in parts.items():
-            new = fill(new, name, make())
+            new = fill(new, name, make(), page)
         if new != old:
             outdated.append(page)
-            if "--check" not in sys.argv:
+            if not check:
                 path.write_text(new, encoding="utf-8")
-    if "--check" not in sys.argv:
-        draw_front(ROOT / "docs" / "pictures" / "ageb_strength.png")
-        megatron.draw(ROOT / "docs" / "pictures" / "megatron.png")
-        study.draw(ROOT / "docs" / "pictures" / "defences.png")
+    if not check:
+        draw_shifts(ROOT / "docs" / "pictures" / "megatron_shifts.png")
     for page in outdated:
-        sys.stdout.write(f"{page}: {'outdated, run python docs/make.py' if '--check' in sys.argv else 'made'}\n")
-    return 1 if outdated and "--check" in sys.argv else 0
+        sys.stdout.write(f"{page}: {'outdated, run python docs/make.py' if check else 'made'}\n")
+    return 1 if outdated and check else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vitrap.data.sources import open_data as open_data
     from vitrap.errors import UserError as UserError
     from vitrap.experiment.defend import defend as defend
+    from vitrap.experiment.grid import load_sweep as load_sweep
     from vitrap.experiment.record import Record as Record
     from vitrap.experiment.run import open_run as open_run
     from vitrap.experiment.run import poison as poison
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vitrap.experiment.spec import Spec as Spec
     from vitrap.experiment.spec import load_defence as load_defence
     from vitrap.experiment.spec import load_spec as load_spec
+    from vitrap.experiment.sweep import sweep as sweep
     from vitrap.report.frame import load_records as load_records
 
 __version__ = "0.1.0"
@@ -38,10 +40,12 @@ _HOMES = {
     "load_defence": "vitrap.experiment.spec",
     "load_records": "vitrap.report.frame",
     "load_spec": "vitrap.experiment.spec",
+    "load_sweep": "vitrap.experiment.grid",
     "open_data": "vitrap.data.sources",
     "open_run": "vitrap.experiment.run",
     "poison": "vitrap.experiment.run",
     "run": "vitrap.experiment.run",
+    "sweep": "vitrap.experiment.sweep",
 }
 _ROOMS = ("attacks", "defences", "tensors")
 
@@ -58,10 +62,12 @@ __all__ = [
     "load_defence",
     "load_records",
     "load_spec",
+    "load_sweep",
     "open_data",
     "open_run",
     "poison",
     "run",
+    "sweep",
     "tensors",
 ]
 

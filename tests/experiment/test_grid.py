@@ -53,6 +53,21 @@ def test_cases_hold_settings_that_belong_together(write: Write):
     assert points[0].label == "attack.name = badnets, attack.size = 2, seed = 0"
 
 
+def test_a_list_in_a_case_is_several_cases_but_a_list_of_defences_one(write: Write):
+    path = write(
+        "[grid]\nattack.alpha = [0.3, 0.4]\n"
+        "[[grid.case]]\ntitle = 'some'\nseed = [1, 2]\ndefences = ['strip', 'mm_bd']\n"
+        "[[grid.case]]\ntitle = 'one'\nseed = 0\n"
+    )
+    found = [
+        (p.settings["title"], p.spec.seed, p.spec.params.alpha, len(p.spec.defences)) for p in load_sweep(path).points
+    ]
+    assert found == [
+        *(("some", seed, alpha, 2) for seed in (1, 2) for alpha in (0.3, 0.4)),
+        *(("one", 0, alpha, 0) for alpha in (0.3, 0.4)),
+    ]
+
+
 def test_a_name_comes_before_the_settings_that_it_would_drop(write: Write):
     path = write("[attack]\nalpha = 0.9\n[grid]\n'attack.size' = [2]\n'attack.name' = ['badnets']\n")
     (point,) = load_sweep(path).points
@@ -100,6 +115,8 @@ def test_an_override_goes_over_all_runs_or_narrows_the_grid(write: Write):
         ("[grid]\nattack = [{alpha = 0.3}]\n'attack.alpha' = [0.4]\n", "contradicts itself"),
         ("[grid]\ncase = [{}]\n", "grid.case"),
         ("[grid]\ncase = 3\n", "grid.case = 3 must be tables"),
+        ("[grid]\n[[grid.case]]\nseed = []\n", "grid.case.seed = .* must be a value, or a list"),
+        ("[grid]\n[[grid.case]]\nseed = [1, 1]\n", "must be a value, or a list of different ones"),
         ("[grid]\nattack.alhpa = [0.3]\n", "unknown key 'attack.alhpa'; did you mean 'attack.alpha'.*alhpa = 0.3"),
         ("[grid]\nseeds = [0]\n", "unknown key 'seeds'; did you mean 'seed'"),
         ("[grid]\nattack.alpha = [0.3, 'x']\n", "attack.alpha = 'x' is wrong"),

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
+from statsmodels.stats.proportion import proportion_confint
 
-from vitrap.metrics.interval import Z95, Centre, Rate, centre, difference, rate, wilson
+from vitrap.metrics.interval import Z95, Centre, Rate, centre, rate, wilson
 
 SIZES = (1, 2, 3, 7, 10, 43, 100, 999, 12_630)
 MANY = [(hits, n) for n in SIZES for hits in sorted({0, 1, n // 3, n // 2, n - 1, n})]
@@ -56,24 +56,3 @@ def test_the_centre() -> None:
     values = torch.rand(101, generator=torch.Generator().manual_seed(0))
     assert centre(values).mean == pytest.approx(np.mean(values.numpy()))
     assert centre(values).median == pytest.approx(np.median(values.numpy()))
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "low", "high"),
-    [((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090), ((10, 10), (0, 20), 0.6791, 1.0)],
-)
-def test_difference_against_newcombes_table(
-    one: tuple[int, int], other: tuple[int, int], low: float, high: float
-) -> None:
-    """Newcombe: "Interval estimation for the difference between independent proportions", 1998, table II, method 10."""
-    value, lower, upper = difference(wilson(*one), wilson(*other))
-    assert value == pytest.approx(one[0] / one[1] - other[0] / other[1])
-    assert (lower, upper) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
-
-
-@pytest.mark.parametrize(("hits", "n"), MANY)
-def test_difference_against_statsmodels(hits: int, n: int) -> None:
-    value, low, high = difference(wilson(hits, n), wilson(5, 17))
-    wanted = confint_proportions_2indep(hits, n, 5, 17, method="newcomb", compare="diff")
-    assert (low, high) == (pytest.approx(wanted[0], abs=1e-9), pytest.approx(wanted[1], abs=1e-9))
-    assert low <= value <= high

@@ -12,6 +12,9 @@ from rich.table import Table
 
 from vitrap import registry
 from vitrap.cli.console import Bars, err, out, print_json, split
+from vitrap.cli.report import report
+from vitrap.cli.sweep import sweep
+from vitrap.cli.table import table
 from vitrap.data.cache import DATASETS
 from vitrap.errors import UserError, unknown
 
@@ -213,6 +216,11 @@ def prepare(
     with Bars() as bars:
         place = prepare_data(name, source, cache_folder(), progress=bars.fraction(f"prepare {name}"))
     out.print(f"{name} is in {place}", highlight=False, markup=False, soft_wrap=True)
+
+
+app.command()(sweep)
+app.command()(report)
+app.command()(table)
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:

@@ -114,8 +114,9 @@ def _cases(cases: Any) -> list[Settings]:
 def _each_case(case: Settings) -> Iterator[Settings]:
     """A case for each combination of its lists; a list of defences is one setting."""
     lists = {key: value if isinstance(value, list) and key != DEFENCES else [value] for key, value in case.items()}
-    if empty := next((key for key, values in lists.items() if not values), None):
-        raise UserError(f"grid.case.{empty} = [] must be a value, or a list with a value or more")
+    for key, values in lists.items():
+        if not values or any(value in values[:i] for i, value in enumerate(values)):
+            raise UserError(f"grid.case.{key} = {values!r} must be a value, or a list of different ones")
     return (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
 
 

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 
 from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, work
 
-PATIENCE = 3.0
+PATIENCE = 2.0
 """Seconds that a worker has to clear its drafts away when it is to stop."""
 OFTEN = 0.25
 """Seconds between two ticks that a worker reports."""
@@ -126,10 +126,9 @@ def _stop_with_driver() -> None:
     driver = parent_process()
     assert driver is not None
     driver.join()
+    signal.alarm(round(PATIENCE))  # by the system, however busy the main thread is by then
     with suppress(ProcessLookupError):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-    time.sleep(PATIENCE)
-    os._exit(1)
 
 
 def _reporting(run: int, worker: int, send: Callable[[Step], None]) -> Callable[..., object]:

@@ -42,20 +42,6 @@ def wilson(hits: int, n: int) -> Rate:
     return Rate(share, 0.0 if hits == 0 else middle - half, 1.0 if hits == n else middle + half, n)
 
 
-def difference(one: Rate, other: Rate) -> tuple[float, float, float]:
-    """`one` less `other` with its 95 % interval, from their Wilson intervals (Newcombe 1998, method 10).
-
-    It takes the two samples for independent. Rates on the same images rise and fall together, for which it is wide.
-
-    >>> tuple(round(x, 4) for x in difference(wilson(56, 70), wilson(48, 80)))
-    (0.2, 0.0524, 0.3339)
-    """
-    value = one.value - other.value
-    down = sqrt((one.value - one.low) ** 2 + (other.high - other.value) ** 2)
-    up = sqrt((one.high - one.value) ** 2 + (other.value - other.low) ** 2)
-    return value, value - down, value + up
-
-
 def rate(hit: Bool[Tensor, " n"]) -> Rate:
     """The share of true entries."""
     return wilson(int(hit.sum()), hit.numel())

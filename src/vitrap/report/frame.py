@@ -68,13 +68,21 @@ def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, An
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    yield from (("", "", "", *line) for line in of_run(record))
+    for row in record.get("defences", []):
+        yield from ((row["name"], row["kind"], json.dumps(row["params"]), *line) for line in of_row(row))
+
+
+def of_run(record: Mapping[str, Any]) -> Iterator[Measured]:
+    """What a record says of the run itself."""
     for part in ("victim", "attack", "seconds", "memory"):
         found, prefix = record.get(part), "" if part == "victim" else f"{part}."
-        yield from (("", "", "", *line) for line in measured(found if isinstance(found, Mapping) else {}, prefix))
-    for row in record.get("defences", []):
-        own = {key: value for key, value in row.items() if key not in ("name", "kind", "params", "key", "layer")}
-        head = (row["name"], row["kind"], json.dumps(row["params"]))
-        yield from ((*head, *line) for line in measured(own))
+        yield from measured(found if isinstance(found, Mapping) else {}, prefix)
+
+
+def of_row(row: Mapping[str, Any]) -> Iterator[Measured]:
+    """What a row of a record's `defences` says."""
+    return measured({key: value for key, value in row.items() if key not in ("name", "kind", "params", "key", "layer")})
 
 
 def measured(table: Mapping[str, Any], place: str = "") -> Iterator[Measured]:

@@ -1,0 +1,84 @@
+"""`vitrap report`: a page of a folder of runs."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrap.cli.console import Bars, err, out
+from vitrap.errors import UserError
+
+PATIENCE = 2.0
+"""Seconds without a progress bar."""
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUNS", help="a folder of runs, or a file of records")] = Path(
+        "runs"
+    ),
+    page: Annotated[Path, typer.Option("-o", "--output", help="the page to write")] = Path("report.html"),
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="with each run's pictures")] = True,
+) -> None:
+    """Make one page of all runs: tables, charts, and what was measured of each; it needs no network."""
+    from vitrap.experiment.records import read_records
+    from vitrap.experiment.store import write_bytes
+    from vitrap.report.page import make_page
+
+    _check(page)
+    shelf = read_records(folder)
+    for line in shelf.skipped:
+        _warn(line)
+    if not shelf.records and not shelf.failures:
+        raise UserError(
+            f"{str(folder)!r} holds no record to report on; make some with vitrap run, or name their folder"
+        )
+    if shelf.skipped:
+        _warn(f"{len(shelf.skipped)} skipped, {len(shelf.records)} records shown")
+    with Bars() as bars:
+        made = make_page(
+            shelf, folder.resolve().name or str(folder), pictures, _after(PATIENCE, bars.fraction("report"))
+        )
+    for note in made.notes:
+        _warn(note)
+    try:
+        write_bytes(page, made.content)
+    except OSError as error:
+        raise _unwritable(page, error.strerror or "no reason given") from error
+    many = "run" if len(shelf.records) == 1 else "runs"
+    out.print(f"report of {len(shelf.records)} {many}: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check(page: Path) -> None:
+    """Refuse a place where no page can be written, before any work is done.
+
+    Raises:
+        UserError: naming the place and why.
+    """
+    try:
+        if not page.parent.is_dir():
+            raise _unwritable(page, f"{str(page.parent)!r} is no folder")
+        if page.exists() and not page.is_file():
+            raise _unwritable(page, "it is there, and no file")
+    except OSError as error:  # a name that is too long, say
+        raise _unwritable(page, error.strerror or "no reason given") from error
+
+
+def _unwritable(page: Path, why: str) -> UserError:
+    return UserError(f"report {str(page)!r} cannot be written ({why}); name another with -o")
+
+
+def _after(seconds: float, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Progress that is shown only where the work takes longer."""
+    start = time.monotonic()
+
+    def later(done: int, whole: int) -> None:
+        if time.monotonic() - start > seconds:
+            show(done, whole)
+
+    return later
+
+
+def _warn(line: str) -> None:
+    err.print(f"vitrap: {' '.join(line.split())}", highlight=False, markup=False, soft_wrap=True)

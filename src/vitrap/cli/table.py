@@ -1,0 +1,62 @@
+"""`vitrap table`: what documentation says of the records of a sweep."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vitrap.cli.console import err, out
+from vitrap.errors import UserError
+
+
+def table(
+    spec: Annotated[Path, typer.Argument(help="a sweep's spec that says of tables or figures, see docs/tables.md")],
+    check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 where page or figures differ")] = False,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="print tables of these records (a folder of runs, or a file); the page stays as it is"),
+    ] = None,
+    collect: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUNS", help="first take the sweep's records from RUNS, abridged, to where the page's lie"
+        ),
+    ] = None,
+) -> None:
+    """Make the tables and figures of a page from the records that a sweep's spec names.
+
+    Fills the page that the spec names between its marks, and draws its figures; without a page, prints the tables.
+    """
+    from vitrap.report.collected import collect as take
+    from vitrap.report.study import make, open_study
+
+    if sum((check, records is not None, collect is not None)) > 1:
+        raise UserError("--check, --records and --collect exclude each other; give one")
+    if collect is not None:
+        taken = take(spec, collect)
+        _skipped(taken.skipped)
+        _line(f"{taken.file}: {taken.new} new, {taken.superseded} superseded, {taken.missing} of the sweep not run")
+    study = open_study(spec, records)
+    _skipped(study.skipped)
+    printed = study.page.file is None or records is not None
+    if printed and not check:
+        _line("\n\n".join(f"{part}:\n\n{text}" for part, text in study.tables().items()))
+    if study.page.file is not None and records is not None:
+        return
+    changes = make(study, write=not check)
+    for change in changes:
+        which = f" ({', '.join(change.parts)})" if change.parts else ""
+        news = f"outdated{which}; make it with vitrap table {spec}" if check else f"made anew{which}"
+        _line(f"{change.file}: {news if change.outdated else 'up to date'}", err if printed else out)
+    if check and any(change.outdated for change in changes):
+        raise typer.Exit(1)
+
+
+def _line(text: str, where: Console = out) -> None:
+    where.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _skipped(lines: tuple[str, ...]) -> None:
+    for line in lines:
+        _line(f"vitrap: {line}", err)

@@ -1,0 +1,201 @@
+"""The figures of a sweep: heat map, scatter, lines. Each file says in its metadata what it was drawn from."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from PIL import Image, UnidentifiedImageError
+
+from vitrap.errors import UserError
+from vitrap.report.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
+from vitrap.report.layout import Figure, Heat, Lines, Scatter
+
+DIGEST = "vitrap"
+"""The key of the PNG's text that holds the digest."""
+MARKS = "os^Dv*"
+Data = list[dict[str, Any]]
+
+
+def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
+    """A figure as PNG."""
+    data = figure_data(figure, found)
+    canvas = Canvas(figsize=_size(figure, data), layout="constrained", dpi=120)
+    axis = canvas.subplots()
+    axis.set_title(figure.title)
+    if isinstance(figure, Heat):
+        _heat(axis, figure, data)
+    elif isinstance(figure, Scatter):
+        _scatter(axis, figure, data)
+    else:
+        _lines(axis, figure, data)
+    content = io.BytesIO()
+    canvas.savefig(content, format="png", metadata={"Software": "vitrap", DIGEST: digest(figure, data)})
+    return content.getvalue()
+
+
+def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
+    """Whether the file was drawn from the same figures, by the same lines of the spec."""
+    try:
+        with Image.open(figure.file) as image:
+            return image.info.get(DIGEST) == digest(figure, figure_data(figure, found))
+    except (OSError, UnidentifiedImageError):
+        return False
+
+
+def digest(figure: Figure, data: Data) -> str:
+    """Sixteen hex digits that change with what is drawn; the figures count to nine digits."""
+    about = {**asdict(figure), "file": Path(figure.file).name}
+    text = json.dumps([about, data], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def figure_data(figure: Figure, found: Sequence[Entry]) -> Data:
+    """What is drawn: one table a cell of a heat map, or a run.
+
+    Raises:
+        UserError: the figure names a key or a measure that there is not.
+    """
+    if isinstance(figure, Heat):
+        return _heat_data(figure, found)
+    named = (figure.series, figure.note) if isinstance(figure, Scatter) else (figure.series, figure.x)
+    measures = (figure.x, figure.y) if isinstance(figure, Scatter) else (figure.y,)
+    chosen = choose(found, Wanted(named, measures, figure.where))
+    if isinstance(figure, Lines):
+        _check_lines(figure, chosen)
+    data = []
+    for entry in chosen:
+        x = measure(entry, figure.x) if isinstance(figure, Scatter) else None
+        y = measure(entry, figure.y)
+        data.append({
+            "x": _rounded(x.value if x else None) if isinstance(figure, Scatter) else entry.keys.get(figure.x),
+            "y": [_rounded(part) for part in (y.value, y.low, y.high)] if y else None,
+            **{key: label(entry.keys.get(key), key in figure.percent) for key in named},
+        })  # fmt: skip
+    return data
+
+
+def _check_lines(figure: Lines, chosen: Sequence[Entry]) -> None:
+    """Refuse what has no place on a logarithmic axis or one of rates, and means over more than seeds."""
+    keys = (figure.series, figure.x)
+    for seeds in grouped((tuple(label(entry.keys.get(key)) for key in keys), entry) for entry in chosen).values():
+        check_alike(seeds)
+        x, y = seeds[0].keys.get(figure.x), [v for entry in seeds if (v := measure(entry, figure.y))]
+        if not isinstance(x, int | float) or x <= 0:
+            raise UserError(f"{figure.x!r} = {x!r} has no place on a logarithmic axis; choose another x, or a where")
+        if any(value.n is None for value in y):
+            raise UserError(f"{figure.y!r} is no rate; a figure of lines shows rates, in %")
+
+
+def _heat_data(figure: Heat, found: Sequence[Entry]) -> Data:
+    data = []
+    for block in figure.blocks:
+        keys = (figure.rows, figure.columns)
+        chosen = choose(found, Wanted(keys, [block.measure], figure.where, block.kind))
+        groups = grouped((tuple(label(entry.keys.get(key)) for key in keys), entry) for entry in chosen)
+        for (row, column), seeds in groups.items():
+            check_alike(seeds)
+            values = [v.value for entry in seeds if (v := measure(entry, block.measure))]
+            data.append({"row": row.replace("`", ""), "column": column, "measure": block.heading,
+                         "value": _rounded(mean(values)) if values else None, "seeds": len(values)})  # fmt: skip
+    return data
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.9g}")
+
+
+def _size(figure: Figure, data: Data) -> tuple[float, float]:
+    rows = len({(cell["row"], cell["measure"]) for cell in data}) if isinstance(figure, Heat) else 0
+    return (8.2, 0.42 * rows + 1.5) if isinstance(figure, Heat) else (7.0, 3.8)
+
+
+def _heat(axis: Axes, figure: Heat, data: Data) -> None:
+    """A row a line of a block, from 0 to 1, green where the defence wins."""
+    rows = list(dict.fromkeys((cell["row"], cell["measure"]) for cell in data))
+    columns = list(dict.fromkeys(cell["column"] for cell in data))
+    cells = {(cell["row"], cell["measure"], cell["column"]): cell for cell in data}
+    values = [[_value(cells.get((*row, column))) for column in columns] for row in rows]
+    shown = axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(columns)), [name.replace(", ", ",\n") for name in columns])
+    axis.set_yticks(range(len(rows)), [f"{name} ({of}; {_seeds(data, name, of)})" for name, of in rows])
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            axis.text(x, y, f"{value:.2f}" if value == value else "not run", ha="center", va="center", fontsize=9)
+    for y, ((_, above), (_, below)) in enumerate(pairwise(rows)):
+        if above != below:
+            axis.axhline(y + 0.5, color="black", linewidth=1.5)
+    if axis.figure is not None:
+        axis.figure.colorbar(shown).set_label(figure.scale)
+
+
+def _value(cell: dict[str, Any] | None) -> float:
+    return float("nan") if cell is None or cell["value"] is None else cell["value"]
+
+
+def _seeds(data: Data, row: str, of: str) -> str:
+    return _count(cell["seeds"] for cell in data if (cell["row"], cell["measure"]) == (row, of) and cell["seeds"])
+
+
+def _count(numbers: Iterable[int]) -> str:
+    """How many seeds means are over: "3 seeds", "1 to 3 seeds"."""
+    counts = sorted(set(numbers)) or [0]
+    return f"{' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} seed{'s' * (counts[-1] != 1)}"
+
+
+def _scatter(axis: Axes, figure: Scatter, data: Data) -> None:
+    there = [point for point in data if point["y"] and point["x"] is not None]
+    places = [point["x"] for point in there]
+    width = 0.04 * (max(places) - min(places)) if there else 0
+    for i, name in enumerate(dict.fromkeys(point[figure.series] for point in there)):
+        points = [point for point in there if point[figure.series] == name]
+        x, y = [point["x"] for point in points], [point["y"][0] for point in points]
+        spread = [[at - (low if low is not None else at) for at, low, _ in (p["y"] for p in points)],
+                  [(high if high is not None else at) - at for at, _, high in (p["y"] for p in points)]]  # fmt: skip
+        axis.errorbar(x, y, spread, fmt=MARKS[i % len(MARKS)], capsize=2, label=name)
+        up = -10 if i else 3  # so that the notes of two series, and below those of neighbours, can be read
+        for at, point in zip(zip(x, y, strict=True), points, strict=True):
+            near = any(0 < a - at[0] < width and abs(b - at[1]) < 0.05 for a, b in zip(x, y, strict=True))
+            axis.annotate(
+                point[figure.note],
+                at,
+                xytext=(-5 if near else 5, up),
+                textcoords="offset points",
+                ha="right" if near else "left",
+                fontsize=7,
+            )
+    axis.margins(x=0.08)
+    axis.set(xlabel=figure.xlabel, ylabel=_with_missing(figure.ylabel, data, there), ylim=(0, 1.02))
+    if there:
+        axis.legend()
+
+
+def _lines(axis: Axes, figure: Lines, data: Data) -> None:
+    there = [point for point in data if point["y"]]
+    for name in dict.fromkeys(point[figure.series] for point in there):
+        seeds: dict[float, list[float]] = {}
+        for point in (point for point in there if point[figure.series] == name):
+            seeds.setdefault(point["x"], []).append(100 * point["y"][0])
+        places = sorted(seeds)
+        of = _count(map(len, seeds.values()))
+        line = axis.plot(places, [mean(seeds[x]) for x in places], label=f"{name} ({of})")
+        each = [(x, y) for x in places for y in seeds[x]]
+        axis.plot(*zip(*each, strict=True), "o", ms=4, alpha=0.6, color=line[0].get_color())
+    ticks = {point["x"]: point[figure.x] for point in there}
+    axis.set(xscale="log", xlabel=figure.xlabel, ylabel=_with_missing(figure.ylabel, data, there), ylim=(-3, 103))
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.minorticks_off()
+    if there:
+        axis.legend(fontsize=8)
+
+
+def _with_missing(text: str, data: Data, there: Data) -> str:
+    missing = len(data) - len(there)
+    return f"{text} ({missing} of {len(data)} not run)" if missing else text

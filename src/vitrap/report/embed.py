@@ -1,0 +1,47 @@
+"""A run's pictures as part of the page."""
+
+import base64
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+PIXELS = 20_000_000
+"""More than any run draws: what is larger is no picture of ours."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that the page holds."""
+
+    address: str
+    width: int
+    height: int
+
+
+def embed(file: Path) -> Picture:
+    """A PNG as a data address, without loss: in WebP where that is smaller.
+
+    Raises:
+        ValueError: it cannot be read as a picture; the message says why.
+    """
+    try:
+        content = file.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is looked at below
+            image = Image.open(io.BytesIO(content), formats=["PNG"])
+        if image.width * image.height > PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error).partition("<")[0].strip() or "it is damaged") from error
+    draft = io.BytesIO()
+    image.convert("RGB" if _opaque(image) else "RGBA").save(draft, "WEBP", lossless=True, quality=60, method=4)
+    kind, smaller = ("webp", draft.getvalue()) if len(draft.getvalue()) < len(content) else ("png", content)
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(smaller).decode()}", image.width, image.height)
+
+
+def _opaque(image: Image.Image) -> bool:
+    return "A" not in image.getbands() or image.getchannel("A").getextrema() == (255, 255)

@@ -1,0 +1,235 @@
+"""The runs that a sweep names, met with the records that are there.
+
+A record is a run's if its spec, read by today's vitrap, is the run's: a setting that the spec's day did not know has
+its default. A row of a record's `defences` is met likewise, by name and settings.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any, TypeVar
+
+from vitrap.errors import UserError, unknown
+from vitrap.experiment.grid import DEFENCES, Point, Sweep
+from vitrap.experiment.records import Shelf
+from vitrap.experiment.spec import Named, parse_defence, parse_spec
+from vitrap.report.frame import Measured, of_row, of_run, settings
+from vitrap.report.layout import DEFENCE
+
+SEED, NAME = "seed", "name"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A measure: of a rate with its interval and the images counted, of an AUROC with its interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run that the sweep names, or a defence on it.
+
+    Attributes:
+        keys: what it is: the case's title, the defence, every setting by its dotted key.
+        kind: of the defence; "" for the run itself.
+        state: "found", "not run" or "failed".
+        values: what was measured, by the names of docs/record.md.
+    """
+
+    keys: Mapping[str, Any]
+    kind: str = ""
+    state: str = "found"
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+
+def today(record: Mapping[str, Any]) -> str:
+    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own."""
+    try:
+        return parse_spec(record["spec"]).hash()
+    except UserError:
+        return record["hash"]
+
+
+def find(shelf: Shelf) -> dict[str, Mapping[str, Any]]:
+    """Each record by the hash of its spec today; of several, the one that was written with it."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for record in (each.content for each in shelf.records):
+        key = today(record)
+        if key not in found or record["hash"] == key:
+            found[key] = record
+    return found
+
+
+def entries(sweep: Sweep, shelf: Shelf) -> tuple[Entry, ...]:
+    """Every run of a sweep and every defence on it, in the order of the grid."""
+    records, failed = find(shelf), {today(each.content) for each in shelf.failures}
+    named = _labels(defence for point in sweep.points for defence in point.spec.defences)
+    return tuple(
+        entry
+        for point in sweep.points
+        for entry in _of_point(point, records.get(point.spec.hash()), point.spec.hash() in failed, named)
+    )
+
+
+def _of_point(
+    point: Point, record: Mapping[str, Any] | None, failed: bool, named: Sequence[tuple[Named, str]]
+) -> Iterator[Entry]:
+    keys = {**point.settings, **dict(settings(point.spec.table()))}
+    keys.pop(DEFENCES, None)
+    missing = "failed" if failed else "not run"
+    if record is None:
+        yield Entry(keys, "", missing)
+    else:
+        yield Entry(keys, "", "found", _values(of_run(record)))
+    rows = [(row, _defence(row)) for row in record.get("defences", [])] if record else []
+    for defence in point.spec.defences:
+        own = {**keys, DEFENCE: next(label for each, label in named if each == defence)}
+        own |= {f"{DEFENCE}.{key}": value for key, value in defence.table().items()}
+        row = next((row for row, met in rows if met == defence), None)
+        state = "not run" if row is None else "found"
+        yield Entry(own, defence.params.kind, state if record else missing, _values(of_row(row)) if row else {})
+
+
+def _defence(row: Mapping[str, Any]) -> Named | None:
+    try:
+        return parse_defence({**{k: v for k, v in row["params"].items() if v is not None}, "name": row["name"]})
+    except UserError:
+        return None
+
+
+def _values(lines: Iterable[Measured]) -> dict[str, Value]:
+    return {name: Value(value, low, high, n) for name, value, low, high, n in lines}
+
+
+def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
+    """Each defence once, with its name and the settings that tell it from others of that name."""
+    each: list[Named] = []
+    for defence in defences:
+        each += [] if defence in each else [defence]
+    labels = []
+    for defence in each:
+        tables = [other.table() for other in each if other.name == defence.name]
+        apart = [key for key in tables[0] if any(table[key] != tables[0][key] for table in tables)]
+        own = defence.table()
+        # an optimiser brings its own rate: the word alone says which
+        words = [key for key in apart if isinstance(own[key], str)]
+        shown = [str(own[key]) for key in words] or [f"{key} {own[key]}" for key in apart]
+        labels.append((defence, ", ".join([f"`{defence.name}`", *shown])))
+    if len({label for _, label in labels}) < len(labels):
+        labels = [(d, f"`{d.name}` {_settings(d)}") for d, _ in labels]
+    return labels
+
+
+def _settings(defence: Named) -> str:
+    return ", ".join(f"{key} {value}" for key, value in defence.table().items() if key != NAME)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a table or a figure asks for.
+
+    Attributes:
+        keys: that its rows, columns or marks are made of.
+        measures: "a", "a - b" or "a / b".
+        where: keys, and the value or the values that they must have.
+        kind: of defences; "" where `keys` have none: the runs themselves.
+    """
+
+    keys: Sequence[str]
+    measures: Sequence[str]
+    where: Mapping[str, Any]
+    kind: str = ""
+
+
+def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
+    """The entries that a table or a figure is made of.
+
+    Raises:
+        UserError: it asks for a key, a value or a measure that there is not; of measures, as far as there are records.
+    """
+    defended = bool(wanted.kind) or DEFENCE in wanted.keys
+    mine = [entry for entry in found if bool(entry.kind) == defended and wanted.kind in ("", entry.kind)]
+    if not mine:
+        raise UserError(f"the sweep has no {wanted.kind or 'defence'} to show; add it under [[defences]]")
+    known = {key for entry in mine for key in entry.keys}
+    for key in (*wanted.keys, *wanted.where):
+        if key not in known:
+            raise unknown("key of rows, columns or where", key, known)
+    measured = {name for entry in mine for name in entry.values}
+    for name in {part for each in wanted.measures for part in re.split(" / | - ", each)}:
+        if measured and name not in measured:
+            raise unknown("measure", name, measured)
+    asked = {key: value if isinstance(value, list) else [value] for key, value in wanted.where.items()}
+    for key, values in asked.items():
+        there = [entry.keys.get(key) for entry in mine]
+        if (odd := next((value for value in values if value not in there), None)) is not None:
+            raise unknown(f"value of where.{key}", odd, {label(value) for value in there})
+    return [entry for entry in mine if all(entry.keys.get(key) in values for key, values in asked.items())]
+
+
+def check_alike(seeds: Sequence[Entry]) -> None:
+    """Refuse to take runs for seeds of one that differ by more.
+
+    Raises:
+        UserError: naming what they differ by.
+    """
+    for entry in seeds[1:]:
+        one, other = seeds[0].keys, entry.keys
+        apart = [key for key in (*one, *other) if one.get(key) != other.get(key) and key not in (SEED, NAME)]
+        if apart:
+            raise UserError(f"a cell would mix runs that differ by {apart[0]!r}; name it in rows, columns or where")
+
+
+def measure(entry: Entry, name: str) -> Value | None:
+    """A measure of an entry, or the difference of two, "a - b", with Newcombe's interval where they are rates."""
+    one, minus, other = name.partition(" - ")
+    left, right = entry.values.get(one), entry.values.get(other)
+    if not minus or left is None:
+        return left
+    return None if right is None else difference(left, right)
+
+
+def difference(one: Value, other: Value) -> Value:
+    """`one` less `other`; of two rates with its 95 % interval, from their intervals (Newcombe 1998, method 10).
+
+    It takes the two samples for independent. Rates on the same images rise and fall together, for which it is wide.
+
+    >>> apart = difference(Value(0.8, 0.6918, 0.8772, 70), Value(0.6, 0.4904, 0.7004, 80))
+    >>> round(apart.value, 2), round(apart.low, 2), round(apart.high, 2)
+    (0.2, 0.05, 0.33)
+    """
+    value = one.value - other.value
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return Value(value)
+    down = sqrt((one.value - one.low) ** 2 + (other.high - other.value) ** 2)
+    up = sqrt((one.high - one.value) ** 2 + (other.value - other.low) ** 2)
+    return Value(value, value - down, value + up, one.n)
+
+
+def label(value: Any, percent: bool = False) -> str:
+    """A setting as a table shows it."""
+    if value is None:
+        return "–"
+    if percent and isinstance(value, int | float):
+        return f"{100 * value:g} %"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def grouped(found: Iterable[tuple[tuple[str, ...], T]]) -> dict[tuple[str, ...], list[T]]:
+    """What has the same labels; sorted by the first label, then the second, each in the order in which they came.
+
+    >>> list(grouped([(("b", "x"), 1), (("a", "x"), 2), (("b", "y"), 3)]))
+    [('b', 'x'), ('b', 'y'), ('a', 'x')]
+    """
+    groups: dict[tuple[str, ...], list[T]] = {}
+    for names, thing in found:
+        groups.setdefault(names, []).append(thing)
+    came = [list(dict.fromkeys(column)) for column in zip(*groups, strict=True)]
+    by_place = sorted(groups, key=lambda names: [place.index(name) for place, name in zip(came, names, strict=True)])
+    return {names: groups[names] for names in by_place}

@@ -1,0 +1,147 @@
+"""A table of a sweep's records, in Markdown.
+
+A figure of one seed stands with its interval over test images, one of several as mean and standard deviation; a line
+below the table says over how many. What is missing is shown as missing.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from vitrap.errors import UserError
+from vitrap.report.entries import Entry, Value, Wanted, check_alike, choose, grouped, label, measure
+from vitrap.report.layout import MEASURE, Column, Layout
+
+NOTHING = "–"
+"""Of a measure that a run does not have."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a cell.
+
+    Attributes:
+        text: without the seeds that it is of.
+        meant: seeds that the sweep names.
+        found: seeds that have the measure; where none has it, those that have been run.
+        summed: whether the text is a mean over them.
+        number: whether it is one seed's figure.
+        interval: whether that has an interval.
+    """
+
+    text: str
+    meant: int = 0
+    found: int = 0
+    summed: bool = False
+    number: bool = False
+    interval: bool = False
+
+
+MISSING = Cell("not run")
+
+
+def table(layout: Layout, found: Sequence[Entry]) -> str:
+    """A table in Markdown, and below it what its figures are over.
+
+    Raises:
+        UserError: it names a key or a measure that there is not, or mixes runs that differ by more than seeds.
+    """
+    places = (*layout.rows, layout.columns)
+    measures = [*(column.measure for column in layout.measures), *filter(None, [layout.sort.lstrip("-")])]
+    keys = [key for key in places if key != MEASURE]
+    chosen = choose(found, Wanted(keys, measures, layout.where, layout.kind))
+    pairs = [
+        (tuple(_name(key, entry, column, layout) for key in places), (column, entry))
+        for entry in chosen
+        for column in layout.measures
+    ]
+    groups = grouped(pairs)
+    cells = {names: _cell(group) for names, group in groups.items()}
+    heads = list(dict.fromkeys(names[-1] for names, _ in pairs))
+    rows = _sorted(groups, layout.sort)
+    most = max((cell.found for cell in cells.values() if cell.summed), default=0)
+    named = [layout.headings.get(key, "" if key == MEASURE else key) for key in layout.rows]
+    body = [[*row, *(_text(cells.get((*row, head), MISSING), most) for head in heads)] for row in rows]
+    lines = [[*named, *heads], ["---"] * (len(named) + len(heads)), *body]
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + _note(cells.values(), most))
+
+
+def _name(key: str, entry: Entry, column: Column, layout: Layout) -> str:
+    if key == MEASURE:
+        return column.heading
+    return label(entry.keys.get(key), key in layout.percent).replace("|", "\\|")
+
+
+def _sorted(groups: Mapping[tuple[str, ...], Sequence[tuple[Column, Entry]]], by: str) -> list[tuple[str, ...]]:
+    """The rows, by the mean of a measure where one is given; those without it last."""
+    rows: dict[tuple[str, ...], list[Entry]] = {}
+    for names, group in groups.items():
+        rows.setdefault(names[:-1], []).extend(entry for _, entry in group)
+    if not by:
+        return list(rows)
+    sign, name = (-1, by[1:]) if by.startswith("-") else (1, by)
+    known = {row: [v.value for entry in each if (v := measure(entry, name))] for row, each in rows.items()}
+    return sorted(rows, key=lambda row: sign * mean(known[row]) if known[row] else float("inf"))
+
+
+def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
+    """The seeds of one cell."""
+    column, seeds = group[0][0], [entry for _, entry in group]
+    if any(other != column for other, _ in group):
+        raise UserError(f"two measures have the heading {column.heading!r}; give each its own")
+    check_alike(seeds)
+    there = [entry for entry in seeds if entry.state == "found"]
+    if not there:
+        return Cell("failed") if any(entry.state == "failed" for entry in seeds) else MISSING
+    each = [[v for entry in there if (v := measure(entry, name))] for name in column.measure.split(" / ")]
+    shown, several = column.show in ("interval", "mean"), max(map(len, each)) > 1
+    return Cell(
+        text=" / ".join(_figure(column, values) for values in each),
+        meant=len(seeds),
+        found=min((len(values) for values in each if values), default=len(there)),
+        summed=shown and several,
+        number=shown and any(each) and not several,
+        interval=column.show == "interval" and not several and any(v.low is not None for vs in each for v in vs),
+    )
+
+
+def _figure(column: Column, values: Sequence[Value]) -> str:
+    """One measure of some seeds; a rate is shown in %."""
+    if not values or (column.show == "n" and values[0].n is None):
+        return NOTHING
+    if column.show == "n":
+        return ", ".join(dict.fromkeys(str(value.n) for value in values))
+    if column.show == "count":
+        return f"{sum(value.value > 0 for value in values)} of {len(values)}"
+    unit = 1 if values[0].n is None else 100
+
+    def number(x: float) -> str:
+        return f"{unit * x:.{column.digits}f}"
+
+    first = values[0]
+    if column.show == "each":
+        return ", ".join(number(value.value) for value in values)
+    if len(values) > 1:
+        return f"{number(mean(v.value for v in values))} ± {number(stdev(v.value for v in values))}"
+    if column.show == "interval" and first.low is not None and first.high is not None:
+        return f"{number(first.value)} [{number(first.low)}, {number(first.high)}]"
+    return number(first.value)
+
+
+def _text(cell: Cell, most: int) -> str:
+    """A cell with its number of seeds, where it is not that of the table."""
+    if cell.found < cell.meant:
+        return f"{cell.text} ({cell.found} of {cell.meant} seeds)"
+    return f"{cell.text} ({cell.found} seeds)" if cell.summed and cell.found != most else cell.text
+
+
+def _note(cells: Collection[Cell], most: int) -> list[str]:
+    """What figures of the table are over."""
+    single = any(cell.number for cell in cells)
+    said = [
+        f"mean ± standard deviation over {most} seeds" if most else "",
+        ("without ±: one seed" if most else "one seed") if single else "",
+        "in brackets: 95 % interval over images" if any(cell.interval for cell in cells) else "",
+    ]
+    note = "; ".join(filter(None, said))
+    return ["", f"{note[0].upper()}{note[1:]}."] if note else []

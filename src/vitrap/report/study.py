@@ -1,0 +1,119 @@
+"""The page of a sweep: its tables between the page's marks, its figures beside it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitrap.errors import UserError
+from vitrap.experiment.grid import load_sweep
+from vitrap.experiment.records import read_records
+from vitrap.experiment.store import write_bytes
+from vitrap.report.drawings import draw, is_current
+from vitrap.report.entries import Entry, entries
+from vitrap.report.layout import Page, read_page
+from vitrap.report.pivot import table
+
+
+@dataclass(frozen=True)
+class Study:
+    """A sweep, where its tables go, and its records.
+
+    Attributes:
+        page: what the spec says of it.
+        entries: every run that the sweep names, and every defence on it.
+        skipped: one line for each record that could not be read.
+    """
+
+    page: Page
+    entries: tuple[Entry, ...]
+    skipped: tuple[str, ...]
+
+    def tables(self) -> dict[str, str]:
+        """Each table in Markdown, by its part."""
+        return {layout.part: table(layout, self.entries) for layout in self.page.tables}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A page or a figure, and what of it is out of date.
+
+    Attributes:
+        file: the page or the picture.
+        parts: tables of the page that were out of date.
+        outdated: whether anything was.
+    """
+
+    file: Path
+    parts: tuple[str, ...]
+    outdated: bool
+
+
+def open_study(spec: str | Path, records: str | Path | None = None) -> Study:
+    """Read a sweep's spec and its records.
+
+    Args:
+        spec: a TOML file with a `[grid]` and `[[table]]` or `[[figure]]`.
+        records: where its records lie; None: where `page.records` says.
+
+    Raises:
+        UserError: the spec is wrong, or there is no such place.
+    """
+    sweep = load_sweep(spec)
+    page = read_page(sweep, Path(spec).parent)
+    place = records if records is not None else page.records
+    if place is None:
+        raise UserError(f"the spec of sweep {sweep.name!r} has no page.records; say where they lie with --records")
+    shelf = read_records(place)
+    return Study(page, entries(sweep, shelf), shelf.skipped)
+
+
+def make(study: Study, write: bool = True) -> list[Change]:
+    """Fill the page and draw the figures, each whole or not at all.
+
+    Args:
+        study: a sweep with a page.
+        write: False: only compare.
+
+    Returns:
+        The page, then the figures.
+
+    Raises:
+        UserError: the page is not there or has no such part, or a table or figure cannot be made as the spec says.
+    """
+    drafts: list[tuple[Change, bytes]] = []
+    if study.page.file is not None and study.page.tables:
+        drafts.append(_filled(study.page.file, study.tables()))
+    for figure in study.page.figures:
+        outdated = not is_current(figure, study.entries)
+        content = draw(figure, study.entries) if outdated and write else b""
+        drafts.append((Change(Path(figure.file), (), outdated), content))
+    for change, content in drafts:
+        if change.outdated and write:
+            change.file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(change.file, content)
+    return [change for change, _ in drafts]
+
+
+def _filled(page: Path, tables: Mapping[str, str]) -> tuple[Change, bytes]:
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"page {str(page)!r} cannot be read ({error.strerror}); mend page.file in the spec") from error
+    parts = tuple(part for part, content in tables.items() if fill(text, part, content, str(page)) != text)
+    for part in parts:
+        text = fill(text, part, tables[part], str(page))
+    return Change(page, parts, bool(parts)), text.encode()
+
+
+def fill(text: str, part: str, content: str, page: str) -> str:
+    """A page with `content` between the marks `<!-- part -->` and `<!-- /part -->`.
+
+    Raises:
+        UserError: it does not have these marks once.
+    """
+    pattern = re.compile(rf"(<!-- {re.escape(part)} -->\n).*?(<!-- /{re.escape(part)} -->)", re.DOTALL)
+    if (times := len(pattern.findall(text))) != 1:
+        marks = f"<!-- {part} --> and <!-- /{part} -->"
+        raise UserError(f"page {page!r} has {times} parts {part!r}, not one; put {marks} around its place once")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)

@@ -1,0 +1,204 @@
+"""Runs as the report speaks of them: a line each, and the spread over seeds."""
+
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrap.experiment.records import Found
+from vitrap.report.frame import settings
+from vitrap.report.tables import verdict
+
+Rate = Mapping[str, Any]
+HEADED = ("name", "seed", "data.name", "attack.name", "attack.setting", "attack.poison_rate")
+"""Settings that have a column of their own."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A line of the summary.
+
+    Attributes:
+        anchor: where on the page its section stands.
+        attack: the attack's name, and its setting where it has one.
+        differs: settings that not all runs share (of the attack's: not all of the same attack).
+        effect: ASR less the twin's, in points.
+        psnr: mean over images, dB; None where the record has none.
+        faults: what the verdict finds, in short; empty where the backdoor is in; None where there is no verdict.
+    """
+
+    record: Mapping[str, Any]
+    place: Path
+    anchor: str
+    attack: str
+    data: str
+    differs: tuple[str, ...]
+    effect: float
+    psnr: float | None
+    verdict: str
+    faults: tuple[str, ...] | None
+
+    @property
+    def victim(self) -> Mapping[str, Any]:
+        """The measures of the victim."""
+        return self.record["victim"]
+
+    @property
+    def poison_rate(self) -> float | None:
+        """The share of the training set, or of the target class where labels are clean."""
+        return number(self.record["spec"]["attack"].get("poison_rate"))
+
+    @property
+    def defences(self) -> Sequence[Mapping[str, Any]]:
+        """A row for each defence that was tried."""
+        return self.record.get("defences", ())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Runs that differ by seed alone: of each measure mean and standard deviation over the seeds."""
+
+    first: Run
+    seeds: tuple[int, ...]
+    measures: Mapping[str, tuple[float, float] | None]
+
+
+def text(value: Any) -> str:
+    """A setting's value in few characters.
+
+    >>> text(0.1), text(None), text(True), text([1, 2])
+    ('0.1', 'none', 'true', '1, 2')
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(map(text, value))
+    return str(value)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else that a record may hold."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function makes of a part of a record, None where the part is abridged or not as it should be."""
+    try:
+        return function(*arguments)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
+        return None
+
+
+def to_runs(records: Sequence[Found]) -> tuple[Run, ...]:
+    """A line for each record, by attack, data, name and seed."""
+    records = sorted(records, key=_order)
+    specs = [dict(settings(found.content["spec"])) for found in records]
+    named = _differences(specs)
+    anchors = _anchors([found.content["hash"] for found in records])
+    return tuple(
+        _run(found, anchor, _differs(spec, named)) for found, anchor, spec in zip(records, anchors, specs, strict=True)
+    )
+
+
+def _order(found: Found) -> tuple[str, str, str, int]:
+    record = found.content
+    return attack_label(record), text(record["spec"]["data"]["name"]), record["name"], record["seed"]
+
+
+def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
+    record, victim = found.content, found.content["victim"]
+    said = attempt(verdict, victim)
+    return Run(
+        record,
+        found.place,
+        anchor,
+        attack_label(record),
+        text(record["spec"]["data"]["name"]),
+        differs,
+        100 * (victim["asr"]["value"] - victim["asr_clean_model"]["value"]),
+        number(attempt(lambda: victim["stealth"]["psnr_db"]["mean"])),
+        said or "no verdict: the record lacks what it takes",
+        None if said is None else short_faults(said),
+    )
+
+
+def attack_label(record: Mapping[str, Any]) -> str:
+    """The attack's name and its setting, if it has one."""
+    attack = record["spec"]["attack"]
+    return " ".join(filter(None, [attack["name"], text(attack.get("setting") or "")]))
+
+
+def short_faults(said: str) -> tuple[str, ...]:
+    """The faults that a verdict finds, without their figures.
+
+    >>> short_faults("clean images suffer (CDA 3.0 points under the clean twin's); the trigger shows (PSNR 12.0 dB)")
+    ('clean images suffer', 'the trigger shows')
+    >>> short_faults("the backdoor is in: triggered images go to the target, clean ones as before")
+    ()
+    """
+    return () if said.startswith("the backdoor is in") else tuple(part.partition(" (")[0] for part in said.split("; "))
+
+
+def _anchors(hashes: Sequence[str]) -> list[str]:
+    seen: dict[str, int] = defaultdict(int)
+    anchors = []
+    for i, digits in enumerate(hashes):
+        stem = f"run-{digits}" if re.fullmatch(r"[0-9a-zA-Z]{1,64}", digits) else f"run-nr{i}"
+        seen[stem] += 1
+        anchors.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
+    return anchors
+
+
+def _differences(specs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Settings that differ between runs, by dotted key, and how the report calls them."""
+    by_attack: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for spec in specs:
+        by_attack[text(spec.get("attack.name"))].append(spec)
+    found = {}
+    for key in dict.fromkeys(key for spec in specs for key in spec if key not in HEADED):
+        groups = by_attack.values() if key.startswith("attack.") else [specs]
+        if any(len({text(spec.get(key)) for spec in group}) > 1 for group in groups):
+            found[key] = key.removesuffix(".name").rpartition(".")[2]
+    short = list(found.values())
+    return {key: name if short.count(name) == 1 else key for key, name in found.items()}
+
+
+def _differs(spec: Mapping[str, Any], named: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name} {text(spec[key])}" for key, name in named.items() if key in spec)
+
+
+def over_seeds(runs: Sequence[Run]) -> tuple[Spread, ...]:
+    """Groups of runs whose specs differ by seed (and name) alone; of two runs with one seed, the first counts."""
+    groups: dict[str, dict[int, Run]] = defaultdict(dict)
+    for run in runs:
+        rest = {k: v for k, v in run.record["spec"].items() if k not in ("name", "seed", "defences")}
+        groups[json.dumps(rest, sort_keys=True)].setdefault(run.record["seed"], run)
+    return tuple(_spread(group) for group in groups.values() if len(group) > 1)
+
+
+def _spread(group: Mapping[int, Run]) -> Spread:
+    def rates(key: str) -> list[float | None]:
+        return [100 * run.victim[key]["value"] for run in group.values()]
+
+    lists = {key: rates(key) for key in ("cda", "cda_clean_model", "asr", "asr_clean_model")}
+    lists |= {"effect": [run.effect for run in group.values()], "psnr": [run.psnr for run in group.values()]}
+    measures = {key: centre(found) for key, found in lists.items()}
+    return Spread(next(iter(group.values())), tuple(sorted(group)), measures)
+
+
+def centre(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Mean and standard deviation (of a sample: n - 1), None where a value is missing.
+
+    >>> centre([1.0, 3.0])
+    (2.0, 1.4142135623730951)
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return (statistics.fmean(known), statistics.stdev(known)) if len(known) == len(values) > 1 else None

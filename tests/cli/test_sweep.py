@@ -1,0 +1,91 @@
+"""`vitrap sweep` as its users call it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import TINY, Said
+
+Call = Callable[..., Said]
+TOML = "[grid]\nseed = [0, 1]\nattack.poison_rate = [0.1, 0.2]\n"
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    (tmp_path / "sweep.toml").write_text(TOML)
+    return tmp_path / "sweep.toml"
+
+
+def refusal(said: Said) -> str:
+    assert said.code == 2, said.err
+    (line,) = said.err.splitlines()
+    assert line.startswith("vitrap: ")
+    assert said.out == ""
+    return line
+
+
+def test_a_dry_run_lists_the_runs_and_writes_nothing(call: Call, spec: Path, tmp_path: Path):
+    said = call("sweep", spec, "--dry-run", "--out", tmp_path / "runs")
+    assert said.code == 0
+    assert said.out.count("to run") == 4
+    assert "4 runs, 4 to do: no estimate; 4 runs have no finished run like them" in said.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_tells_what_came_of_it_and_then_what_is_there(call: Call, spec: Path, tmp_path: Path):
+    out = tmp_path / "runs"
+    words = ["sweep", spec, *TINY[2:], "data.limit=100", "seed=0", "--out", out, "--device", "cpu", "--workers", 1]
+    said = call(*words)
+    assert said.code == 0, said.err
+    assert "sweep: 2 runs: 2 done; records:" in said.out
+    assert "done: seed = 0, attack.poison_rate = 0.1: CDA" in said.err
+    assert len(list(out.glob("*/record.json"))) == 2
+    said = call(*words, "--dry-run")
+    assert "2 runs, 0 to do: nothing to wait for" in said.out
+    for record in out.glob("*/record.json"):
+        record.unlink()
+    said = call("sweep", spec, *TINY[2:], "seed=0", "recipe.lr=1e30", "--out", out, "--device", "cpu", "--workers", 1)
+    assert said.code == 1
+    assert "2 runs: 2 failed" in said.out
+    assert said.err.count("vitrap: failed: seed = 0, attack.poison_rate") == 2
+    assert len(list(out.glob("*/failure.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "told"),
+    [
+        ("[grid]\n", [], "is empty"),
+        ("seed = 0\n", [], "start it with vitrap run"),
+        ("[grid]\nseed = [0]\n[[grid.case]]\nseed = 1\n", [], "contradicts itself"),
+        ("[grid]\nattack.alhpa = [0.3]\n", [], "did you mean 'attack.alpha'"),
+        (f"[grid]\nseed = {list(range(10001))}\n", [], "10001 runs, more than 10000; say --yes"),
+        (TOML, ["--workers", "0"], "--workers 0 is too few"),
+        (TOML, ["--workers", "2", "--ray"], "exclude each other"),
+        (TOML, ["--device", "tpu"], "unknown device 'tpu'"),
+        (TOML, ["data.name=nowhere"], "nowhere"),
+        (TOML, ["--ray-address", "127.0.0.1:9"], "nobody answers at --ray-address '127.0.0.1:9'"),
+        (TOML, ["--ray-address", "head"], "give HOST:PORT"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    call: Call, tmp_path: Path, text: str, words: list[str], told: str
+):
+    (tmp_path / "sweep.toml").write_text(text)
+    ray = "--ray-address" in words
+    out = tmp_path / "runs"
+    assert told in refusal(call("sweep", tmp_path / "sweep.toml", *words, "--out", out))
+    assert ray or not out.exists()
+
+
+def test_ray_that_is_not_installed_is_named_with_the_remedy(
+    call: Call, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    line = refusal(call("sweep", spec, "--ray", "--out", tmp_path / "runs"))
+    assert "pip install 'vitrap[ray]'" in line
+
+
+def test_a_sweep_handed_to_run_is_named_as_one(call: Call, spec: Path):
+    assert "it is a sweep of many runs; start it with vitrap sweep" in refusal(call("run", spec))

@@ -1,0 +1,136 @@
+"""A sweep on a real Ray cluster: two nodes on loopback addresses, tokens on, workers and driver killed."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vitrap.experiment.records import read_records
+
+SWEEP = """
+name = "tiny"
+[data]
+limit = 1000
+[model]
+name = "vit_tiny_patch16_224"
+patch_size = 4
+embed_dim = 16
+depth = 1
+num_heads = 2
+[attack]
+name = "badnets"
+[recipe]
+epochs = 40
+[grid]
+seed = [0, 1]
+attack.size = [1, 2, 3]
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a cluster's head; both nodes run as `ray start` has them, with one core each."""
+    pytest.importorskip("ray")
+    if sys.platform != "linux":
+        pytest.skip("two nodes on one machine need two loopback addresses, which Linux has")
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="ray") as own:  # a short path: sockets lie below it
+        token = Path(own, "token")
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        head = ["--head", "--port", port, "--node-ip-address", "127.0.0.2", "--include-dashboard", "false"]
+        node = ["--address", f"127.0.0.2:{port}", "--node-ip-address", "127.0.0.3"]
+        nodes = [start([*head, "--temp-dir", own]), start(node)]
+        try:
+            yield f"127.0.0.2:{port}"
+        finally:
+            for each in nodes:
+                os.killpg(each.pid, signal.SIGKILL)  # asked kindly, each takes half a minute
+                each.communicate()
+
+
+def start(words: list[object]) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "1", *map(str, words)]
+    node = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert node.stdout is not None
+    said = []
+    for line in node.stdout:
+        said.append(line)
+        if "Ray runtime started" in line:
+            return node
+    raise AssertionError("".join(said))
+
+
+def tasks(out: Path) -> list[int]:
+    """The processes that are inside a task of this sweep: those that hold a lock of its stages."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray::do" in (folder / "cmdline").read_bytes():
+                held = [os.readlink(handle) for handle in (folder / "fd").iterdir()]
+                found += [int(folder.name)] * any(name.startswith(str(out)) for name in held)
+        except OSError:
+            continue
+    return found
+
+
+def records(out: Path) -> dict[str, int]:
+    return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/record.json")}
+
+
+def wait_until(true: Callable[[], object], seconds: float, driver: subprocess.Popen[str] | None = None) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        assert driver is None or driver.poll() is None, driver.communicate()
+        time.sleep(0.05)
+
+
+def test_workers_and_driver_may_be_killed_and_every_run_is_done_once(cluster: str, tmp_path: Path):
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    out = tmp_path / "runs"
+    words = [sys.executable, "-m", "vitrap.cli.main", "sweep", "sweep.toml", "--out", "runs", "--device", "cpu"]
+    words += ["--ray-address", cluster]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    driver = subprocess.Popen(words, **pipes)
+    wait_until(lambda: len(tasks(out)) == 2, 120, driver)  # one on each node
+    killed = tasks(out)[0]
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: len(records(out)) >= 2 and tasks(out), 120, driver)
+    driver.kill()
+    driver.communicate()
+    wait_until(lambda: not tasks(out), 5)
+    first = records(out)
+    assert killed not in tasks(out)
+
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = records(out)
+    assert len(last) == 6
+    assert {name: last[name] for name in first} == first
+    assert f"6 runs: {6 - len(first)} done, {len(first)} had a record" in done.stdout
+    assert len(list(out.glob("stages/victim-*"))) == 6
+    assert len(list(out.glob("stages/clean-*"))) == 2
+    assert read_records(out).failures == ()
+
+    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    refused = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "cannot be joined: " in line
+    assert "RAY_AUTH_TOKEN_PATH" in line

@@ -1,0 +1,251 @@
+"""Sweeps: order, estimates and failures; and worker processes that are killed for real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vitrap.errors import UserError
+from vitrap.experiment import jobs, workers
+from vitrap.experiment.grid import Sweep, load_sweep
+from vitrap.experiment.jobs import Ended, News, Started, Step, job, turns, work
+from vitrap.experiment.records import read_records
+from vitrap.experiment.run import run
+from vitrap.experiment.sweep import cores, look_ahead, share, sweep, total
+
+TINY = """
+name = "tiny"
+[data]
+limit = 100
+[model]
+name = "vit_tiny_patch16_224"
+patch_size = 8
+embed_dim = 16
+depth = 1
+num_heads = 2
+[attack]
+name = "badnets"
+[recipe]
+epochs = 1
+[grid]
+"""
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Callable[[str], Sweep]:
+    def grid(text: str) -> Sweep:
+        (tmp_path / "sweep.toml").write_text(TINY + text)
+        return load_sweep(tmp_path / "sweep.toml")
+
+    return grid
+
+
+def records(out: Path) -> dict[str, int]:
+    """When each record was written."""
+    return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/record.json")}
+
+
+def here(sweep: Sweep, out: Path) -> list[Ended]:
+    """Do a sweep's runs one after the other in this process."""
+    return [work(replace(job(i, p.label, p.spec, out), device="cpu")) for i, p in enumerate(sweep.points)]
+
+
+# ---- one run
+
+
+def test_a_run_that_fails_leaves_its_error_and_the_next_try_clears_it(
+    grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    points, out = grid("seed = [0]\n"), tmp_path / "runs"
+    with monkeypatch.context() as broken:
+        broken.setattr("vitrap.experiment.stages.train", lambda *a, **k: [][0])
+        (ended,) = here(points, out)
+    assert (ended.how, ended.said) == ("failed", "IndexError: list index out of range")
+    (failure,) = read_records(out).failures
+    spec = points.points[0].spec
+    assert failure.place.name == f"tiny-{spec.hash()}"
+    assert {k: failure.content[k] for k in ("name", "hash", "seed", "error")} == {
+        "name": "tiny", "hash": spec.hash(), "seed": 0, "error": ended.said,
+    }  # fmt: skip
+    assert failure.content["spec"] == spec.table()
+    assert "IndexError" in failure.content["traceback"][-1]
+    assert look_ahead(points, out)[0].state == "failed before"
+
+    (ended,) = here(points, out)
+    assert ended.how == "done"
+    assert read_records(out).failures == ()
+    (again,) = here(points, out)
+    assert (again.how, again.said) == ("kept", ended.said)
+
+
+def test_a_failure_that_cannot_be_written_is_told_all_the_same(grid, tmp_path: Path):
+    (point,) = grid("seed = [0]\n").points
+    (tmp_path / "runs").write_text("no folder")
+    assert work(job(0, "", point.spec, tmp_path / "runs")).how == "failed"
+
+
+def test_jobs_that_share_a_twin_do_not_come_first_together(grid, tmp_path: Path):
+    points = grid("attack.size = [1, 2]\nseed = [0, 1]\n").points
+    todo = [job(i, p.label, p.spec, tmp_path) for i, p in enumerate(points)]
+    assert [j.number for j in turns(todo, lambda j: j.spec["seed"])] == [0, 1, 2, 3]
+    assert [j.number for j in turns(todo, lambda j: j.spec["attack"]["size"])] == [0, 2, 1, 3]
+    assert [j.number for j in turns(todo, lambda j: 0)] == [0, 1, 2, 3]
+
+
+# ---- what is ahead
+
+
+def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vitrap.experiment.sweep.cores", lambda: 8)
+    assert share(None, "cpu", 100) == (["cpu"] * 8, 1)
+    assert share(3, "cpu", 100) == (["cpu"] * 3, 2)
+    assert share(None, "cpu", 2) == (["cpu"] * 2, 4)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert share(None, "auto", 100) == (["cuda:0", "cuda:1"], 4)
+    assert share(3, "auto", 100) == (["cuda:0", "cuda:1", "cuda:0"], 2)
+    assert share(None, "cuda:1", 100) == (["cuda:1"] * 8, 1)
+    with pytest.raises(UserError, match="--workers 0"):
+        share(0, "cpu", 3)
+
+
+def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(grid, tmp_path: Path):
+    out, points = tmp_path / "runs", grid("seed = [0, 1]\nattack.size = [2, 3, 4]\n")
+    assert [a.state for a in look_ahead(points, out)] == ["to run"] * 6
+    assert total(look_ahead(points, out), 2) == (0, 6)
+    record = run(points.points[0].spec, out, device="cpu")
+    file = out / f"tiny-{record.hash}" / "record.json"
+    content = json.loads(file.read_text())
+    content["seconds"] = {"poison": 1, "victim": 10, "fit": 2, "measure": 3, "twin": 100}
+    file.write_text(json.dumps(content))
+    ahead = look_ahead(points, out)
+    assert [a.state for a in ahead] == ["record there", *["to run"] * 5]
+    assert [a.seconds for a in ahead] == [0, 16, 16, 116, 16, 16]  # the second seed's twin is to be trained once
+    assert total(ahead, 2) == (90, 0)
+    other = look_ahead(grid("seed = [0]\nrecipe.epochs = [1, 2]\n"), out)
+    assert [a.seconds for a in other] == [16, None]
+    with_strip = look_ahead(grid("seed = [0]\nattack.size = [2]\ndefences = ['strip']\n"), out)
+    assert [(a.state, a.seconds) for a in with_strip] == [("defences missing", 0)]
+
+
+# ---- worker processes
+
+
+def stages_made(out: Path) -> Counter[str]:
+    return Counter(place.name.partition("-")[0] for place in out.glob("stages/[!.]*"))
+
+
+def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_path: Path):
+    """Two workers, six runs; one worker is killed in its first training, and one run cannot succeed."""
+    out = tmp_path / "runs"
+    points = grid("seed = [0, 1]\nattack.size = [1, 2]\n[[grid.case]]\nrecipe.epochs = 40\n").points
+    broken = replace(points[1].spec, recipe=replace(points[1].spec.recipe, lr=1e30))
+    points = (*points[:1], replace(points[1], spec=broken), *points[2:])
+    killed, news = [], []
+
+    def hear(one: News) -> None:
+        news.append(one)
+        if isinstance(one, Step) and one.name.startswith("train") and not killed:
+            (pid,) = [p.pid for p in workers_of(os.getpid()) if p.number == one.worker]
+            os.kill(pid, signal.SIGKILL)
+            killed.append(one)
+
+    ended = sweep(Sweep("s", points), out, workers=2, device="cpu", hear=hear)
+    assert killed
+    assert [one.number for one in ended] == [0, 1, 2, 3]
+    assert [one.how for one in ended] == ["done", "failed", "done", "done"]
+    assert "lower recipe.lr" in ended[1].said
+    assert Counter(n.number for n in news if isinstance(n, Started))[killed[0].number] == 2
+    assert len(records(out)) == 3
+    assert [f.content["error"] for f in read_records(out).failures] == [ended[1].said]
+    assert stages_made(out) == {"clean": 2, "victim": 3}  # each twin once for all that share it
+    assert not list(out.glob("stages/.*"))
+
+    before = records(out)
+    again = sweep(Sweep("s", points), out, workers=2, device="cpu")
+    assert [one.how for one in again] == ["kept", "failed", "kept", "kept"]
+    assert records(out) == before
+
+
+def workers_of(driver: int) -> list["Child"]:
+    """The worker processes of a driver, in the order of their birth."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status, line = (folder / "status").read_text(), (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"PPid:\t{driver}\n" in status and b"spawn_main" in line:
+            found.append(int(folder.name))
+    return [Child(pid, number) for number, pid in enumerate(sorted(found))]
+
+
+class Child:
+    def __init__(self, pid: int, number: int) -> None:
+        self.pid, self.number = pid, number
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes through /proc")
+def test_a_killed_driver_takes_its_workers_along_and_the_next_call_goes_on(grid, tmp_path: Path):
+    out = tmp_path / "runs"
+    grid("seed = [0, 1]\nattack.size = [1, 2, 3]\n[[grid.case]]\nrecipe.epochs = 60\n")
+    words = [sys.executable, "-m", "vitrap.cli.main", "sweep", tmp_path / "sweep.toml", "--out", out, "--device", "cpu"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    driver = subprocess.Popen([*map(str, words), "--workers", "2"], env=environment, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(records(out)) >= 1, 120)
+    crew = [child.pid for child in workers_of(driver.pid)]
+    driver.kill()
+    driver.wait()
+    assert crew
+    wait_until(lambda: not any(alive(pid) for pid in crew), 5)
+    first = records(out)
+    assert 1 <= len(first) < 6
+    done = subprocess.run([*map(str, words), "--workers", "2"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = records(out)
+    assert len(last) == 6
+    assert {name: last[name] for name in first} == first
+    assert f"6 runs: {6 - len(first)} done, {len(first)} had a record" in done.stdout
+    assert stages_made(out) == {"clean": 2, "victim": 6}
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_a_run_whose_worker_always_dies_has_failed(grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    points, out = grid("seed = [0]\n").points, tmp_path / "runs"
+    monkeypatch.setattr(workers, "_serve", slice)  # a life that is over at once
+    ended = sweep(Sweep("s", points), out, workers=1, device="cpu")
+    assert [one.how for one in ended] == ["failed"]
+    assert f"its worker died {jobs.TRIES} times" in ended[0].said
+    assert len(read_records(out).failures) == 1
+
+
+def test_missing_data_are_refused_before_any_worker_starts(grid, tmp_path: Path):
+    points = grid("data.name = ['digits', 'nowhere']\n").points
+    with pytest.raises(UserError, match="nowhere"):
+        sweep(Sweep("s", points), tmp_path / "runs", device="cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cores_are_those_that_this_process_may_use():
+    assert 1 <= cores() <= (os.cpu_count() or 1)

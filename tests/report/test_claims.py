@@ -1,0 +1,71 @@
+"""Claims and the runs beside them."""
+
+from typing import Any
+
+import pytest
+
+from tests.report.made import found, record
+from vitrap import registry
+from vitrap.report.claims import Claim, beside, model_of, read_papers, unlike
+from vitrap.report.summary import to_runs
+
+CLAIM = Claim("asr", 99.85, "%", "CIFAR-10", "ViT-b", "all of it", "paper", "table 1", "")
+
+
+def test_every_attack_has_its_paper() -> None:
+    papers = {paper.attack: paper for paper in read_papers()}
+    assert sorted(papers) == registry.names("attacks")
+    assert [(c.measure, c.value) for c in papers["ageb"].claims] == [("asr", 99.85), ("cda", 98.63)]
+    assert papers["badnets"].claims == ()
+
+
+@pytest.mark.parametrize(
+    ("attack", "data", "stands"),
+    [("ageb", "cifar10", 1), ("ageb", "cifar100", 0), ("badnets", "cifar10", 0), ("ageb", "npy:CIFAR-10", 0)],
+)
+def test_beside_a_claim_stands_the_same_attack_on_the_same_data(attack: str, data: str, stands: int) -> None:
+    assert len(beside(CLAIM, "ageb", to_runs([found(record(attack=attack, data=data))]))) == stands
+
+
+def test_a_claim_for_one_of_several_data_sets_says_so() -> None:
+    claim = Claim(
+        "asr", 100, "%", "CIFAR-10, GTSRB: which of them, not known here", "not known here", "x", "paper", "", ""
+    )
+    (ours,) = beside(claim, "ageb", to_runs([found(record(attack="ageb", data="gtsrb"))]))
+    assert "which data the claim is for is not known" in ours.unlike
+    assert "the claim's model is not known" in ours.unlike
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    content = record(attack="ageb", **parts)
+    content["models"]["victim"] |= {"name": "vit_base_patch16_224", "overrides": {}}
+    return content
+
+
+def test_the_model_of_a_claim_is_known_by_its_size() -> None:
+    assert "model differs" in unlike(CLAIM, record(attack="ageb"))
+    assert unlike(CLAIM, changed()) == ["settings not compared further"]
+
+
+def test_a_changed_model_is_another() -> None:
+    content = changed()
+    content["models"]["victim"]["overrides"] = {"depth": 2}
+    assert "model differs" in unlike(CLAIM, content)
+
+
+def test_setting_and_limit_that_differ_are_named() -> None:
+    content = changed(setting="clean-label")
+    content["spec"]["data"]["limit"] = 500
+    assert unlike(CLAIM, content) == ["setting differs: clean-label", "trained on 500 images"]
+
+
+def test_a_model_in_a_line() -> None:
+    assert model_of(record()) == "vit_tiny_patch16_224, depth 4, from scratch"
+
+
+@pytest.mark.parametrize("models", [None, {}, {"victim": "mine"}, {"victim": {"module": "Mine"}}])
+def test_a_model_that_is_not_recorded_whole(models: Any) -> None:
+    content = record() | {"models": models}
+    assert model_of(content) in ("vit_tiny_patch16_224, depth 4, from scratch", "Mine")
+    content["spec"]["model"] = "odd"
+    assert model_of(content) in ("network not recorded", "Mine")

@@ -1,0 +1,133 @@
+"""Figures of a sweep's records: what they show, and that the file says what it was drawn from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.report.made import judgement, record, repair, screen
+from tests.report.test_study import HEAD, at, study
+from vitrap.errors import UserError
+from vitrap.report.drawings import figure_data
+from vitrap.report.study import Study, make, open_study
+
+HEAT = """
+[[figure]]
+kind = "heat"
+file = "a.png"
+title = "A heat map"
+rows = "defence"
+columns = "attack.poison_rate"
+scale = "1: caught"
+blocks = [{kind = "screen", measure = "auroc", heading = "AUROC"}, {kind = "repair", measure = "der", heading = "DER"}]
+"""
+SCATTER = """
+[[figure]]
+kind = "scatter"
+file = "a.png"
+title = "A cloud"
+x = "stealth.psnr_db"
+y = "asr"
+series = "data.name"
+note = "attack.poison_rate"
+xlabel = "PSNR, dB"
+ylabel = "ASR"
+percent = ["attack.poison_rate"]
+"""
+LINES = """
+[[figure]]
+kind = "lines"
+file = "a.png"
+title = "Lines"
+x = "attack.poison_rate"
+y = "asr"
+series = "data.name"
+xlabel = "poison rate"
+ylabel = "ASR, %"
+percent = ["attack.poison_rate"]
+"""
+DEFENDED = HEAD.replace("[data]", '[[defences]]\nname = "strip"\n[[defences]]\nname = "fine_tune"\n[data]')
+TWO = '[grid]\nseed = [0, 1]\n"attack.poison_rate" = [0.1, 0.2]\n'
+
+
+def opened(folder: Path, records: list[dict[str, Any]], figure: str, head: str = HEAD) -> Study:
+    return open_study(study(folder, records, figure, TWO, head), folder / "runs")
+
+
+def test_a_heat_map_has_means_over_seeds_and_says_over_how_many(tmp_path: Path) -> None:
+    found = [
+        record(seed=0, number=0, defences=[screen(value=0.8), repair(der=0.7), judgement()]),
+        record(seed=1, number=1, defences=[screen(value=0.6)]),
+    ]
+    one = opened(tmp_path, found, HEAT, DEFENDED)
+    shown = [(c["row"], c["column"], c["measure"], c["value"], c["seeds"]) for c in data(one)]
+    assert shown == [
+        ("strip", "0.1", "AUROC", pytest.approx(0.7), 2),
+        ("strip", "0.2", "AUROC", None, 0),
+        ("fine_tune", "0.1", "DER", 0.7, 1),
+        ("fine_tune", "0.2", "DER", None, 0),
+    ]
+
+
+def data(one: Study) -> list[dict[str, Any]]:
+    (figure,) = one.page.figures
+    return figure_data(figure, one.entries)
+
+
+def test_marks_are_runs_with_their_intervals_and_a_missing_run_has_none(tmp_path: Path) -> None:
+    one = opened(tmp_path, at((0.5,)), SCATTER)
+    first, *others = data(one)
+    assert first == {"x": 25.0, "y": [0.5, 0.48, 0.52], "data.name": "cifar10", "attack.poison_rate": "10 %"}
+    assert [point["y"] for point in others] == [None, None, None]
+
+
+@pytest.mark.parametrize("figure", [HEAT, SCATTER, LINES], ids=["heat", "scatter", "lines"])
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_a_picture_is_current_until_its_figures_or_its_lines_change(tmp_path: Path, figure: str, there: int) -> None:
+    found = [record(seed=i, number=i, asr=0.5 + i / 10, defences=[screen(), repair()]) for i in range(there)]
+    one = opened(tmp_path, found, figure, DEFENDED)
+    assert [change.outdated for change in make(one)] == [True]
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["Software"] == "vitrap"
+        assert min(image.size) > 100
+    assert [change.outdated for change in make(one)] == [False]
+    retitled = opened(tmp_path, [], figure.replace("title = ", 'title = "New" # '), DEFENDED)
+    assert [change.outdated for change in make(retitled, write=False)] == [True]
+    changed = record(seed=0, number=0, asr=0.51, defences=[screen(value=0.91), repair()])
+    assert [change.outdated for change in make(opened(tmp_path, [changed], figure, DEFENDED), write=False)] == [True]
+
+
+def test_a_picture_that_is_none_is_outdated(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert [change.outdated for change in make(opened(tmp_path, at((0.5,)), LINES), write=False)] == [True]
+
+
+def test_a_new_folder_is_made_for_a_picture(tmp_path: Path) -> None:
+    make(opened(tmp_path, at((0.5,)), LINES.replace("a.png", "pictures/a.png")))
+    assert (tmp_path / "pictures" / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        (LINES.replace('y = "asr"', 'y = "acr"'), "unknown measure 'acr'"),
+        (LINES.replace('series = "data.name"', 'series = "data.nam"'), "did you mean 'data.name'?"),
+        (LINES.replace('x = "attack.poison_rate"', 'x = "attack.target"'), "differ by 'attack.poison_rate'"),
+        (
+            LINES.replace('x = "attack.poison_rate"', 'x = "attack.name"')
+            + "where = {seed = 0, 'attack.poison_rate' = 0.1}",
+            "'attack.name' = 'badnets' has no place on a logarithmic axis",
+        ),
+        (LINES.replace('y = "asr"', 'y = "stealth.psnr_db"'), "'stealth.psnr_db' is no rate"),
+        (HEAT.replace('measure = "der"', 'measure = "dre"'), "unknown measure 'dre'"),
+        (HEAT.replace('columns = "attack.poison_rate"', 'columns = "seed"'), "differ by 'attack.poison_rate'"),
+        (SCATTER.replace("xlabel", "xlable"), "did you mean 'figure[0].xlabel'?"),
+        (SCATTER.replace('note = "attack.poison_rate"\n', ""), "figure[0].note"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, figure: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        make(opened(tmp_path, [record(defences=[screen(), repair()])], figure, DEFENDED))
+    assert said in str(refused.value)
+    assert not (tmp_path / "a.png").exists()

@@ -1,0 +1,84 @@
+"""The map of attacks and defences, by hand."""
+
+from typing import Any
+
+import pytest
+
+from tests.report.made import found, judgement, record, repair, screen, sift
+from vitrap.report.heat import Heat, to_cell, to_heat
+from vitrap.report.summary import to_runs
+
+
+def heat(*records: dict[str, Any]) -> Heat:
+    return to_heat(to_runs([found(one) for one in records]))
+
+
+def test_a_cell_is_the_mean_over_runs() -> None:
+    drawn = heat(*(record(seed=i, number=i, defences=[screen(value=v, twin=0.5)]) for i, v in enumerate((0.8, 1.0))))
+    (line,) = drawn.lines
+    (cell,) = line.cells
+    assert (line.defence, line.measure, line.settings, drawn.columns) == (
+        "strip",
+        "AUROC",
+        "",
+        (("badnets", "cifar10"),),
+    )
+    assert (cell.value, cell.n, cell.step) == ("0.90", 2, 3)  # 4 * (2 * 0.9 - 1) = 3.2
+    assert cell.notes == ("0.80 to 1.00", "clean twin 0.50")
+
+
+def test_what_nobody_ran_is_no_cell() -> None:
+    drawn = heat(record(defences=[screen("a")]), record(attack="ageb", number=1, defences=[screen("b")]))
+    assert drawn.columns == (("ageb", "cifar10"), ("badnets", "cifar10"))
+    assert [(line.defence, [cell is None for cell in line.cells]) for line in drawn.lines] == [
+        ("a", [True, False]),
+        ("b", [False, True]),
+    ]
+
+
+def test_data_sets_are_not_merged() -> None:
+    drawn = heat(record(defences=[screen()]), record(data="gtsrb", number=1, defences=[screen()]))
+    assert len(drawn.columns) == 2
+
+
+def test_settings_that_differ_part_the_lines() -> None:
+    rows = [repair(optimizer="sgd", lr=None, epochs=1), repair(optimizer="adamw", lr=None, epochs=1)]
+    assert [line.settings for line in heat(record(defences=rows)).lines] == ["optimizer adamw", "optimizer sgd"]
+
+
+def test_kinds_have_their_order() -> None:
+    rows = [judgement(), repair(), sift(), screen(), {**screen("odd"), "kind": "unknown"}]
+    assert [line.kind for line in heat(record(defences=rows)).lines] == ["screen", "filter", "repair", "judgement"]
+
+
+def test_a_repair_shows_what_it_costs() -> None:
+    cell = to_cell("repair", [repair(der=0.75, cda=0.5, asr=0.1)])
+    assert cell is not None
+    assert (cell.value, cell.step, cell.notes) == ("0.75", 2, ("ASR 80 → 10 %", "⚠ CDA 90 → 50 %"))
+    mild = to_cell("repair", [repair(cda=0.85)])
+    assert mild is not None
+    assert mild.notes[1] == "CDA 90 → 85 %"
+
+
+def test_a_filter_shows_what_it_flags() -> None:
+    cell = to_cell("filter", [sift(value=0.25)])
+    assert cell is not None
+    assert (cell.value, cell.step, cell.notes) == ("0.25", -2, ("flags 25 % of poison, 12 % else",))
+
+
+def test_a_judgement_is_coloured_by_how_many_are_judged_backdoored() -> None:
+    cell = to_cell("judgement", [judgement(score=1.0), judgement(score=0.5, backdoored=False)])
+    assert cell is not None
+    assert (cell.value, cell.step) == ("0.750", 2)
+    assert cell.notes == ("0.500 to 1.000", "clean twin 0.250", "judged backdoored: 1 of 2, twins 0")
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "high"])
+def test_a_row_without_its_measure_is_no_cell(value: Any) -> None:
+    assert to_cell("screen", [{**screen(), "auroc": {"value": value}}]) is None
+
+
+def test_an_abridged_row_keeps_its_value() -> None:
+    cell = to_cell("screen", [{"auroc": {"value": 0.5}}])
+    assert cell is not None
+    assert (cell.value, cell.step, cell.notes) == ("0.50", 0, ())
