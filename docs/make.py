@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from vitrap import registry
-from vitrap.report.study import fill
+from vitrap.report.study.make import fill
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,9 +16,9 @@ import pytest
 
 from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
-from vitrap.report.entries import today
-from vitrap.report.layout import FIGURES, Layout, Page, read_page
-from vitrap.report.study import make, open_study
+from vitrap.report.study.entries import today
+from vitrap.report.study.layout import FIGURES, Layout, Page, read_page
+from vitrap.report.study.make import make, open_study
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -10,10 +10,10 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import Open, refuse
 from tests.report.made import HOSTILE, failure, found, hostile, judgement, record, repair, screen, sift
-from tests.report.test_page import picture
+from tests.report.page.test_make import picture
 from vitrap.experiment.records import Found, Shelf
-from vitrap.report import page as report
-from vitrap.report.page import make_page
+from vitrap.report.page import make as report
+from vitrap.report.page.make import make_page
 
 WIDTHS = (380, 800, 1400)
 

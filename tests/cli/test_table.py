@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tests.cli.conftest import Said
 from tests.report.made import record, write
-from tests.report.test_drawings import LINES
-from tests.report.test_study import ASR, HEAD, PAGE, SEEDS, at, study
+from tests.report.study.test_drawings import LINES
+from tests.report.study.test_make import ASR, HEAD, PAGE, SEEDS, at, study
 
 Call = Callable[..., Said]
 MARKS = "# A page\n\n<!-- asr -->\n<!-- /asr -->\n\nEnd.\n"

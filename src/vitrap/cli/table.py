@@ -28,8 +28,8 @@ def table(
 
     Fills the page that the spec names between its marks, and draws its figures; without a page, prints the tables.
     """
-    from vitrap.report.collected import collect as take
-    from vitrap.report.study import make, open_study
+    from vitrap.report.study.collected import collect as take
+    from vitrap.report.study.make import make, open_study
 
     if sum((check, records is not None, collect is not None)) > 1:
         raise UserError("--check, --records and --collect exclude each other; give one")

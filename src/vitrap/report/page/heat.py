@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitrap.report.summary import Run, attempt, number, text
+from vitrap.report.page.summary import Run, attempt, number, text
 
 Row = Mapping[str, Any]
 KINDS = {"screen": "AUROC", "filter": "AUROC", "repair": "DER", "judgement": "score"}

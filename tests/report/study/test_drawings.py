@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from tests.report.made import judgement, record, repair, screen
-from tests.report.test_study import HEAD, at, study
+from tests.report.study.test_make import HEAD, at, study
 from vitrap.errors import UserError
-from vitrap.report.drawings import figure_data
-from vitrap.report.study import Study, make, open_study
+from vitrap.report.study.drawings import figure_data
+from vitrap.report.study.make import Study, make, open_study
 
 HEAT = """
 [[figure]]

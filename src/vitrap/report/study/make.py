@@ -9,10 +9,10 @@ from vitrap.errors import UserError
 from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
 from vitrap.experiment.store import write_bytes
-from vitrap.report.drawings import draw, is_current
-from vitrap.report.entries import Entry, entries
-from vitrap.report.layout import Page, read_page
-from vitrap.report.pivot import table
+from vitrap.report.study.drawings import draw, is_current
+from vitrap.report.study.entries import Entry, entries
+from vitrap.report.study.layout import Page, read_page
+from vitrap.report.study.pivot import table
 
 
 @dataclass(frozen=True)

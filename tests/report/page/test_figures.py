@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests.report.made import found, record
-from vitrap.report.figures import points, span, styles, ticks, to_charts, to_scatter
-from vitrap.report.summary import to_runs
+from vitrap.report.page.figures import points, span, styles, ticks, to_charts, to_scatter
+from vitrap.report.page.summary import to_runs
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from vitrap.errors import UserError
 from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
 from vitrap.experiment.store import write_bytes
-from vitrap.report.entries import find, today
-from vitrap.report.layout import read_page
+from vitrap.report.study.entries import find, today
+from vitrap.report.study.layout import read_page
 
 FILE = "records.jsonl"
 DROPPED = ("memory", "curves")

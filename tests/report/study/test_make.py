@@ -14,9 +14,9 @@ from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
 from vitrap.experiment.spec import parse_spec
 from vitrap.metrics.interval import wilson
-from vitrap.report.collected import abridge, collect
-from vitrap.report.entries import Value, difference, entries, grouped
-from vitrap.report.study import fill, make, open_study
+from vitrap.report.study.collected import abridge, collect
+from vitrap.report.study.entries import Value, difference, entries, grouped
+from vitrap.report.study.make import fill, make, open_study
 
 HEAD = """
 name = "one"

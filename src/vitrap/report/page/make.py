@@ -15,12 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vitrap.experiment.records import Shelf
-from vitrap.report import figures
-from vitrap.report.claims import UNKNOWN, beside, read_papers
-from vitrap.report.details import to_detail
-from vitrap.report.embed import Picture, embed
-from vitrap.report.heat import to_heat
-from vitrap.report.summary import Run, over_seeds, text, to_runs
+from vitrap.report.page import figures
+from vitrap.report.page.claims import UNKNOWN, beside, read_papers
+from vitrap.report.page.details import to_detail
+from vitrap.report.page.embed import Picture, embed
+from vitrap.report.page.heat import to_heat
+from vitrap.report.page.summary import Run, over_seeds, text, to_runs
 
 TEMPLATES = Path(__file__).with_name("templates")
 PICTURES = "pictures.png"

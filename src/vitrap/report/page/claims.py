@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrap.report.summary import Run, attempt, text
+from vitrap.report.page.summary import Run, attempt, text
 
-FOLDER = Path(__file__).with_name("claims")
+FOLDER = Path(__file__).parents[1] / "claims"
 SIZES = {"tiny": "t", "small": "s", "base": "b", "large": "l", "huge": "h"}
 UNKNOWN = "not known here"
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests.report.made import found, judgement, record, repair, screen, sift
-from vitrap.report.heat import Heat, to_cell, to_heat
-from vitrap.report.summary import to_runs
+from vitrap.report.page.heat import Heat, to_cell, to_heat
+from vitrap.report.page.summary import to_runs
 
 
 def heat(*records: dict[str, Any]) -> Heat:

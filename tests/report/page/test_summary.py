@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 
 from tests.report.made import found, record
-from vitrap.report.summary import Run, attack_label, attempt, centre, number, over_seeds, short_faults, text, to_runs
+from vitrap.report.page.summary import (
+    Run,
+    attack_label,
+    attempt,
+    centre,
+    number,
+    over_seeds,
+    short_faults,
+    text,
+    to_runs,
+)
 from vitrap.report.tables import verdict
 
 

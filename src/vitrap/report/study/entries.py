@@ -15,7 +15,7 @@ from vitrap.experiment.grid import DEFENCES, Point, Sweep
 from vitrap.experiment.records import Shelf
 from vitrap.experiment.spec import Named, parse_defence, parse_spec
 from vitrap.report.frame import Measured, of_row, of_run, settings
-from vitrap.report.layout import DEFENCE
+from vitrap.report.study.layout import DEFENCE
 
 SEED, NAME = "seed", "name"
 T = TypeVar("T")

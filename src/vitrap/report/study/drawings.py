@@ -15,8 +15,8 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image, UnidentifiedImageError
 
 from vitrap.errors import UserError
-from vitrap.report.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
-from vitrap.report.layout import Figure, Heat, Lines, Scatter
+from vitrap.report.study.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
+from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
 
 DIGEST = "vitrap"
 """The key of the PNG's text that holds the digest."""

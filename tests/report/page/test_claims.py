@@ -6,8 +6,8 @@ import pytest
 
 from tests.report.made import found, record
 from vitrap import registry
-from vitrap.report.claims import Claim, beside, model_of, read_papers, unlike
-from vitrap.report.summary import to_runs
+from vitrap.report.page.claims import Claim, beside, model_of, read_papers, unlike
+from vitrap.report.page.summary import to_runs
 
 CLAIM = Claim("asr", 99.85, "%", "CIFAR-10", "ViT-b", "all of it", "paper", "table 1", "")
 

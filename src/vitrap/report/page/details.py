@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitrap.report.claims import model_of
-from vitrap.report.figures import Chart, to_charts
 from vitrap.report.frame import measured, settings
-from vitrap.report.heat import KINDS, MEASURE, NOTES, describe, setting_names
-from vitrap.report.summary import Run, attempt, number, text
+from vitrap.report.page.claims import model_of
+from vitrap.report.page.figures import Chart, to_charts
+from vitrap.report.page.heat import KINDS, MEASURE, NOTES, describe, setting_names
+from vitrap.report.page.summary import Run, attempt, number, text
 from vitrap.report.tables import defence_measures, measures
 
 Measured = Sequence[tuple[str, str, str, str]]

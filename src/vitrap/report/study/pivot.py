@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from vitrap.errors import UserError
-from vitrap.report.entries import Entry, Value, Wanted, check_alike, choose, grouped, label, measure
-from vitrap.report.layout import MEASURE, Column, Layout
+from vitrap.report.study.entries import Entry, Value, Wanted, check_alike, choose, grouped, label, measure
+from vitrap.report.study.layout import MEASURE, Column, Layout
 
 NOTHING = "–"
 """Of a measure that a run does not have."""
