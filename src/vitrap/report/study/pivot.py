@@ -116,7 +116,7 @@ def _figure(column: Column, values: Sequence[Value]) -> str:
     unit = 1 if values[0].n is None else 100
 
     def number(x: float) -> str:
-        return f"{unit * x:.{column.digits}f}"
+        return f"{round(unit * x, column.digits) + 0.0:.{column.digits}f}"  # + 0.0: never -0
 
     first = values[0]
     if column.show == "each":
