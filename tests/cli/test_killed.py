@@ -18,6 +18,8 @@ from tests.cli.conftest import TINY
 from vitrap.experiment.store import Stage
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+AFTER = 2
+"""Operations on files after the record is there: two locks are taken away."""
 STAGE_FILES = ["depends.json", "facts.json", "model.safetensors"]
 
 
@@ -104,7 +106,7 @@ def test_killed_at_an_operation_on_a_file(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path, share: float
 ) -> None:
     whole, wanted = undisturbed
-    ended = forks.call(tmp_path / "runs", dies_at=max(1, round(share * whole.events)))
+    ended = forks.call(tmp_path / "runs", dies_at=max(1, round(share * (whole.events - AFTER))))
     assert ended.code == -signal.SIGKILL
     check_nothing_half(tmp_path / "runs")
     there = {place: place.stat().st_ino for place in (tmp_path / "runs").glob("stages/[!.]*")}
@@ -112,6 +114,19 @@ def test_killed_at_an_operation_on_a_file(
     assert ended.code == 0, ended.said
     assert record(tmp_path / "runs") == wanted
     assert {place: place.stat().st_ino for place in there} == there  # finished stages were not made again
+
+
+def test_killed_with_its_locks_in_place_the_record_answers_and_work_goes_on(
+    forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    assert forks.call(out, dies_at=undisturbed[0].events - 1).code == -signal.SIGKILL
+    assert record(out) == undisturbed[1]
+    assert len(list(out.rglob(".*.lock"))) == 2
+    for words in ([], ["--force"]):
+        assert forks.call(out, *words).code == 0
+        assert record(out) == undisturbed[1]
+    assert list(out.rglob(".*.lock")) == []
 
 
 def test_killed_again_and_again_it_still_comes_to_its_end(

@@ -46,8 +46,9 @@ def test_without_a_page_tables_are_printed_and_a_damaged_record_named(tmp_path: 
     done = call("table", spec, "--records", tmp_path / "runs")
     assert done.code == 0
     assert "| 0.1 | 50.00 [48.00, 52.00] (1 of 3 seeds) |" in done.out
-    (line,) = done.err.splitlines()
+    line, count = done.err.splitlines()
     assert "is skipped: it is damaged" in line
+    assert count == "vitrap: 1 skipped"
 
 
 def test_other_records_are_printed_and_the_page_stays(tmp_path: Path, call: Call) -> None:

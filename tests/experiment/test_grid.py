@@ -151,6 +151,14 @@ def test_a_very_large_grid_is_asked_about(write: Write, monkeypatch: pytest.Monk
     assert len(load_sweep(path, ["seed=0"]).points) == 2
 
 
+def test_a_base_that_is_a_sweep_gives_its_settings_alone(write: Write):
+    write("name = 'first'\n[recipe]\nepochs = 3\n[grid]\nseed = [0, 1]\n[page]\nfile = 'x.md'\n", "first.toml")
+    sweep = load_sweep(write("base = 'first.toml'\n[grid]\nattack.target = [1, 2]\n"))
+    assert [(p.spec.seed, p.spec.params.target, p.spec.recipe.epochs) for p in sweep.points] == [(0, 1, 3), (0, 2, 3)]
+    assert sweep.page == {}
+    assert load_spec(write("base = 'first.toml'\n", "one.toml")).recipe.epochs == 3
+
+
 def test_a_sweep_is_no_single_run(write: Write):
     with pytest.raises(UserError, match=r"has a \[grid\].*vitrap sweep"):
         load_spec(write("[grid]\nseed = [0]\n"))

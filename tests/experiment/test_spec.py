@@ -219,7 +219,7 @@ def test_an_attacks_name_must_be_a_name(value: str) -> None:
         ("surrogate.checkpoint=1", "surrogate.checkpoint = 1 is wrong: "),
         ("attack=ageb", "attack = 'ageb' must be a table: [attack]"),
         ("data=3", "data = 3 must be a table: [data]"),
-        ("attack.alpha=2020-01-01", "[attack] holds a value that is no number"),
+        ("attack.alpha=2020-01-01", "attack.alpha = 2020-01-01 is a date or a time"),
     ],
 )
 def test_a_wrong_type_is_named_with_its_value(override: str, start: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from vitrap.errors import UserError
 from vitrap.experiment import jobs, workers
 from vitrap.experiment.grid import Sweep, load_sweep
 from vitrap.experiment.jobs import Ended, News, Started, Step, job, turns, work
-from vitrap.experiment.records import read_records
+from vitrap.experiment.records import Shelf, read_records
 from vitrap.experiment.run import run
 from vitrap.experiment.sweep import cores, look_ahead, share, sweep, total
 
@@ -53,6 +54,10 @@ def records(out: Path) -> dict[str, int]:
     return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/record.json")}
 
 
+def shelf(out: Path) -> Shelf:
+    return read_records(out) if out.exists() else Shelf((), (), ())
+
+
 def here(sweep: Sweep, out: Path) -> list[Ended]:
     """Do a sweep's runs one after the other in this process."""
     return [work(replace(job(i, p.label, p.spec, out), device="cpu")) for i, p in enumerate(sweep.points)]
@@ -77,7 +82,7 @@ def test_a_run_that_fails_leaves_its_error_and_the_next_try_clears_it(
     }  # fmt: skip
     assert failure.content["spec"] == spec.table()
     assert "IndexError" in failure.content["traceback"][-1]
-    assert look_ahead(points, out)[0].state == "failed before"
+    assert look_ahead(points, shelf(out))[0].state == "failed before"
 
     (ended,) = here(points, out)
     assert ended.how == "done"
@@ -112,35 +117,39 @@ def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert share(None, "auto", 100) == (["cuda:0", "cuda:1"], 4)
     assert share(3, "auto", 100) == (["cuda:0", "cuda:1", "cuda:0"], 2)
-    assert share(None, "cuda:1", 100) == (["cuda:1"] * 8, 1)
+    assert share(None, "cuda", 100) == (["cuda:0", "cuda:1"], 4)
+    assert share(None, "cuda:1", 100) == (["cuda:1"], 8)
+    assert share(2, "cuda:1", 100) == (["cuda:1"] * 2, 4)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert share(None, "auto", 100) == (["cpu"] * 8, 1)
     with pytest.raises(UserError, match="--workers 0"):
         share(0, "cpu", 3)
 
 
 def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(grid, tmp_path: Path):
     out, points = tmp_path / "runs", grid("seed = [0, 1]\nattack.size = [2, 3, 4]\n")
-    assert [a.state for a in look_ahead(points, out)] == ["to run"] * 6
-    assert total(look_ahead(points, out), 2) == (0, 6)
+    assert [a.state for a in look_ahead(points, shelf(out))] == ["to run"] * 6
+    assert total(look_ahead(points, shelf(out)), 2) == (0, 6)
     record = run(points.points[0].spec, out, device="cpu")
     file = out / f"tiny-{record.hash}" / "record.json"
     content = json.loads(file.read_text())
     content["seconds"] = {"poison": 1, "victim": 10, "fit": 2, "measure": 3, "twin": 100}
     file.write_text(json.dumps(content))
-    ahead = look_ahead(points, out)
+    content["environment"] |= {"threads": 1, "device_kind": "cpu"}
+    file.write_text(json.dumps(content))
+    assert [a.seconds for a in look_ahead(points, shelf(out), threads=2)][1] == 8
+    assert [a.seconds for a in look_ahead(points, shelf(out), "cuda:0")][1] is None
+    ahead = look_ahead(points, shelf(out))
     assert [a.state for a in ahead] == ["record there", *["to run"] * 5]
     assert [a.seconds for a in ahead] == [0, 16, 16, 116, 16, 16]  # the second seed's twin is to be trained once
     assert total(ahead, 2) == (90, 0)
-    other = look_ahead(grid("seed = [0]\nrecipe.epochs = [1, 2]\n"), out)
+    other = look_ahead(grid("seed = [0]\nrecipe.epochs = [1, 2]\n"), shelf(out))
     assert [a.seconds for a in other] == [16, None]
-    with_strip = look_ahead(grid("seed = [0]\nattack.size = [2]\ndefences = ['strip']\n"), out)
+    with_strip = look_ahead(grid("seed = [0]\nattack.size = [2]\ndefences = ['strip']\n"), shelf(out))
     assert [(a.state, a.seconds) for a in with_strip] == [("defences missing", 0)]
 
 
 # ---- worker processes
-
-
-def stages_made(out: Path) -> Counter[str]:
-    return Counter(place.name.partition("-")[0] for place in out.glob("stages/[!.]*"))
 
 
 def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_path: Path):
@@ -166,7 +175,9 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_
     assert Counter(n.number for n in news if isinstance(n, Started))[killed[0].number] == 2
     assert len(records(out)) == 3
     assert [f.content["error"] for f in read_records(out).failures] == [ended[1].said]
-    assert stages_made(out) == {"clean": 2, "victim": 3}  # each twin once for all that share it
+    twins = [one.number for one in news if isinstance(one, Step) and (one.name, one.done) == ("train the twin", 0)]
+    again = [killed[0].number] if killed[0].name == "train the twin" else []
+    assert len(twins) - len(again) == 2  # each once for all that share it
     assert not list(out.glob("stages/.*"))
 
     before = records(out)
@@ -214,7 +225,6 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_call_goes_on(grid,
     assert len(last) == 6
     assert {name: last[name] for name in first} == first
     assert f"6 runs: {6 - len(first)} done, {len(first)} had a record" in done.stdout
-    assert stages_made(out) == {"clean": 2, "victim": 6}
 
 
 def wait_until(true: Callable[[], bool], seconds: float) -> None:
@@ -229,6 +239,18 @@ def alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_two_sweeps_at_once_do_each_run_once(grid, tmp_path: Path):
+    out = tmp_path / "runs"
+    grid("seed = [0, 1]\n")
+    words = [sys.executable, "-m", "vitrap.cli.main", "sweep", tmp_path / "sweep.toml", "--out", out, "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    both = [subprocess.Popen([*map(str, words), "--workers", "1"], **pipes) for _ in range(2)]
+    said = "".join(one.communicate(timeout=120)[0] for one in both)
+    counted = [int(n) for n in re.findall(r"(\d) done", said)]
+    assert sum(counted) == 2
+    assert sum(int(n) for n in re.findall(r"(\d) had a record", said)) == 2
 
 
 def test_a_run_whose_worker_always_dies_has_failed(grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,12 @@ class Bars:
         """A bar; the first one starts the display, so that a refusal before it is the only line."""
         self.progress.start()
         return self.progress.add_task(name, total=total)
+
+
+def tell_skipped(lines: Sequence[str]) -> None:
+    """Name each record that was passed over, and say how many they are."""
+    for line in [*lines, *([f"{len(lines)} skipped"] if lines else [])]:
+        err.print(f"vitrap: {' '.join(line.split())}", highlight=False, markup=False, soft_wrap=True)
 
 
 def split(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -262,7 +262,8 @@ def main() -> None:
         err.print(f"vitrap: {' '.join(str(mistake).split())}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except OSError as failure:  # a full disk, say: what was being written is gone, what was finished stays
-        err.print(f"vitrap: {failure}; free some space or choose another --out, the next call goes on", markup=False)
+        told = f"vitrap: {failure}; free some space or write elsewhere, the next call goes on"
+        err.print(told, markup=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitrap.cli.console import Bars, err, out
+from vitrap.cli.console import Bars, err, out, tell_skipped
 from vitrap.errors import UserError
 
 PATIENCE = 2.0
@@ -28,14 +28,11 @@ def report(
 
     _check(page)
     shelf = read_records(folder)
-    for line in shelf.skipped:
-        _warn(line)
+    tell_skipped(shelf.skipped)
     if not shelf.records and not shelf.failures:
         raise UserError(
             f"{str(folder)!r} holds no record to report on; make some with vitrap run, or name their folder"
         )
-    if shelf.skipped:
-        _warn(f"{len(shelf.skipped)} skipped, {len(shelf.records)} records shown")
     with Bars() as bars:
         made = make_page(
             shelf, folder.resolve().name or str(folder), pictures, _after(PATIENCE, bars.fraction("report"))

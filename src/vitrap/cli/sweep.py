@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vitrap.cli.console import Bars, err, out
+from vitrap.cli.console import Bars, err, out, tell_skipped
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def sweep(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     ray: Annotated[bool, typer.Option("--ray", help="on Ray: a cluster started here for the sweep")] = False,
     ray_address: Annotated[
-        str | None, typer.Option("--ray-address", help="on a running Ray cluster: HOST:PORT of its head, or auto")
+        str | None,
+        typer.Option("--ray-address", help="on a running Ray cluster: HOST:PORT of its head, or auto; local as --ray"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and about how long they take")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do more than 10,000 runs")] = False,
@@ -36,11 +37,11 @@ def sweep(
     from vitrap.experiment.grid import load_sweep
     from vitrap.experiment.sweep import sweep as run_sweep
 
-    if workers is not None and (ray or ray_address):
+    if workers is not None and (ray or ray_address is not None):
         raise UserError(f"--workers {workers} and --ray exclude each other: a Ray cluster knows its own cores")
     grid = load_sweep(spec, words or [], any_number=yes)
     if dry_run:
-        _print_ahead(grid, out_folder, workers)
+        _print_ahead(grid, out_folder, workers, device)
         return
     with Bars() as bars, Board(grid, bars) as board:
         ended = run_sweep(
@@ -48,7 +49,7 @@ def sweep(
             out_folder,
             workers=workers,
             device=device,
-            ray=ray_address or ("local" if ray else None),
+            ray=ray_address if ray_address is not None else "local" if ray else None,
             hear=board.hear,
         )
     _print_ended(ended, grid, out_folder)
@@ -112,27 +113,32 @@ def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
         err.print(f"vitrap: failed: {grid.points[one.number].label}: {one.said}", highlight=False, markup=False,
                   soft_wrap=True)  # fmt: skip
     if failed:
-        err.print("vitrap: the same call tries failed runs again; failure.json in a run's folder says more")
+        more = "vitrap: the same call tries failed runs again; failure.json in a run's folder says more"
+        err.print(more, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
 
 KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
-def _print_ahead(grid: "Sweep", folder: Path, workers: int | None) -> None:
-    from vitrap.experiment.sweep import cores, look_ahead, total
+def _print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
+    from vitrap.experiment.records import Shelf, read_records
+    from vitrap.experiment.sweep import look_ahead, share, total
 
-    ahead = look_ahead(grid, folder)
+    shelf = read_records(folder) if folder.is_dir() else Shelf((), (), ())
+    tell_skipped(shelf.skipped)
+    devices, threads = share(workers, device, len(grid.points))
+    ahead = look_ahead(grid, shelf, devices[0], threads)
     table = Table("run", "state", "estimate", "defences", "folder", header_style="bold")
     for one in ahead:
         spec = one.point.spec
         names = ", ".join(defence.name for defence in spec.defences)
         table.add_row(escape(one.point.label), one.state, _duration(one), names, f"{escape(spec.name)}-{spec.hash()}")
     out.print(table)
-    crew = min(workers or cores(), len(ahead))
-    seconds, unknown = total(ahead, crew)
     to_do = sum(one.state != "record there" for one in ahead)
-    told = f"about {_span(seconds)} with {crew} workers" if to_do > unknown else "no estimate"
+    crew = max(1, min(len(devices), to_do))
+    seconds, unknown = total(ahead, crew)
+    told = f"about {_span(seconds)} with {crew} worker{'s' * (crew > 1)}" if to_do > unknown else "no estimate"
     some = f"; {unknown} runs have no finished run like them to go by" if unknown else ""
     out.print(f"{len(ahead)} runs, {to_do} to do: {told if to_do else 'nothing to wait for'}{some}", highlight=False)
 

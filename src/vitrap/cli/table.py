@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vitrap.cli.console import err, out
+from vitrap.cli.console import err, out, tell_skipped
 from vitrap.errors import UserError
 
 
@@ -35,10 +35,10 @@ def table(
         raise UserError("--check, --records and --collect exclude each other; give one")
     if collect is not None:
         taken = take(spec, collect)
-        _skipped(taken.skipped)
+        tell_skipped(taken.skipped)
         _line(f"{taken.file}: {taken.new} new, {taken.superseded} superseded, {taken.missing} of the sweep not run")
     study = open_study(spec, records)
-    _skipped(study.skipped)
+    tell_skipped(study.skipped)
     printed = study.page.file is None or records is not None
     if printed and not check:
         _line("\n\n".join(f"{part}:\n\n{text}" for part, text in study.tables().items()))
@@ -55,8 +55,3 @@ def table(
 
 def _line(text: str, where: Console = out) -> None:
     where.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _skipped(lines: tuple[str, ...]) -> None:
-    for line in lines:
-        _line(f"vitrap: {line}", err)

@@ -205,7 +205,7 @@ def add_defences(run: Finished) -> Record:
 def add_row(folder: Path, row: Mapping[str, Any]) -> Record:
     """Put a row into the record of a run, in place of one of the same defence with the same settings."""
     row = json.loads(json.dumps(row))  # as it will be read
-    with locked(folder):
+    with locked(folder / ".record.lock"):
         record = read_record(folder)  # anew: another process may have added a row
         others = [r for r in record.defences if (r["name"], r["params"]) != (row["name"], row["params"])]
         record = replace(record, defences=[*others, row])

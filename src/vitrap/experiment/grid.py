@@ -2,7 +2,8 @@
 
 Each key of `[grid]` leads to a list of values, quoted or bare (`"attack.poison_rate" = [0.05, 0.1]`, `seed = [0, 1]`);
 `[[grid.case]]` tables hold settings that belong together, and may have a `title` for tables and figures; a list in one
-is several cases. A key `base` names the spec that a run starts from. The runs are all combinations. Imports no torch.
+is several cases. A key `base` names the spec that a run starts from. The runs are all combinations. A spec whose own
+`base` is a sweep has that one's settings, not its grid and page. Imports no torch.
 """
 
 import json
@@ -15,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError
-from vitrap.experiment.spec import Spec, Table, parse_override, parse_spec, read_table, set_keys
+from vitrap.experiment.spec import PAGE, Spec, Table, parse_override, parse_spec, read_table, set_keys
 
 MOST = 10_000
 """A sweep of more runs asks for confirmation."""
 DEFENCES, BASE, TITLE = "defences", "base", "title"
-PAGE = ("page", "table", "figure")
-"""Keys of a sweep's spec that say what `vitrap table` makes of its records."""
 Settings = dict[str, Any]
 
 
@@ -73,9 +72,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
     path = Path(path)
     table = read_table(path)
     page = {key: table.pop(key) for key in PAGE if key in table}
-    grid = table.pop("grid", None)
-    if not isinstance(grid, Mapping):
+    if "grid" not in table:
         raise UserError(f"spec {str(path)!r} has no [grid] of lists: it is a single run; start it with vitrap run")
+    if not isinstance(grid := table.pop("grid"), Mapping):
+        raise UserError(f"grid = {grid!r} in spec {str(path)!r} must be a table of lists: [grid]")
     axes, cases = dict(_axes(grid)), _cases(grid.get("case", []))
     _override(table, axes, cases, overrides)
     _check(str(path), axes, cases)
@@ -147,9 +147,11 @@ def _check(where: str, axes: Mapping[str, list[Any]], cases: Sequence[Settings])
     """Refuse a grid that is empty, or in which two keys say something of the same setting."""
     if not axes and not cases:
         raise UserError(f"the [grid] of {where!r} is empty; give it a key with a list of values, or [[grid.case]]")
+    if twice := [case for i, case in enumerate(cases) if case in cases[:i]]:
+        raise UserError(f"[[grid.case]] {_short(twice[0])} stands twice; remove one")
     for key, values in axes.items():
         if twice := [v for i, v in enumerate(values) if v in values[:i]]:
-            raise UserError(f"grid.{key} has {twice[0]!r} twice; remove one")
+            raise UserError(f"grid.{key} has {_short(twice[0])} twice; remove one")
         others = [*(other for other in axes if other != key), *(own for case in cases for own in case)]
         if clash := next((other for other in others if _overlap(key, other)), None):
             raise UserError(f"the grid contradicts itself: {key!r} and {clash!r} both set {min(key, clash, key=len)!r}")

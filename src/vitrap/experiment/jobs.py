@@ -2,18 +2,23 @@
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vitrap.experiment.record import SCHEMA, Table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.store import write_json
 
+if TYPE_CHECKING:
+    from vitrap.experiment.stages import Steps
+
+OFTEN = 0.25
+"""Seconds between two ticks that a worker reports."""
 TRIES = 3
 """A run whose worker is killed so many times has failed."""
 
@@ -84,19 +89,24 @@ def job(number: int, label: str, spec: Spec, out: Path) -> Job:
     return Job(number, label, spec.table(), spec.hash(), str(out))
 
 
-def work(job: Job, steps: Callable[..., object] | None = None) -> Ended:
+def work(job: Job, steps: "Steps | None" = None) -> Ended:
     """Do a run, or find it done; an error becomes a failure record beside where its record would be."""
     from vitrap.experiment.run import run
     from vitrap.experiment.stages import silent
 
-    start, before = time.perf_counter(), _written(job.folder)
+    start, measured = time.perf_counter(), False
+
+    def noting(name: str, total: int | None) -> AbstractContextManager[Callable[[], None]]:
+        nonlocal measured
+        measured = measured or name == "measure" or name.startswith("defend ")
+        return (steps or silent)(name, total)
+
     try:
-        record = run(parse_spec(job.spec), job.out, device=job.device, steps=steps or silent)  # type: ignore[arg-type]
+        record = run(parse_spec(job.spec), job.out, device=job.device, steps=noting)
     except Exception as error:  # a failed run does not stop the others
         return fail(job, error, time.perf_counter() - start)
     rates = [f"{name.upper()} {100 * record.victim[name]['value']:.1f} %" for name in ("cda", "asr")]
-    how = "kept" if before == _written(job.folder) else "done"
-    return Ended(job.number, how, ", ".join(rates), time.perf_counter() - start)
+    return Ended(job.number, "done" if measured else "kept", ", ".join(rates), time.perf_counter() - start)
 
 
 def fail(job: Job, error: BaseException, seconds: float) -> Ended:
@@ -119,14 +129,27 @@ def fail(job: Job, error: BaseException, seconds: float) -> Ended:
     return Ended(job.number, "failed", line, seconds)
 
 
-def _written(folder: Path) -> int | None:
-    """When the record in a folder was written; None where there is none."""
-    with suppress(OSError):
-        return (folder / "record.json").stat().st_mtime_ns
-    return None
-
-
 def turns(jobs: Sequence[Job], needs: Callable[[Job], object]) -> list[Job]:
     """First a job for each of the things that jobs `need` and share, so that workers make them side by side."""
     first = set({needs(job): job.number for job in reversed(jobs)}.values())
     return sorted(jobs, key=lambda job: (job.number not in first, job.number))
+
+
+def reporting(run: int, worker: int, send: Callable[[Step], object]) -> "Steps":
+    """Steps that are told to the driver."""
+
+    @contextmanager
+    def steps(name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        done, last = 0, time.monotonic()
+        send(Step(run, worker, name, done, total))
+
+        def tick() -> None:
+            nonlocal done, last
+            done += 1
+            if time.monotonic() - last > OFTEN:
+                last = time.monotonic()
+                send(Step(run, worker, name, done, total))
+
+        yield tick
+
+    return steps

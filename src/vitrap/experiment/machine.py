@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,32 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def forget_peaks(device: torch.device) -> None:
+    """Let `memory` begin anew, as far as the system lets it: a worker does many runs."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory(device: torch.device) -> dict[str, int | None]:
-    """Peaks of the process since it started, in bytes; None for a GPU where none is used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Peaks since `forget_peaks`, in bytes; of the host since the process started, where Linux does not tell.
+
+    None for a GPU where none is used.
+    """
     return {
-        "host_peak_bytes": host,
+        "host_peak_bytes": _host_peak(),
         "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+
+
+def _host_peak() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _processor() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError
-from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, fail, work
+from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, reporting, work
 from vitrap.experiment.store import code_digest
 
 CODE = (
@@ -38,20 +38,39 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hea
     """
     ray = load_ray()
     with _cluster(ray, address):
-        resources = ray.cluster_resources()
-        gpus = 1 if resources.get("GPU") and jobs[0].device == "auto" else 0
+        Path(jobs[0].out).mkdir(parents=True, exist_ok=True)
+        gpus = 1 if ray.cluster_resources().get("GPU") and jobs[0].device != "cpu" else 0
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(do)
-        places = list(range(max(1, int(resources.get("GPU" if gpus else "CPU", 1)) // threads)))
+        desk = ray.remote(num_cpus=0)(Desk).remote()
         waiting, running = deque(jobs), {}
         while waiting or running:
-            while waiting and places:
-                job, place = waiting.popleft(), places.pop(0)
-                running[task.remote(asdict(job), os.getcwd(), threads, code_digest(*CODE))] = job, place
-                hear(Started(job.number, place))
-            for done in ray.wait(list(running), timeout=1.0)[0]:
-                job, place = running.pop(done)
-                places.append(place)
-                hear(_ended(ray, done, job))
+            room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) // threads  # nodes come and go
+            while waiting and len(running) < max(1, room):
+                job, taken = waiting.popleft(), {place for _, place in running.values()}
+                place = min(set(range(len(taken) + 1)) - taken)
+                task_of = task.remote(asdict(job), os.getcwd(), threads, code_digest(*CODE), (desk, place))
+                running[task_of] = job, place
+            done = ray.wait(list(running), timeout=1.0)[0]
+            for news in ray.get(desk.take.remote()):
+                hear(news)
+            for one in done:
+                hear(_ended(ray, one, running.pop(one)[0]))
+
+
+class Desk:
+    """Where tasks tell what they are at, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self.news: dict[int, Started | Step] = {}
+
+    def tell(self, news: Started | Step) -> None:
+        """Keep the latest of each worker."""
+        self.news[news.worker] = news
+
+    def take(self) -> list[Started | Step]:
+        """What is new."""
+        taken, self.news = list(self.news.values()), {}
+        return taken
 
 
 def load_ray() -> Any:
@@ -62,7 +81,6 @@ def load_ray() -> Any:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is there: without it anybody can run code on a node
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return import_module("ray")
@@ -70,9 +88,10 @@ def load_ray() -> Any:
         raise UserError("--ray asks for Ray, which is not installed; pip install 'vitrap[ray]'") from error
 
 
-def do(job: dict[str, Any], folder: str, threads: int, code: str) -> dict[str, Any]:
-    """A task: a run, on whatever node; paths are as seen from the driver's folder."""
-    found = Job(**job)
+def do(job: dict[str, Any], folder: str, threads: int, code: str, told: tuple[Any, int]) -> dict[str, Any]:
+    """A task: a run, on whatever node; paths are as seen from the driver's folder, and `told` is desk and place."""
+    found, (desk, place) = Job(**job), told
+    desk.tell.remote(Started(found.number, place))
     if code != code_digest(*CODE):
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
     if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
@@ -81,7 +100,7 @@ def do(job: dict[str, Any], folder: str, threads: int, code: str) -> dict[str, A
     import torch
 
     torch.set_num_threads(threads)
-    return asdict(work(found))
+    return asdict(work(found, reporting(found.number, place, desk.tell.remote)))
 
 
 def _refuse(job: Job, why: str) -> Ended:
@@ -116,7 +135,8 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         else:
             _reach(address)
         try:
-            ray.init(address=address or "local", **quiet)
+            with _mute():
+                ray.init(address=address or "local", **quiet)
         except Exception as error:
             said = " ".join(str(error).split()).partition(". ")[0]
             raise UserError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {said}") from error
@@ -124,6 +144,19 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Keep what Ray's own libraries say past Python off stderr: a refusal is one line, and ours."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _reach(address: str) -> None:

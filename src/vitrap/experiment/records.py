@@ -3,20 +3,25 @@
 Imports no torch.
 """
 
+import errno
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from vitrap.errors import UserError
 from vitrap.experiment.record import SCHEMA
 
 FAILURE = "failure.json"
 """Beside where a record would be: why a run of a sweep failed."""
+MOST = 1e100
+"""No number of a record is greater: beyond it sums and differences would cease to be numbers."""
+DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,15 @@ class _Spec:
     attack: _Named
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 @dataclass(frozen=True)
 class _Rate:
-    value: float
-    low: float
-    high: float
-    n: int
+    value: Share
+    low: Share
+    high: Share
+    n: Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class _Victim:
     cda_clean_model: _Rate
     asr_clean_model: _Rate
     stealth: dict[str, Any]
+    ra: _Rate | None = None
 
 
 @dataclass(frozen=True)
@@ -135,22 +144,48 @@ def _read(text: bytes | OSError, kind: type[_Record] | type[_Failure]) -> dict[s
     if isinstance(text, OSError):
         raise ValueError(f"it cannot be read ({text.strerror})") from text
     try:
-        content = json.loads(text, parse_constant=_refuse)
-    except ValueError as error:
+        content = json.loads(text, parse_constant=_refuse, parse_int=_bounded(int), parse_float=_bounded(float))
+        _shallow(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is damaged ({error})") from error
     schema = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
-    if isinstance(schema, int) and schema > SCHEMA:
+    if isinstance(schema, int | float) and schema > SCHEMA:
         raise ValueError(f"it has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
     try:
-        _KINDS[kind].validate_json(text)
+        _KINDS[kind].validate_json(text, strict=True)
     except ValidationError as errors:
         error = errors.errors()[0]
         raise ValueError(f"it is damaged ({'.'.join(map(str, error['loc']))}: {error['msg']})") from errors
     return content
 
 
+def _shallow(content: Any) -> None:
+    """Refuse what is nested so deep that no record is, before anybody goes down there."""
+    level, depth = [content] if isinstance(content, dict | list) else [], 0
+    while level:
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, dict | list)]  # fmt: skip
+        if (depth := depth + 1) > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+
+
+def _bytes(file: Path) -> bytes:
+    """What a file holds; a pipe would never end."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file")
+    return file.read_bytes()
+
+
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no finite number")
+
+
+def _bounded(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        number = kind(text)
+        return number if abs(number) <= MOST else _refuse(text[:20])
+
+    return read
 
 
 def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
@@ -162,7 +197,7 @@ def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
         files = sorted({file for file in (*own, *place.glob("*.json"), *place.glob("*.jsonl")) if file.exists()})
     for file in files:
         try:
-            content = file.read_bytes()
+            content = _bytes(file)
         except OSError as error:
             yield file, error
             continue

@@ -13,9 +13,9 @@ from torch import nn
 from vitrap.contracts import Access, Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError
-from vitrap.experiment.defend import Finished, add_defences, still_holding
+from vitrap.experiment.defend import Finished, add_defences, still_holding, unmeasured
 from vitrap.experiment.export import check_folder, write_poisoned
-from vitrap.experiment.machine import environment, memory
+from vitrap.experiment.machine import environment, forget_peaks, memory
 from vitrap.experiment.measure import BATCH, examine, measure_victim, timed
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.plan import Network, Plan, make_plan
@@ -70,8 +70,12 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
     record = _still_true(folder, plan.keys()) if redo == "nothing" else None
     if record is None:
         store.check()
-        record = _Runner(plan, store, redo, steps).run(folder)
-    record = add_defences(Finished(folder, record, plan, steps))
+        with store.alone(folder.name, "wait for another's run"):  # who may have made this very run by then
+            record = _still_true(folder, plan.keys()) if redo == "nothing" else None
+            record = record or _Runner(plan, store, redo, steps).run(folder)
+    if unmeasured(record, spec.defences):
+        with store.alone(folder.name, "wait for another's defences"):
+            record = add_defences(Finished(folder, read_record(folder), plan, steps))
     if (failure := folder / FAILURE).exists():  # of an earlier try
         failure.unlink(missing_ok=True)
     return record
@@ -155,6 +159,7 @@ class _Runner:
     made: dict[str, Path] = field(default_factory=dict)
 
     def run(self, folder: Path) -> Record:
+        forget_peaks(self.plan.device)
         plan, spec = self.plan, self.plan.spec
         implant = self.implant()
         make = partial(make_victim, plan, implant, self.steps)
@@ -167,7 +172,7 @@ class _Runner:
         save_trigger(
             implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=json.dumps(carries(spec, "trigger"))
         )
-        with locked(folder):  # rows of another run of the same spec, and what was tried on it meanwhile
+        with locked(folder / ".record.lock"):  # rows of a run of the same spec, or tried meanwhile
             rows += [row for row in _rows(folder) if row not in rows]
             record = replace(record, defences=still_holding(rows, record))
             record.write(folder)

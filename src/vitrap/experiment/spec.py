@@ -9,6 +9,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import date, time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ KEPT = {"attack": ("target",), "model": (), "surrogate": (), "data": ("limit",)}
 """Tables whose name can be overridden, and the keys that a new name leaves in place."""
 UNNAMED = {"attack": "ageb", "data": "digits"}
 """What a table without a name stands for."""
+
+
+PAGE = ("page", "table", "figure")
+"""Keys of a sweep's spec that say what `vitrap table` makes of its records."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,8 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     for key, value in _leaves(table):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} = {value} is no finite number")
+        if isinstance(value, date | time):
+            raise UserError(f"{key} = {value} is a date or a time; put a string in quotes")
     tables = {"data": DataTable, "model": ModelTable, "surrogate": ModelTable, "attack": None, "recipe": Recipe}
     for key in table:
         if key not in {"name", "seed", "defences", *tables}:
@@ -263,8 +270,6 @@ def build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequenc
         return _adapter(record).validate_json(json.dumps(table), strict=True)
     except ValidationError as errors:
         raise UserError("; ".join(_sentence(dict(e), dot) for e in errors.errors())) from errors
-    except TypeError as error:  # a TOML date or time
-        raise UserError(f"[{where}] holds a value that is no number, string, switch or list: {error}") from error
 
 
 def _sentence(error: Table, dot: str) -> str:
@@ -295,6 +300,7 @@ def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
     if not isinstance(base, str):
         raise UserError(f"base = {base!r} in spec {str(path)!r} must be the path of another spec")
     start = read_table(path.parent / base, (*seen, path.resolve()))
+    start = {key: value for key, value in start.items() if key not in ("grid", *PAGE)}
     return lay_over(start, table)
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,7 @@ class Store:
         place = self.root / "stages" / f"{stage.kind}-{stage.key}"
         if place.exists() and not force:
             return place
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place.with_name(f".{place.name}.lock"), partial(self.waiting, f"wait for another's {stage.kind}")):
+        with self.alone(place.name, f"wait for another's {stage.kind}"):
             if place.exists() and not force:
                 return place
             for left in place.parent.glob(f".{place.name}-*"):  # by one that was killed: nobody else is in here
@@ -98,10 +97,22 @@ class Store:
                 shutil.rmtree(draft, ignore_errors=True)
         return place
 
+    @contextmanager
+    def alone(self, name: str, waiting: str) -> Iterator[None]:
+        """Within the block no other process is in a block of that name; whoever must wait says so."""
+        stages = self.root / "stages"
+        stages.mkdir(parents=True, exist_ok=True)
+        with locked(stages / f".{name}.lock", lambda: self.waiting(waiting)):
+            yield
+
 
 @contextmanager
-def _alone(lock: Path, waiting: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Within the block no other process is in a block of the same lock; a killed process holds none."""
+def locked(lock: Path, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+    """Within the block no other process is in a block of the same lock, a file that is there for as long.
+
+    A killed process holds no lock. Processes of several machines see each other's where the file system has POSIX locks
+    over them, as NFS does; a file that is open for writing is what it locks.
+    """
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT)
         try:
@@ -155,17 +166,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Within the block no other process that asks has the folder locked; a killed process holds no lock."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def place_file(source: Path, target: Path) -> None:

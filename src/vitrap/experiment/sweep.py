@@ -11,7 +11,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.grid import Point, Sweep
 from vitrap.experiment.jobs import Ended, Hear, News, job, turns
 from vitrap.experiment.record import Table
-from vitrap.experiment.records import FAILURE, Shelf, read_records
+from vitrap.experiment.records import Shelf
 from vitrap.experiment.spec import digest
 from vitrap.experiment.store import Store
 
@@ -40,9 +40,9 @@ def sweep(
     Args:
         grid: the runs: `load_sweep(path)`.
         out: folder of runs and stages; with Ray one that all nodes see.
-        workers: how many runs at once on this machine (with Ray: how many cores a run gets is one, and the cluster
-            decides); None for one a GPU, or one a core.
-        device: "auto" (GPUs shared out), "cpu", "cuda" or "cuda:N".
+        workers: how many runs at once on this machine; None for one a GPU, or one a core. On Ray the cluster decides:
+            a run gets a GPU where there are any, or a core.
+        device: "auto" or "cuda" (GPUs shared out), "cpu" or "cuda:N".
         ray: address of a Ray cluster, "local" to start one here; None for worker processes of this machine.
         hear: is told what happens.
 
@@ -50,7 +50,8 @@ def sweep(
         How each run ended, in the order of the grid.
 
     Raises:
-        UserError: the folder cannot be written, the data are not there, or Ray cannot be had.
+        UserError: the folder cannot be written, the data are not there (on Ray, where each node has its own, that is a
+            failure of the runs), or Ray cannot be had.
     """
     Store(Path(out)).check()
     ended: dict[int, Ended] = {}
@@ -65,7 +66,6 @@ def sweep(
     if ray is not None:
         from vitrap.experiment.on_ray import run_on_ray
 
-        Path(out).mkdir(parents=True, exist_ok=True)
         run_on_ray(jobs, None if ray == "local" else ray, 1, heard)
     else:
         _try_data(grid.points, device)
@@ -86,9 +86,10 @@ def share(workers: int | None, device: str, runs: int) -> tuple[list[str], int]:
         raise UserError(f"--workers {workers} is too few; give 1 or more")
     import torch
 
-    gpus = torch.cuda.device_count() if device == "auto" and torch.cuda.is_available() else 0
-    crew = min(workers or gpus or cores(), runs)
-    devices = [f"cuda:{i % gpus}" if gpus else device for i in range(crew)]
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
+    own = gpus or (1 if device.startswith("cuda:") else cores())
+    crew = min(workers or own, runs)
+    devices = [f"cuda:{i % gpus}" if gpus else device if device != "auto" else "cpu" for i in range(crew)]
     return devices, max(1, cores() // max(1, crew))
 
 
@@ -134,42 +135,58 @@ class Ahead:
     seconds: float | None
 
 
-def look_ahead(grid: Sweep, out: str | Path) -> list[Ahead]:
+def look_ahead(grid: Sweep, shelf: Shelf, device: str = "cpu", threads: int = 1) -> list[Ahead]:
     """What a sweep has to do, with an estimate from finished runs of the same data, model and recipe.
 
     A record's keys are not tried here: where code has changed since, a run that seems done will be made again.
+
+    Args:
+        grid: the runs.
+        shelf: what the folder of runs holds.
+        device: what workers compute on; only runs on its kind are gone by.
+        threads: of a worker; a run that had more or fewer is taken to have done as much a second with each of them.
     """
-    shelf = read_records(out) if Path(out).is_dir() else Shelf((), (), ())
-    records = [found.content for found in shelf.records if "seconds" in found.content]
+    done = {(found.content["name"], found.content["hash"]): found.content for found in shelf.records}
+    failed = {(found.content["name"], found.content["hash"]) for found in shelf.failures}
+    records = [record for record in done.values() if _timed(record, device.partition(":")[0])]
     made = {_twin(record["spec"]) for record in records}
-    surrogates = {_surrogate(record["spec"]) for record in records if "surrogate" in record["seconds"]}
-    done, ahead = {(r["name"], r["hash"]): r for r in records}, []
+    made |= {_surrogate(record["spec"]) for record in records if "surrogate" in record["seconds"]}
     kin: dict[str, list[Table]] = {}
     for record in records:
         kin.setdefault(_kin(record["spec"]), []).append(record)
+    ahead = []
     for point in grid.points:
-        spec = point.spec.table()
-        state = _state(point, Path(out), done.get((point.spec.name, point.spec.hash())))
-        seconds: float | None = 0.0
+        key, spec = (point.spec.name, point.spec.hash()), point.spec.table()
+        missing = [d for d in point.spec.defences if not _has(done.get(key), d)]
+        state: State = "record there" if not missing else "defences missing"
+        state = state if key in done else "failed before" if key in failed else "to run"
+        alike, seconds = kin.get(_kin(spec), []), 0.0
         if state != "record there":
-            seconds = _cost(point, kin.get(_kin(spec), []), _twin(spec) in made, _surrogate(spec) in surrogates, state)
-            made.add(_twin(spec))
-            surrogates.add(_surrogate(spec))
+            shared = {"twin": _twin(spec)} | (
+                {"surrogate": _surrogate(spec)} if point.spec.params.needs_surrogate else {}
+            )
+            own = () if state == "defences missing" else ("poison", "victim", "fit", "measure")
+            parts = [*own, *(part for part, key in shared.items() if key not in made)]
+            seconds = _cost(point, alike, parts, missing, threads) if alike else None
+            made |= set(shared.values())
         ahead.append(Ahead(point, state, seconds))
     return ahead
 
 
-def _state(point: Point, out: Path, record: Table | None) -> State:
-    if record is None:
-        failed = (out / f"{point.spec.name}-{point.spec.hash()}" / FAILURE).exists()
-        return "failed before" if failed else "to run"
-    rows = [(row["name"], row["params"]) for row in record.get("defences", [])]
-    return "record there" if all(_row(d) in rows for d in point.spec.defences) else "defences missing"
+def _timed(record: Table, kind: str) -> bool:
+    """Whether a record says how long the run took on this kind of device."""
+    whole = {"data", "model", "recipe", "attack"} <= record["spec"].keys()
+    where = record.get("environment")
+    return whole and isinstance(record.get("seconds"), dict) and isinstance(where, dict) and (
+        where.get("device_kind") == kind and isinstance(where.get("threads"), int)
+    )  # fmt: skip
 
 
-def _row(defence: Any) -> tuple[str, Table]:
+def _has(record: Table | None, defence: Any) -> bool:
     table = defence.table()
-    return table.pop("name"), table
+    name = table.pop("name")
+    rows = record.get("defences") or [] if record else []
+    return any((row["name"], row["params"]) == (name, table) for row in rows)
 
 
 def _kin(spec: Mapping[str, Any]) -> str:
@@ -177,22 +194,22 @@ def _kin(spec: Mapping[str, Any]) -> str:
     return digest([spec["data"], spec["model"], spec["recipe"]])
 
 
-def _cost(point: Point, alike: Sequence[Table], twin: bool, surrogate: bool, state: State) -> float | None:
-    """Seconds of the parts that are still to be made; of runs with the same attack, where there are any."""
-    if not alike:
-        return None
+def _cost(point: Point, alike: Sequence[Table], parts: Sequence[str], missing: Sequence[Any], threads: int) -> float:
+    """Seconds of what is still to be made; of runs with the same attack, where there are any."""
     same = [record for record in alike if record["spec"]["attack"]["name"] == point.spec.attack] or alike
-    parts = [] if state == "defences missing" else ["poison", "victim", "fit", "measure"]
-    parts += [] if twin else ["twin"]
-    parts += [] if surrogate else ["surrogate"]
-    cost = sum(median(found) for part in parts if (found := [r["seconds"][part] for r in same if part in r["seconds"]]))
-    return cost + sum(_defending(defence.name, alike) for defence in point.spec.defences)
+    known = [[_seconds(record, record["seconds"].get(part), threads) for record in same] for part in parts]
+    for defence in missing:  # on the victim, and as long on the twin
+        rows = [
+            (r, row.get("seconds")) for r in alike for row in r.get("defences") or [] if row["name"] == defence.name
+        ]
+        known.append([2 * sum(_seconds(r, s, threads) for s in took.values())
+                      for r, took in rows if isinstance(took, dict)])  # fmt: skip
+    return sum(median(each) for each in known if each)
 
 
-def _defending(name: str, records: Sequence[Table]) -> float:
-    """Seconds of a defence on the victim, and as many on the twin."""
-    rows = [row for record in records for row in record.get("defences", []) if row["name"] == name]
-    return 2 * median(sum(row["seconds"].values()) for row in rows) if rows else 0.0
+def _seconds(record: Table, took: Any, threads: int) -> float:
+    """A time of a record, as a worker with so many threads would need it."""
+    return took * record["environment"]["threads"] / threads if isinstance(took, int | float) else 0.0
 
 
 def total(ahead: Sequence[Ahead], workers: int) -> tuple[float, int]:

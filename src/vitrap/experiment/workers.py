@@ -6,20 +6,18 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 
-from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, work
+from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, fail, reporting, work
 
 PATIENCE = 2.0
 """Seconds that a worker has to clear its drafts away when it is to stop."""
-OFTEN = 0.25
-"""Seconds between two ticks that a worker reports."""
 
 
 @dataclass
@@ -119,7 +117,7 @@ def _serve(connection: Connection, number: int, threads: int) -> None:
     torch.set_num_threads(threads)
     with suppress(EOFError, BrokenPipeError):
         while (job := connection.recv()) is not None:
-            connection.send(work(job, _reporting(job.number, number, connection.send)))
+            connection.send(work(job, reporting(job.number, number, connection.send)))
 
 
 def _stop_with_driver() -> None:
@@ -129,23 +127,3 @@ def _stop_with_driver() -> None:
     signal.alarm(round(PATIENCE))  # by the system, however busy the main thread is by then
     with suppress(ProcessLookupError):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-
-
-def _reporting(run: int, worker: int, send: Callable[[Step], None]) -> Callable[..., object]:
-    """Steps that are told to the driver."""
-
-    @contextmanager
-    def steps(name: str, total: int | None) -> Iterator[Callable[[], None]]:
-        done, last = 0, time.monotonic()
-        send(Step(run, worker, name, done, total))
-
-        def tick() -> None:
-            nonlocal done, last
-            done += 1
-            if time.monotonic() - last > OFTEN:
-                last = time.monotonic()
-                send(Step(run, worker, name, done, total))
-
-        yield tick
-
-    return steps

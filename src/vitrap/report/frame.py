@@ -31,12 +31,15 @@ def load_records(place: str | Path = "runs") -> pandas.DataFrame:
         UserError: there is no such place.
 
     Warns:
-        UserWarning: for each record that is damaged or of a newer vitrap; it is left out.
+        UserWarning: for each record that is damaged or of a newer vitrap; it is left out, and counted in the frame's
+            `attrs["skipped"]`.
     """
     shelf = read_records(place)
     for complaint in shelf.skipped:
         warnings.warn(complaint, stacklevel=2)
-    return to_frame(shelf.records)
+    frame = to_frame(shelf.records)
+    frame.attrs["skipped"] = len(shelf.skipped)
+    return frame
 
 
 def to_frame(records: Sequence[Found]) -> pandas.DataFrame:
@@ -88,11 +91,17 @@ def of_row(row: Mapping[str, Any]) -> Iterator[Measured]:
 def measured(table: Mapping[str, Any], place: str = "") -> Iterator[Measured]:
     """Every number of a nested table, with the intervals of those that have one."""
     for key, value in table.items():
-        if isinstance(value, Mapping) and "value" in value:
-            yield f"{place}{key}", value["value"], value.get("low"), value.get("high"), value.get("n")
-        elif isinstance(value, Mapping) and "mean" in value:
+        if isinstance(value, Mapping) and _number(value.get("value")) is not None:
+            n = value.get("n")
+            low, high = _number(value.get("low")), _number(value.get("high"))
+            yield f"{place}{key}", value["value"], low, high, n if isinstance(n, int) and abs(n) < 2**63 else None
+        elif isinstance(value, Mapping) and _number(value.get("mean")) is not None:
             yield f"{place}{key}", value["mean"], None, None, None
         elif isinstance(value, Mapping):
             yield from measured(value, f"{place}{key}.")
-        elif isinstance(value, int | float):
+        elif _number(value) is not None:
             yield f"{place}{key}", value, None, None, None
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
