@@ -111,6 +111,12 @@ def test_links_resolve(page: Path):
     assert [t for t in relative if not (page.parent / t.partition("#")[0]).exists()] == []
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((DOCS / "studies").glob("*.md"))], ids=lambda page: page.name)
+def test_specs_that_a_page_names_are_there(page: Path):
+    named = re.findall(r"\bspecs/[\w/.-]+\.toml", page.read_text("utf-8"))
+    assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []
+
+
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_spec_loads_and_states_claim_cost_and_command(path: Path):
     load_sweep(path) if path in STUDIES else load_spec(path)

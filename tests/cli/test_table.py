@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.cli.conftest import Said
 from tests.report.made import record, write
 from tests.report.study.test_drawings import LINES
-from tests.report.study.test_make import ASR, HEAD, PAGE, SEEDS, at, study
+from tests.report.study.test_make import ASR, HEAD, PAGE, REACH, SEEDS, at, study
 
 Call = Callable[..., Said]
 MARKS = "# A page\n\n<!-- asr -->\n<!-- /asr -->\n\nEnd.\n"
@@ -23,8 +23,9 @@ def test_a_page_is_collected_for_made_checked_and_found_outdated(tmp_path: Path,
         f"{page}: made anew (asr)",
         f"{tmp_path / 'a.png'}: made anew",
     ]
-    assert "| 0.1 | 60.00 ± 10.00 |\n| 0.2 | not run |\n\nMean ± standard deviation over 3 seeds.\n<!-- /asr -->" in (
-        page.read_text("utf-8")
+    assert (
+        f"| 0.1 | 60.00 ± 10.00 |\n| 0.2 | not run |\n\nMean ± standard deviation over 3 seeds; {REACH}\n<!-- /asr -->"
+        in (page.read_text("utf-8"))
     )
     done = call("table", spec, "--check")
     assert (done.code, done.out) == (0, f"{page}: up to date\n{tmp_path / 'a.png'}: up to date\n")

@@ -128,7 +128,13 @@ def record(
         "spec": spec,
         "hash": f"{number:012x}",
         "seed": seed,
-        "environment": {"python": "3.11.7", "device": "a processor", "torch": "2.11.0"},
+        "environment": {
+            "python": "3.11.7",
+            "device": "a processor",
+            "device_kind": "cpu",
+            "threads": 1,
+            "torch": "2.11.0",
+        },
         "data": {"n_train": 100, "n_test": 1000, "n_poisoned": 10, "classes": 10, "fingerprint": "f" * 64},
         "models": {
             "victim": {

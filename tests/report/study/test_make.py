@@ -31,6 +31,7 @@ name = "badnets"
 epochs = 3
 """
 SEEDS = '[grid]\nseed = [0, 1, 2]\n"attack.poison_rate" = [0.1, 0.2]\n'
+REACH = "each seed's own 95 % interval over images reaches at most 2.00 to either side; n = 900 images."
 ASR = '[[table]]\npart = "asr"\nrows = "attack.poison_rate"\nmeasures = "asr"\n'
 PAGE = '[page]\nfile = "page.md"\nrecords = "kept"\n'
 
@@ -70,14 +71,14 @@ def test_seeds_are_summed_up_and_the_missing_are_shown(tmp_path: Path) -> None:
         ["0.1", "60.00 ± 10.00"],
         ["0.2", "50.00 ± 35.36 (2 of 3 seeds)"],
     ]
-    assert text.endswith("\n\nMean ± standard deviation over 3 seeds.")
+    assert text.endswith(f"\n\nMean ± standard deviation over 3 seeds; {REACH}")
     assert f"{100 * mean((0.25, 0.75)):.2f} ± {100 * stdev((0.25, 0.75)):.2f}" == "50.00 ± 35.36"
 
 
 def test_one_seed_stands_with_its_interval(tmp_path: Path) -> None:
     text = made(tmp_path, at((0.5,)), grid='[grid]\n"attack.poison_rate" = [0.1, 0.2]\n')
     assert cells(text)[1:] == [["0.1", "50.00 [48.00, 52.00]"], ["0.2", "not run"]]
-    assert text.endswith("\n\nOne seed; in brackets: 95 % interval over images.")
+    assert text.endswith("\n\nOne seed; in brackets: 95 % interval over images; n = 900 images.")
 
 
 def test_one_seed_of_several_says_so(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_collected_records_are_abridged_and_make_the_same_table(tmp_path: Path) 
     assert (first["seed"], second["seed"]) == (0, 1)
     assert {"schema", "stages", "data", "models", "seconds", "precision", "defences"} <= set(first)
     assert not {"memory", "curves"} & set(first)
-    assert first["environment"] == {"python": "3.11.7", "torch": "2.11.0"}
+    assert first["environment"] == {"python": "3.11.7", "device_kind": "cpu", "threads": 1, "torch": "2.11.0"}
     assert first["last"] == {"cross_entropy": 0.5, "cda": 0.9, "asr": 0.95}
     assert open_study(path).tables() == open_study(path, tmp_path / "runs").tables()
 

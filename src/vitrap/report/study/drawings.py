@@ -103,7 +103,8 @@ def _heat_data(figure: Heat, found: Sequence[Entry]) -> Data:
         for (row, column), seeds in groups.items():
             check_alike(seeds)
             values = [v.value for entry in seeds if (v := measure(entry, block.measure))]
-            data.append({"row": row.replace("`", ""), "column": column, "measure": block.heading,
+            missing = "failed" if any(entry.state == "failed" for entry in seeds) else "not run"
+            data.append({"row": row.replace("`", ""), "column": column, "measure": block.heading, "missing": missing,
                          "value": _rounded(mean(values)) if values else None, "seeds": len(values)})  # fmt: skip
     return data
 
@@ -128,7 +129,8 @@ def _heat(axis: Axes, figure: Heat, data: Data) -> None:
     axis.set_yticks(range(len(rows)), [f"{name} ({of}; {_seeds(data, name, of)})" for name, of in rows])
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            axis.text(x, y, f"{value:.2f}" if value == value else "not run", ha="center", va="center", fontsize=9)
+            missing = cells.get((*rows[y], columns[x]), {}).get("missing", "not run")
+            axis.text(x, y, f"{value:.2f}" if value == value else missing, ha="center", va="center", fontsize=9)
     for y, ((_, above), (_, below)) in enumerate(pairwise(rows)):
         if above != below:
             axis.axhline(y + 0.5, color="black", linewidth=1.5)
@@ -198,4 +200,4 @@ def _lines(axis: Axes, figure: Lines, data: Data) -> None:
 
 def _with_missing(text: str, data: Data, there: Data) -> str:
     missing = len(data) - len(there)
-    return f"{text} ({missing} of {len(data)} not run)" if missing else text
+    return f"{text} ({missing} of {len(data)} missing)" if missing else text

@@ -27,6 +27,8 @@ class Cell:
         summed: whether the text is a mean over them.
         number: whether it is one seed's figure.
         interval: whether that has an interval.
+        images: how many each of the rates counts.
+        reach: of a mean, how far the intervals of its seeds reach at most, as shown.
     """
 
     text: str
@@ -35,6 +37,8 @@ class Cell:
     summed: bool = False
     number: bool = False
     interval: bool = False
+    images: tuple[int, ...] = ()
+    reach: str = ""
 
 
 MISSING = Cell("not run")
@@ -102,7 +106,20 @@ def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
         summed=shown and several,
         number=shown and any(each) and not several,
         interval=column.show == "interval" and not several and any(v.low is not None for vs in each for v in vs),
+        images=tuple(v.n for vs in each for v in vs if v.n is not None and shown),
+        reach=_reach(column, [v for vs in each for v in vs]) if shown and several else "",
     )
+
+
+def _reach(column: Column, values: Sequence[Value]) -> str:
+    """How far a seed's own interval over images reaches at most, to either side."""
+    ends = [max(v.high - v.value, v.value - v.low) for v in values if v.low is not None and v.high is not None]
+    return f"{_unit(values) * max(ends):.{column.digits}f}" if ends else ""
+
+
+def _unit(values: Sequence[Value]) -> int:
+    """Rates are shown in %."""
+    return 1 if values[0].n is None else 100
 
 
 def _figure(column: Column, values: Sequence[Value]) -> str:
@@ -113,7 +130,7 @@ def _figure(column: Column, values: Sequence[Value]) -> str:
         return ", ".join(dict.fromkeys(str(value.n) for value in values))
     if column.show == "count":
         return f"{sum(value.value > 0 for value in values)} of {len(values)}"
-    unit = 1 if values[0].n is None else 100
+    unit = _unit(values)
 
     def number(x: float) -> str:
         return f"{round(unit * x, column.digits) + 0.0:.{column.digits}f}"  # + 0.0: never -0
@@ -138,10 +155,14 @@ def _text(cell: Cell, most: int) -> str:
 def _note(cells: Collection[Cell], most: int) -> list[str]:
     """What figures of the table are over."""
     single = any(cell.number for cell in cells)
+    counts = sorted({n for cell in cells for n in cell.images})
+    reach = max((cell.reach for cell in cells if cell.reach), key=float, default="")
     said = [
         f"mean ± standard deviation over {most} seeds" if most else "",
+        f"each seed's own 95 % interval over images reaches at most {reach} to either side" if reach else "",
         ("without ±: one seed" if most else "one seed") if single else "",
         "in brackets: 95 % interval over images" if any(cell.interval for cell in cells) else "",
+        f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))} images" if counts else "",
     ]
     note = "; ".join(filter(None, said))
     return ["", f"{note[0].upper()}{note[1:]}."] if note else []
