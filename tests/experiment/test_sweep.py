@@ -16,11 +16,12 @@ import pytest
 
 from vitrap.errors import UserError
 from vitrap.experiment import jobs, workers
+from vitrap.experiment.ahead import look_ahead, total
 from vitrap.experiment.grid import Sweep, load_sweep
 from vitrap.experiment.jobs import Ended, News, Started, Step, job, turns, work
 from vitrap.experiment.records import Shelf, read_records
 from vitrap.experiment.run import run
-from vitrap.experiment.sweep import cores, look_ahead, share, sweep, total
+from vitrap.experiment.sweep import cores, share, sweep
 
 TINY = """
 name = "tiny"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.report.made import record, screen, write
+from vitrap.experiment.ahead import look_ahead
 from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import Found, read_records
-from vitrap.experiment.sweep import look_ahead
 from vitrap.report.frame import load_records
 from vitrap.report.page.make import make_page
 

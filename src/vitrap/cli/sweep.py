@@ -14,9 +14,9 @@ from vitrap.cli.console import Bars, err, out, tell_skipped
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
+    from vitrap.experiment.ahead import Ahead
     from vitrap.experiment.grid import Sweep
     from vitrap.experiment.jobs import Ended, News
-    from vitrap.experiment.sweep import Ahead
 
 
 def sweep(
@@ -122,8 +122,9 @@ KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
 def _print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
+    from vitrap.experiment.ahead import look_ahead, total
     from vitrap.experiment.records import Shelf, read_records
-    from vitrap.experiment.sweep import look_ahead, share, total
+    from vitrap.experiment.sweep import share
 
     shelf = read_records(folder) if folder.is_dir() else Shelf((), (), ())
     tell_skipped(shelf.skipped)
