@@ -6,8 +6,8 @@ import socket
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,12 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hea
             while waiting and len(running) < max(1, room):
                 job, taken = waiting.popleft(), {place for _, place in running.values()}
                 place = min(set(range(len(taken) + 1)) - taken)
-                task_of = task.remote(asdict(job), os.getcwd(), threads, code_digest(*CODE), (desk, place))
-                running[task_of] = job, place
+                told = asdict(replace(job, device=job.device.partition(":")[0]))  # which of its GPUs, Ray decides
+                running[task.remote(told, os.getcwd(), threads, code_digest(*CODE), (desk, place))] = job, place
             done = ray.wait(list(running), timeout=1.0)[0]
-            for news in ray.get(desk.take.remote()):
-                hear(news)
+            with suppress(ray.exceptions.RayError):  # a desk that went with its node: the runs go on unwatched
+                for news in ray.get(desk.take.remote(), timeout=REACH):
+                    hear(news)
             for one in done:
                 hear(_ended(ray, one, running.pop(one)[0]))
 
