@@ -154,11 +154,11 @@ def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(
 
 
 def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_path: Path):
-    """Two workers, six runs; one worker is killed in its first training, and one run cannot succeed."""
+    """Two workers, four runs with one twin; a worker is killed in its first training, and one run cannot succeed."""
     out = tmp_path / "runs"
-    points = grid("seed = [0, 1]\nattack.size = [1, 2]\n[[grid.case]]\nrecipe.epochs = 40\n").points
-    broken = replace(points[1].spec, recipe=replace(points[1].spec.recipe, lr=1e30))
-    points = (*points[:1], replace(points[1], spec=broken), *points[2:])
+    points = grid("attack.size = [1, 2, 3, 4]\n[[grid.case]]\nrecipe.epochs = 80\n").points
+    broken = replace(points[3].spec, recipe=replace(points[3].spec.recipe, lr=1e30))
+    points = (*points[:3], replace(points[3], spec=broken))
     killed, news = [], []
 
     def hear(one: News) -> None:
@@ -171,20 +171,25 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_
     ended = sweep(Sweep("s", points), out, workers=2, device="cpu", hear=hear)
     assert killed
     assert [one.number for one in ended] == [0, 1, 2, 3]
-    assert [one.how for one in ended] == ["done", "failed", "done", "done"]
-    assert "lower recipe.lr" in ended[1].said
+    assert [one.how for one in ended] == ["done", "done", "done", "failed"]
+    assert "lower recipe.lr" in ended[3].said
     assert Counter(n.number for n in news if isinstance(n, Started))[killed[0].number] == 2
     assert len(records(out)) == 3
-    assert [f.content["error"] for f in read_records(out).failures] == [ended[1].said]
-    twins = [one.number for one in news if isinstance(one, Step) and (one.name, one.done) == ("train the twin", 0)]
-    again = [killed[0].number] if killed[0].name == "train the twin" else []
-    assert len(twins) - len(again) == 2  # each once for all that share it
+    assert [f.content["error"] for f in read_records(out).failures] == [ended[3].said]
     assert not list(out.glob("stages/.*"))
 
     before = records(out)
     again = sweep(Sweep("s", points), out, workers=2, device="cpu")
-    assert [one.how for one in again] == ["kept", "failed", "kept", "kept"]
+    assert [one.how for one in again] == ["kept", "kept", "kept", "failed"]
     assert records(out) == before
+
+
+def test_what_runs_side_by_side_share_is_made_once(grid, tmp_path: Path):
+    sides, news = grid("attack.size = [1, 2]\n[[grid.case]]\nrecipe.epochs = 200\n"), []
+    sweep(sides, tmp_path / "runs", workers=2, device="cpu", hear=news.append)
+    steps = [one.name for one in news if isinstance(one, Step) and one.done == 0]
+    assert steps.count("train the victim") == 2
+    assert steps.count("train the twin") == 1
 
 
 def workers_of(driver: int) -> list["Child"]:
@@ -244,7 +249,7 @@ def alive(pid: int) -> bool:
 
 def test_two_sweeps_at_once_do_each_run_once(grid, tmp_path: Path):
     out = tmp_path / "runs"
-    grid("seed = [0, 1]\n")
+    grid("seed = [0, 1]\n[[grid.case]]\nrecipe.epochs = 200\n")
     words = [sys.executable, "-m", "vitrap.cli.main", "sweep", tmp_path / "sweep.toml", "--out", out, "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     both = [subprocess.Popen([*map(str, words), "--workers", "1"], **pipes) for _ in range(2)]
