@@ -128,23 +128,26 @@ def good(folder: Path) -> str:
     return write(folder, record(number=7)).name
 
 
+def beside(folder: Path, change: Change) -> str:
+    """A changed record beside a good one, whose name is returned."""
+    kept, odd = good(folder), record(number=8)
+    change(odd)
+    (folder / "odd").mkdir()
+    (folder / "odd" / "record.json").write_text(json.dumps(odd))
+    return kept
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_record_that_cannot_be_true_is_skipped(tmp_path: Path, look, name: str):
-    kept, odd = good(tmp_path / "runs"), record(number=8)
-    REFUSED[name](odd)
-    (tmp_path / "runs" / "odd").mkdir()
-    (tmp_path / "runs" / "odd" / "record.json").write_text(json.dumps(odd))
+    kept = beside(tmp_path / "runs", REFUSED[name])
     runs, skipped, page = look()
     assert (runs, skipped) == ({kept}, 1)
-    assert "1 of 1 runs" in page or kept in page
+    assert page.count(kept) > 0
 
 
 @pytest.mark.parametrize("name", READ)
 def test_a_record_with_odd_parts_is_read_as_far_as_it_goes(tmp_path: Path, look, name: str):
-    kept, odd = good(tmp_path / "runs"), record(number=8)
-    READ[name](odd)
-    (tmp_path / "runs" / "odd").mkdir()
-    (tmp_path / "runs" / "odd" / "record.json").write_text(json.dumps(odd))
+    kept = beside(tmp_path / "runs", READ[name])
     runs, skipped, _ = look()
     assert (runs, skipped) == ({kept, "odd"}, 0)
 

@@ -6,7 +6,7 @@ import socket
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ CODE = (
     "attacks", "contracts.py", "data", "defences", "experiment", "metrics", "models", "tensors", "train",
 )  # fmt: skip
 """What must be the same on every node."""
+TOKEN = "RAY_AUTH_TOKEN_PATH"
 REACH = 5.0
 """Seconds within which a cluster's head must answer."""
 
@@ -82,7 +83,7 @@ def load_ray() -> Any:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is there: without it anybody can run code on a node
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU is no reason for a warning
     try:
         return import_module("ray")
     except ImportError as error:
@@ -126,15 +127,11 @@ def _ended(ray: Any, reference: Any, job: Job) -> Ended:
 def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address`, or one started here for as long as the block lasts."""
     quiet = {"log_to_driver": False, "logging_level": "error"}
-    with tempfile.TemporaryDirectory() as own:
-        if address is None:
-            token = Path(own) / "token"
-            token.touch(mode=0o600)
-            token.write_text(secrets.token_hex(32))
-            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-            quiet |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        else:
-            _reach(address)
+    if address is None:
+        quiet |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    else:
+        _reach(address)
+    with _own_token() if address is None else nullcontext():
         try:
             with _mute():
                 ray.init(address=address or "local", **quiet)
@@ -145,6 +142,22 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """A token for a cluster that lives no longer than the block."""
+    before = os.environ.get(TOKEN)
+    with tempfile.TemporaryDirectory() as own:
+        token = Path(own) / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ[TOKEN] = str(token)
+        try:
+            yield
+        finally:
+            os.environ.pop(TOKEN)
+            os.environ.update({TOKEN: before} if before is not None else {})
 
 
 @contextmanager
