@@ -140,6 +140,12 @@ def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(
     file.write_text(json.dumps(content))
     assert [a.seconds for a in look_ahead(points, shelf(out), threads=2)][1] == 8
     assert [a.seconds for a in look_ahead(points, shelf(out), "cuda:0")][1] is None
+    without = json.loads(json.dumps(content))
+    without |= {"name": "other", "seed": 7, "hash": "0" * 12}
+    without["spec"]["seed"] = 7
+    del without["seconds"]["twin"]
+    (out / "other").mkdir()
+    (out / "other" / "record.json").write_text(json.dumps(without))
     ahead = look_ahead(points, shelf(out))
     assert [a.state for a in ahead] == ["record there", *["to run"] * 5]
     assert [a.seconds for a in ahead] == [0, 16, 16, 116, 16, 16]  # the second seed's twin is to be trained once

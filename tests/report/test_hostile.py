@@ -87,6 +87,7 @@ READ = {
     "model odd": put("spec.model", [1, {"a": 2}]),
     "no model": drop("spec.model"),
     "no recipe": drop("spec.recipe"),
+    "no seed in the spec": drop("spec.seed"),
     "data odd": put("data", {"n_curves": "x"}),
     "spec's defences odd": put("spec.defences", 5),
     "name odd": put("name", "\x1b[31mred[/bold]\u202e"),

@@ -55,11 +55,11 @@ def look_ahead(grid: Sweep, shelf: Shelf, device: str = "cpu", threads: int = 1)
         state = state if key in done else "failed before" if key in failed else "to run"
         alike, seconds = kin.get(_kin(spec), []), 0.0
         if state != "record there":
-            shared = {"twin": twin(spec)} | (
-                {"surrogate": _surrogate(spec)} if point.spec.params.needs_surrogate else {}
-            )
+            shared = {"twin": twin(spec)}
+            if point.spec.params.needs_surrogate:
+                shared["surrogate"] = _surrogate(spec)
             own = () if state == "defences missing" else ("poison", "victim", "fit", "measure")
-            parts = [*own, *(part for part, key in shared.items() if key not in made)]
+            parts = [*own, *(part for part, stage in shared.items() if stage not in made)]
             seconds = _cost(point, alike, parts, missing, threads) if alike else None
             made |= set(shared.values())
         ahead.append(Ahead(point, state, seconds))
@@ -68,7 +68,7 @@ def look_ahead(grid: Sweep, shelf: Shelf, device: str = "cpu", threads: int = 1)
 
 def _timed(record: Table, kind: str) -> bool:
     """Whether a record says how long the run took on this kind of device."""
-    whole = {"data", "model", "recipe", "attack"} <= record["spec"].keys()
+    whole = {"seed", "data", "model", "recipe", "attack"} <= record["spec"].keys()
     where = record.get("environment")
     return whole and isinstance(record.get("seconds"), dict) and isinstance(where, dict) and (
         where.get("device_kind") == kind and isinstance(where.get("threads"), int)
@@ -90,7 +90,10 @@ def _kin(spec: Mapping[str, Any]) -> str:
 def _cost(point: Point, alike: Sequence[Table], parts: Sequence[str], missing: Sequence[Any], threads: int) -> float:
     """Seconds of what is still to be made; of runs with the same attack, where there are any."""
     same = [record for record in alike if record["spec"]["attack"]["name"] == point.spec.attack] or alike
-    known = [[_seconds(record, record["seconds"].get(part), threads) for record in same] for part in parts]
+    known = [
+        [_seconds(record, record["seconds"][part], threads) for record in same if part in record["seconds"]]
+        for part in parts
+    ]
     for defence in missing:  # on the victim, and as long on the twin
         rows = [
             (r, row.get("seconds")) for r in alike for row in r.get("defences") or [] if row["name"] == defence.name

@@ -34,7 +34,6 @@ class Job:
         hash: of the spec.
         out: the folder of runs.
         device: where to compute.
-        threads: how many the CPU's share is.
     """
 
     number: int
@@ -43,7 +42,6 @@ class Job:
     hash: str
     out: str
     device: str = "auto"
-    threads: int = 1
 
     @property
     def folder(self) -> Path:

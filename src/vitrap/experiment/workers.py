@@ -47,7 +47,7 @@ def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: H
         while waiting or any(worker.job for worker in crew):
             for worker in crew:
                 if worker.job is None and waiting:
-                    _give(worker, replace(waiting.popleft(), device=devices[worker.number], threads=threads), hear)
+                    _give(worker, replace(waiting.popleft(), device=devices[worker.number]), hear)
             busy = [worker for worker in crew if worker.job]
             for worker in (w for c in wait([w.connection for w in busy]) for w in busy if w.connection is c):
                 _listen(worker, waiting, tries, hear)
