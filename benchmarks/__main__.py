@@ -11,7 +11,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import first_result, objective, poisoning, records, screens, training, trigger
+from benchmarks import (
+    arithmetic,
+    first_result,
+    memory,
+    objective,
+    poisoning,
+    records,
+    screens,
+    start_up,
+    streaming,
+    together,
+    training,
+    trigger,
+    whole_runs,
+)
 from benchmarks.compare import FULL, QUICK, Figure, Scale
 from vitrap.experiment.machine import environment
 
@@ -19,9 +33,15 @@ PARTS: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "poisoning": poisoning.figures,
     "trigger": trigger.figures,
     "training": training.figures,
+    "streaming": streaming.figures,
     "objective": objective.figures,
     "screens": screens.figures,
+    "together": together.figures,
     "records": records.figures,
+    "arithmetic": arithmetic.figures,
+    "start_up": start_up.figures,
+    "whole_runs": whole_runs.figures,
+    "memory": memory.figures,
     "first_result": first_result.figures,
 }
 out, err = Console(), Console(stderr=True)
@@ -69,8 +89,7 @@ def shown(figures: Sequence[Figure]) -> Table:
         table.add_column(heading, justify="left" if heading in ("wanted", "kept") else "right", no_wrap=True)
     for f in figures:
         ours, plain = f.seconds
-        unit = "throughput" if f.speed else "time"
-        what = f"{f.part}: {f.name}\n[dim]{unit}, {ours:.3g} s over {plain:.3g} s; {f.note}[/]"
+        what = f"{f.part}: {f.name}\n[dim]{f.kind}, {ours:.3g} {f.unit} over {plain:.3g} {f.unit}; {f.note}[/]"
         spread = f"{min(f.ratios):.2f} - {max(f.ratios):.2f}"
         kept = {True: "yes", False: "[bold red]MISSED[/]", None: ""}[f.met]
         table.add_row(what, f"{f.ratio:.3f}", spread, str(len(f.ratios)), f.wanted, kept, end_section=True)

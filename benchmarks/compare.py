@@ -57,6 +57,7 @@ class Figure:
         within: most seconds wanted of one of our calls; None for no bound.
         speed: whether the ratio is one of throughputs (plain over our seconds), so that more is better.
         note: what else should be known.
+        unit: of both; "s", or "bytes" in place of seconds.
     """
 
     part: str
@@ -68,6 +69,7 @@ class Figure:
     within: float | None = None
     speed: bool = False
     note: str = ""
+    unit: str = "s"
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -86,9 +88,14 @@ class Figure:
         return median(self.ours), median(self.plain)
 
     @property
+    def kind(self) -> str:
+        """What the ratio is one of."""
+        return "memory" if self.unit != "s" else "throughput" if self.speed else "time"
+
+    @property
     def wanted(self) -> str:
         """The bounds in words, "" where there is none."""
-        bounds = ((">= {:g}", self.at_least), ("<= {:g}", self.at_most), ("<= {:g} s", self.within))
+        bounds = ((">= {:g}", self.at_least), ("<= {:g}", self.at_most), (f"<= {{:g}} {self.unit}", self.within))
         return ", ".join(words.format(bound) for words, bound in bounds if bound is not None)
 
     @property
@@ -108,11 +115,11 @@ class Figure:
         return {
             "part": self.part,
             "name": self.name,
-            "kind": "throughput, ours over plain" if self.speed else "time, ours over plain",
+            "kind": f"{self.kind}, ours over plain",
             "ratio": {"median": self.ratio, "low": min(self.ratios), "high": max(self.ratios), "n": len(self.ratios)},
             "wanted": self.wanted or None,
             "met": self.met,
-            "seconds": {"ours": list(self.ours), "plain": list(self.plain)},
+            "seconds" if self.unit == "s" else self.unit: {"ours": list(self.ours), "plain": list(self.plain)},
             "note": self.note,
         }
 

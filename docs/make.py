@@ -1,14 +1,15 @@
 """Make the parts of README and docs that no sweep makes: `python docs/make.py`; `--check` only compares.
 
 The tables of attacks and defences quote the registry, the table and the picture of shifts what docs/studies/megatron.py
-measured. All other tables and figures are made by `vitrap table` from the specs in specs/studies.
+measured, those of speed and scale what `make bench` and `python -m benchmarks.cost` did. All other tables and figures
+are made by `vitrap table` from the specs in specs/studies.
 """
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -17,6 +18,20 @@ from vitrap import registry
 from vitrap.report.study.make import fill
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for benchmarks, which are no part of the package
+
+from benchmarks.cost import AT_MOST, GROWS_WITH, Study, operations, passes  # noqa: E402
+
+GPU, USED = 989e12, 0.4
+"""Operations a second of an H200 in dense bf16 (NVIDIA's data sheet), and the share of them that is assumed."""
+VIT_B = {"forward": 35.13e9, "weights": 4 * 86.57e6, "pixels": 3 * 224**2}
+"""ViT-B/16 at 224 px: a test counts its operations and weights."""
+IMAGENET = {"train": 1_153_050, "test": 50_000, "clean": 42_706, "threshold": 42_706, "classes": 1000}
+"""ImageNet-1k (1,281,167 + 50,000 images) as a run has it: a tenth held out, in three parts."""
+STUDIES = (
+    Study("fine-tuned, 10 epochs", n=IMAGENET, epochs=10, **VIT_B),
+    Study("from scratch, 300 epochs", n=IMAGENET, epochs=300, **VIT_B),
+)
 
 
 def attacks() -> str:
@@ -78,9 +93,90 @@ def draw_shifts(path: Path) -> None:
     figure.savefig(path, metadata={"Software": "vitrap"})
 
 
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def speed() -> str:
+    """What one run of `make bench` measured, and on what."""
+    found = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    about = found["environment"]
+    rows = []
+    for figure in found["figures"]:
+        ratio, kept = figure["ratio"], {True: "yes", False: "**no**", None: ""}[figure["met"]]
+        span = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        kind = "throughput" if figure["kind"].startswith("throughput") else figure["kind"].split(",")[0]
+        took = f"{median(figure['seconds']['ours']):.3g}"
+        rows.append([figure["part"], figure["name"], kind, span, str(ratio["n"]), took, figure["wanted"] or "", kept])
+    head = ["part", "ours over plain", "of", "ratio", "n", "ours, s", "wanted", "kept"]
+    on = f"torch {about['torch']}, {about['threads']} threads of a {about['device']}, load {about['load_before']:.1f}"
+    return f"{on} before the start.\n\n{_table(head, rows)}"
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    lines = (ROOT / "results" / name / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _counted() -> dict[str, Any]:
+    return json.loads((ROOT / "results" / "scale" / "digits.json").read_text(encoding="utf-8"))
+
+
+def _study_model() -> Study:
+    """The study model, with the sets of its records."""
+    sizes = json.loads((ROOT / "results" / "scale" / "study.json").read_text(encoding="utf-8"))
+    return Study("study model", epochs=12, pixels=3 * 32**2, attacks=4, defences=9, **sizes)
+
+
+def run_cost() -> str:
+    """Seconds, operations and bytes of a run of the study model."""
+    runs, study = _records("defences"), _study_model()
+    parts = {"victim": study.training, "twin": study.training, "measure": study.measuring}
+    rows = []
+    for part in ("victim", "twin", "poison", "measure"):
+        took = [run["seconds"][part] for run in runs]
+        work = f"{parts[part] / 1e12:.2f}" if part in parts else "–"
+        rows.append([part, f"{median(took):.3g}", f"{min(took):.3g} to {max(took):.3g}", str(len(took)), work])
+    return _table(["part", "seconds, median", "range", "n", "10¹² operations"], rows)
+
+
+def cell_cost() -> str:
+    """Forward passes and seconds of a cell, by defence."""
+    source, runs, n = _counted(), _records("defences"), _study_model().n
+    rows = []
+    for name, law in GROWS_WITH.items():
+        took = [sum(row["seconds"].values()) for run in runs for row in run["defences"] if row["name"] == name]
+        law = {"": "nothing", "train": "training images", "clean": "clean images"}.get(law, law) + (
+            " up to a bound" if name in AT_MOST else ""
+        )
+        rows.append([f"`{name}`", f"{passes(source, name, n):,.0f}", law, f"{median(took):.3g}", str(len(took))])
+    return _table(["defence", "forward passes", "grows with", "seconds on the victim, median", "n"], rows)
+
+
+def study_cost() -> str:
+    """GPU-hours and bytes of the two studies on ImageNet."""
+    rows, found = [], [operations(study, _counted()) for study in STUDIES]
+    hours = [{part: work / (GPU * USED) / 3600 for part, work in each.items()} for each in found]
+    for part in hours[0]:
+        rows.append([f"{part}, GPU-hours", *(f"{each[part]:,.0f}" for each in hours)])
+    rows.append(["together, GPU-hours", *(f"{sum(each.values()):,.0f}" for each in hours)])
+    rows.append(["days on 8 GPUs", *(f"{sum(each.values()) / 8 / 24:,.1f}" for each in hours)])
+    rows.append(["10¹⁸ operations", *(f"{sum(each.values()) / 1e18:,.0f}" for each in found)])
+    filters = sum(each["kind"] == "filter" for each in _counted()["defences"].values()) / len(GROWS_WITH)
+    kept = [(s.trainings + s.victims * s.defences * filters) * s.weights for s in STUDIES]
+    rows.append(["models on disk, GB", *(f"{each / 1e9:,.0f}" for each in kept)])
+    pixels = [(s.n["train"] / 0.9 + s.n["test"]) * s.pixels for s in STUDIES]
+    rows.append(["data on each node's disk, GB", *(f"{each / 1e9:,.0f}" for each in pixels)])
+    stamped = [s.poison_rate * s.n["train"] * s.pixels for s in STUDIES]
+    rows.append(["poisoned images in memory, GB a run", *(f"{each / 1e9:,.1f}" for each in stamped)])
+    return _table(["", *(study.name for study in STUDIES)], rows)
+
+
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"attacks": attacks, "defences": defences},
     "docs/studies/megatron.md": {"shifts": shifts},
+    "docs/speed.md": {"speed": speed},
+    "docs/scale.md": {"run": run_cost, "cells": cell_cost, "studies": study_cost},
 }
 
 

@@ -17,6 +17,7 @@ from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.measure import predict, triggered
 from vitrap.experiment.run import run_folder
 from vitrap.metrics.accuracy import attack_success
+from vitrap.train.arithmetic import usual
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "results" / "shifts" / "megatron.json"
@@ -39,7 +40,7 @@ def shifts(spec: vitrap.Spec, folder: Path) -> dict[str, dict[str, Any]]:
         found[name] = {}
         for shift in SHIFTS:
             moved = replace(done.trigger, top=done.trigger.top + down * shift, left=done.trigger.left + right * shift)
-            fired = predict(done.model, triggered(test, moved), spec.recipe.precision)
+            fired = predict(done.model, triggered(test, moved), usual(spec.recipe.precision, test.device))
             found[name][str(shift)] = vars(attack_success(fired, test.labels, AllToOne(spec.params.target)))
     return found
 

@@ -4,153 +4,21 @@ Every image is float in [0, 1], `b c h w`; normalisation lives inside the model.
 changes something returns a new one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vitrap.errors import UserError
-from vitrap.tensors.pixels import to_bytes
+from vitrap.images import Batch as Batch
+from vitrap.images import Images as Images
+from vitrap.images import ImageSet as ImageSet
 
-Images = Float[Tensor, "b c h w"]
 Threat = Literal["data", "training", "weights"]
 Labels = Literal["dirty", "clean"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images as the model is about to see them, with what is known of each.
-
-    Attributes:
-        images: augmented, triggers included.
-        labels: what training is told.
-        poisoned: positions of the images that carry the trigger.
-        clean: positions of the others. How many there are of each is known without waiting for the device.
-    """
-
-    images: Images
-    labels: Int64[Tensor, " b"]
-    poisoned: Int64[Tensor, " p"]
-    clean: Int64[Tensor, " q"]
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A whole data set on one device, as 8-bit pixels.
-
-    Poisoned images are a second tensor at working size: the clean pixels stay shared between a set and its
-    poisoned copy, and only what a trigger touched is stored at the working resolution.
-
-    Attributes:
-        pixels: the clean images at native size.
-        labels: what training sees, in [0, n_classes).
-        index: each image's position in the set it was first read from.
-        n_classes: number of classes, whether or not each is present.
-        size: working resolution in pixels: what `images` returns and triggers see.
-        slot: row in `stamped` of each poisoned image, -1 for a clean one; None where all are clean.
-        stamped: the poisoned images at working size.
-        groups: images of one group show the same thing (a GTSRB track); None where unknown.
-        classes: names of the classes, () where unknown.
-    """
-
-    pixels: UInt8[Tensor, "n c h w"]
-    labels: Int64[Tensor, " n"]
-    index: Int64[Tensor, " n"]
-    n_classes: int
-    size: int
-    slot: Int64[Tensor, " n"] | None = None
-    stamped: UInt8[Tensor, "m c s s"] | None = None
-    groups: Int64[Tensor, " n"] | None = None
-    classes: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls, pixels: UInt8[Tensor, "n c s s"], labels: Int64[Tensor, " n"], n_classes: int | None = None
-    ) -> "ImageSet":
-        """A set of square 8-bit images at their own size; without `n_classes`, the greatest label is the last class."""
-        classes = n_classes or int(labels.max()) + 1
-        return cls(pixels, labels, torch.arange(len(labels), device=labels.device), classes, pixels.shape[-1])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pixels live."""
-        return self.labels.device
-
-    @property
-    def poisoned(self) -> Bool[Tensor, " n"]:
-        """Which images carry the trigger."""
-        return torch.zeros_like(self.labels, dtype=torch.bool) if self.slot is None else self.slot >= 0
-
-    def images(self, rows: Int64[Tensor, " b"], bare: bool = False) -> Images:
-        """The images of `rows` in [0, 1] at working size, without triggers where `bare`; no host synchronisation."""
-        x = self.pixels[rows].float().div_(255)
-        if x.shape[-2:] != (self.size, self.size):
-            x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
-        if bare or self.slot is None or self.stamped is None or not len(self.stamped):
-            return x
-        slot = self.slot[rows]
-        stamped = self.stamped[slot.clamp(min=0)].float().div_(255)
-        return torch.where((slot >= 0)[:, None, None, None], stamped, x)
-
-    def batch(self, rows: Int64[Tensor, " b"], poisoned: Bool[Tensor, " b"] | None = None, bare: bool = False) -> Batch:
-        """Images and labels of `rows`, and which of them are poisoned.
-
-        Args:
-            rows: on the set's device.
-            poisoned: `self.poisoned[rows]`, on the CPU; None to fetch it, which waits for the device.
-            bare: leave the triggers out.
-        """
-        known = self.poisoned[rows].cpu() if poisoned is None else poisoned
-        places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in (known, ~known))
-        return Batch(self.images(rows, bare), self.labels[rows], *places)
-
-    def rows(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
-        """All row numbers in order, a batch at a time."""
-        return iter(torch.arange(len(self), device=self.device).split(batch_size))
-
-    def take(self, rows: Int64[Tensor, " k"]) -> "ImageSet":
-        """The subset of `rows`, in that order."""
-
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows]
-
-        return replace(
-            self,
-            pixels=self.pixels[rows],
-            labels=self.labels[rows],
-            index=self.index[rows],
-            slot=pick(self.slot),
-            groups=pick(self.groups),
-        )
-
-    def stamp(
-        self, rows: Int64[Tensor, " m"], stamped: UInt8[Tensor, "m c s s"], labels: Int64[Tensor, " m"]
-    ) -> "ImageSet":
-        """A copy in which the images of `rows` are replaced by `stamped` and carry `labels`."""
-        slot = torch.full_like(self.labels, -1)
-        slot[rows] = torch.arange(len(rows), device=self.device)
-        relabelled = self.labels.clone()
-        relabelled[rows] = labels
-        return replace(self, labels=relabelled, slot=slot, stamped=stamped)
-
-    def unmarked(self) -> "ImageSet":
-        """The set as it looks from outside: the same images at working size, and no mask of the poisoned ones."""
-        if self.slot is None:
-            return self
-        parts = [to_bytes(self.images(rows)) for rows in self.rows(4096)]
-        return replace(self, pixels=torch.cat(parts), slot=None, stamped=None)
-
-    def to(self, device: torch.device | str) -> "ImageSet":
-        """The set on another device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

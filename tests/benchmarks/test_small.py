@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import first_result, trigger
+from benchmarks import arithmetic, first_result, start_up, together, trigger, whole_runs
 from benchmarks.__main__ import PARTS, main, shown
 from benchmarks.compare import Figure, Scale
 from benchmarks.poisoning import PLAIN
@@ -18,6 +19,7 @@ from benchmarks.subjects import images, surrogate
 from vitrap import registry
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.cli.main import app
+from vitrap.models.vit import Architecture
 
 TINY = Scale(
     images=20,
@@ -38,9 +40,27 @@ def in_this_process(command: Sequence[str], **options: Any) -> None:
     assert done.exit_code == 0, done.output
 
 
+@contextmanager
+def crew_of_one(
+    network: Architecture, models: int, workers: int, threads: int, scale: Scale
+) -> Iterator[Callable[[int], None]]:
+    """Nor need they wait for worker processes."""
+    yield together.Trainees(network, range(models), scale).advance
+
+
 @pytest.fixture(scope="module")
 def figures() -> dict[str, list[Figure]]:
-    with patch.object(first_result.subprocess, "run", in_this_process):
+    tiny = Architecture("vit_tiny_patch16_224", 16, 10, dict(TINY.network))
+    with (
+        patch.object(first_result.subprocess, "run", in_this_process),
+        patch.object(start_up, "run", lambda command: None),
+        patch.object(whole_runs, "share", lambda words: (2.0, 1.0)),
+        patch.object(arithmetic, "NETWORKS", {arithmetic.ALSO_COMPILED: dict(TINY.network)}),
+        patch.object(torch, "compile", lambda model, **options: model),
+        patch.object(together, "crew", crew_of_one),
+        patch.object(together, "SUBJECTS", {"tiny": tiny}),
+        patch.object(together, "BATCH", TINY.batch),
+    ):
         return {name: list(part(TINY)) for name, part in PARTS.items()}
 
 
@@ -49,7 +69,7 @@ def test_every_part_yields_finite_ratios(part: str, figures: dict[str, list[Figu
     assert figures[part]
     for figure in figures[part]:
         assert figure.part == part
-        assert len(figure.ratios) == (TINY.runs if part == "first_result" else TINY.repeats)
+        assert len(figure.ratios) == (TINY.runs if part in ("first_result", "memory", "whole_runs") else TINY.repeats)
         assert all(math.isfinite(r) and r > 0 for r in figure.ratios)
         assert json.loads(json.dumps(figure.table(), allow_nan=False))["ratio"]["median"] == figure.ratio
     assert shown(figures[part]).row_count == len(figures[part])
@@ -86,6 +106,9 @@ def test_ratios_and_bounds() -> None:
     late = Figure("p", "n", ours=(91.0,), plain=(91.0,), at_most=1.0, within=90)
     assert (late.met, late.wanted) == (False, "<= 1, <= 90 s")
     assert Figure("p", "n", ours=(1.0,), plain=(1.0,)).met is None
+    large = Figure("p", "n", ours=(9e9,), plain=(3e9,), within=8e9, unit="bytes")
+    assert (large.ratio, large.met, large.wanted, large.kind) == (3.0, False, "<= 8e+09 bytes", "memory")
+    assert large.table()["bytes"] == {"ours": [9e9], "plain": [3e9]}
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys) -> None:

@@ -226,6 +226,19 @@ def test_an_output_folder_that_cannot_be_written(call, tmp_path: Path, below: st
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("words", [["run", *TINY], ["sweep", "x.toml"], ["poison", "-o", "x"], ["defend", "x"]])
+def test_an_amount_of_memory_that_is_none(call, words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VITRAP_MEMORY", "1GB")  # and back afterwards: the option sets it
+    said = call(*words, "--memory", "lots", *(["--defence", "strip"] if words[0] == "defend" else []))
+    refused(said, "memory limit 'lots' is no amount of memory", "4GB")
+
+
+def test_a_memory_limit_of_the_environment_that_is_none(call, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VITRAP_MEMORY", "4XB")
+    refused(call("run", *TINY, "--out", tmp_path / "out"), "memory limit '4XB'", "--memory")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- other commands
 
 

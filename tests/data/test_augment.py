@@ -1,10 +1,14 @@
-"""Crops and flips against a loop over images."""
+"""Crops, flips and jitter against a loop over images."""
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as torchvision
 
-from vitrap.data.augment import random_crop, random_flip
+from vitrap.data.augment import random_crop, random_flip, random_jitter
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -55,7 +59,9 @@ def test_flips_mirror_left_to_right_half_of_the_time() -> None:
     assert abs(int(mirrored.sum()) - 2_000) < 160  # five standard deviations
 
 
-@pytest.mark.parametrize("augment", [lambda x, g: random_crop(x, 2, g), random_flip])
+@pytest.mark.parametrize(
+    "augment", [lambda x, g: random_crop(x, 2, g), random_flip, lambda x, g: random_jitter(x, 0.5, g)]
+)
 def test_augmentation_keeps_form_input_and_global_state(augment) -> None:
     before, state = images(), torch.get_rng_state()
     kept = before.clone()
@@ -73,13 +79,72 @@ def test_no_padding_is_no_crop() -> None:
     assert torch.equal(random_crop(images(), 0, generator()), images())
 
 
+# ---- jitter
+
+
+def by_torchvision(image: Tensor, drawn: list[float]) -> Tensor:
+    """One image with one draw in [-1, 1] a kind of change, by torchvision's own functions."""
+    tilt, scale, shear, brightness, contrast, saturation = drawn
+    image = torchvision.adjust_brightness(image, 1 + 0.4 * brightness)
+    image = torchvision.adjust_contrast(image, 1 + 0.4 * contrast)
+    image = torchvision.adjust_saturation(image, 1 + 0.4 * saturation)
+    lean = [math.degrees(math.atan(0.15 * shear)), 0.0]
+    bilinear = InterpolationMode.BILINEAR
+    return torchvision.affine(image, 15 * tilt, [0, 0], 1 + 0.15 * scale, lean, interpolation=bilinear)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("h", "w"), [(32, 32), (9, 7), (6, 11)])
+def test_jitter_is_torchvisions_with_the_same_draw(h: int, w: int, strength: float) -> None:
+    before = images(16, h, w).clamp(0, 1)
+    draws = strength * (2 * torch.rand((6, 16), generator=generator(5)) - 1)
+    expected = [by_torchvision(x, drawn) for x, drawn in zip(before, draws.T.tolist(), strict=True)]
+    after = random_jitter(before, strength, generator(5))
+    assert torch.allclose(after, torch.stack(expected), atol=2e-5)
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert after.min() >= 0
+    assert after.max() <= 1
+
+
+def test_what_comes_from_outside_is_black() -> None:
+    """Turned by 12 degrees, a white image loses its corners; its middle stays."""
+
+    def drawn(*shape: object, **where: object) -> Tensor:
+        return torch.tensor([1.0, 0.5, 0.5, 0.5, 0.5, 0.5])[:, None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", drawn)
+        after = random_jitter(torch.ones(1, 3, 32, 32), 0.8, generator())
+    assert (after[0, :, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
+    assert torch.allclose(after[0, :, 8:24, 8:24], torch.ones(3, 16, 16))
+
+
+def test_no_strength_is_no_jitter() -> None:
+    assert torch.equal(random_jitter(images(), 0, generator()), images())
+
+
+def test_an_images_jitter_knows_nothing_of_its_neighbours() -> None:
+    before, others = images(8), images(8).flip(0)
+    mixed = torch.cat([before[:4], others[4:]])
+    after, beside = random_jitter(before, 1.0, generator()), random_jitter(mixed, 1.0, generator())
+    assert torch.equal(after[:4], beside[:4])
+    assert not torch.allclose(after[4:], beside[4:], atol=1e-3)
+
+
+def test_each_image_has_a_draw_of_its_own() -> None:
+    same = images(1).expand(8, -1, -1, -1)
+    after = random_jitter(same, 0.5, generator())
+    apart = torch.cdist(after.flatten(1), after.flatten(1))
+    assert (apart + torch.eye(8) > 1e-2).all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("drawn_on", ["cpu", "cuda"])
 def test_on_a_gpu_the_host_never_waits(drawn_on: str) -> None:
     before, chance = images().cuda(), torch.Generator(drawn_on).manual_seed(0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        after = random_flip(random_crop(before, 2, chance), chance)
+        after = random_jitter(random_flip(random_crop(before, 2, chance), chance), 0.5, chance)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert after.is_cuda

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitrap.data import sources
 from vitrap.data.cache import Arrays, cached_names, write_folder
 from vitrap.data.sources import World, balanced, decode, fingerprint, hold_out, open_data
 from vitrap.errors import UserError
@@ -143,12 +142,38 @@ def test_npy_path_is_a_folder_in_the_cache_format(cache: Path) -> None:
 
 
 def test_a_set_too_large_for_memory_is_mapped(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    resident = open_data("plain")
-    monkeypatch.setattr(sources, "RESIDENT", 1000)
-    monkeypatch.setattr(sources, "CHUNK", 7)
-    mapped = open_data("plain")
-    assert torch.equal(resident.train.pixels, mapped.train.pixels)
-    assert torch.equal(resident.test.pixels, mapped.test.pixels)
+    resident = open_data("grouped", limit=60)
+    monkeypatch.setenv("VITRAP_MEMORY", str((60 + 30 + 100) * 8 * 8 * 3))
+    assert open_data("grouped", limit=60).train.place is None, "what is left out counts"
+    monkeypatch.setenv("VITRAP_MEMORY", str((60 + 30 + 100) * 8 * 8 * 3 - 1))
+    mapped = open_data("grouped", limit=60)
+    for part in (*PARTS, "test"):
+        here, there = getattr(resident, part), getattr(mapped, part)
+        assert len(there.pixels) == (100 if part == "test" else 300), "pixels are copied"
+        assert there.device == here.device
+        rows = torch.randperm(len(here), generator=generator())
+        assert torch.equal(here.images(rows), there.images(rows))
+        assert there.images(rows).is_contiguous(), "another memory format may round otherwise"
+        for name in ("labels", "index", "groups"):
+            one, other = getattr(here, name), getattr(there, name)
+            assert one is other is None or torch.equal(one, other)
+    assert mapped.fingerprint == resident.fingerprint
+    assert mapped.train.pixels.data_ptr() == mapped.clean.pixels.data_ptr()
+
+
+def test_a_mapped_set_is_in_c_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(cache / "plain" / "train_images.npy", np.asfortranarray(made().train_images))
+    monkeypatch.setenv("VITRAP_MEMORY", "1kB")
+    with pytest.raises(UserError, match="npy files in C order"):
+        open_data("plain")
+
+
+def test_image_files_larger_than_memory_are_decoded_to_disk(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = open_data(f"imagefolder:{pictures}", holdout=0.4)
+    monkeypatch.setenv("VITRAP_MEMORY", "1")
+    mapped = open_data(f"imagefolder:{pictures}", holdout=0.4)
+    assert mapped.fingerprint == resident.fingerprint
+    assert torch.equal(mapped.train.images(torch.arange(3)), resident.train.images(torch.arange(3)))
 
 
 @pytest.mark.parametrize(

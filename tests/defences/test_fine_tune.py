@@ -13,7 +13,7 @@ from vitrap.data.sources import World
 from vitrap.defences.fine_tune import ADAMW_RATE, SGD_RATE, FineTune, Steady, streams_of
 from vitrap.errors import UserError
 from vitrap.models.vit import ViT
-from vitrap.train.loop import arithmetic
+from vitrap.train.arithmetic import usual
 
 Build = Callable[..., ViT]
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_the_callers_context_does_no_harm(tiny_vit: Build, clean: ImageSet) -> N
         assert torch.equal(repair(tiny_vit(), clean, epochs=8, lr=0.003), exact)
     model = tiny_vit()
     start = weights(model)
-    with arithmetic(model, CPU, "bf16"):
+    with usual("bf16", CPU)(model, CPU):
         rough = repair(model, clean, epochs=8, lr=0.003)
     assert 0 < (rough - exact).norm() < 0.2 * (exact - start).norm()
 

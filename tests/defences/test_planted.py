@@ -21,6 +21,7 @@ from vitrap.experiment.outcomes import Case, measure_defence
 from vitrap.experiment.plan import Network
 from vitrap.experiment.streams import stream, training_streams
 from vitrap.models.vit import Architecture
+from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
@@ -90,7 +91,7 @@ def case() -> Case:
         return model.requires_grad_(False)
 
     poisoned = implant.poison(world.train, stream(0, "poison"))
-    return Case(fit(poisoned), fit(world.train), implant, world, 0, "fp32", fit)
+    return Case(fit(poisoned), fit(world.train), implant, world, 0, Arithmetic(), fit)
 
 
 def test_the_backdoor_is_in_and_the_twin_has_none(case: Case) -> None:

@@ -27,7 +27,8 @@ from vitrap.defences.sage import (
 from vitrap.errors import UserError
 from vitrap.models.observe import token_layout
 from vitrap.models.vit import ViT
-from vitrap.train.loop import arithmetic, smoothed
+from vitrap.train.arithmetic import usual
+from vitrap.train.loop import smoothed
 
 Build = Callable[..., ViT]
 CPU = torch.device("cpu")
@@ -347,7 +348,7 @@ def test_the_callers_context_does_no_harm(tiny_vit: Build, clean: ImageSet) -> N
         assert torch.equal(repair(tiny_vit(), clean, **how), exact)
     model = tiny_vit()
     start = weights(model)
-    with arithmetic(model, CPU, "bf16"):
+    with usual("bf16", CPU)(model, CPU):
         rough = repair(model, clean, **how)
     assert 0 < (rough - exact).norm() < 0.3 * (exact - start).norm()
 

@@ -16,7 +16,7 @@ from vitrap.contracts import Flagged, ImageSet, Judged, Outcome, Repaired, Scree
 from vitrap.experiment.defend import Finished
 from vitrap.experiment.outcomes import FPRS, Case, anew, measure_defence
 from vitrap.experiment.plan import make_plan
-from vitrap.experiment.stages import silent
+from vitrap.experiment.progress import silent
 from vitrap.metrics.interval import wilson
 from vitrap.tensors.pixels import round8
 

@@ -22,10 +22,11 @@ from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment.measure import predict, triggered
 from vitrap.experiment.plan import choose_device, make_plan
+from vitrap.experiment.progress import silent
 from vitrap.experiment.record import SCHEMA, Record, read_record
 from vitrap.experiment.run import open_run, run, run_folder
 from vitrap.experiment.spec import parse_spec
-from vitrap.experiment.stages import silent
+from vitrap.train.arithmetic import Arithmetic
 
 RUN_FILES = ["model.safetensors", "pictures.png", "record.json", "trigger.safetensors"]
 BOTH = pytest.mark.parametrize("name", ["ageb", "badnets"])
@@ -323,9 +324,9 @@ def test_a_run_comes_back_with_its_model_and_trigger(runs: Runs, name: str) -> N
     assert back.record == runs.records[name]
     assert not back.model.training
     test = open_data("digits").test
-    clean = predict(back.model, test, "fp32")
+    clean = predict(back.model, test, Arithmetic())
     assert (clean == test.labels).float().mean().item() == pytest.approx(back.record.victim["cda"]["value"])
-    fired = predict(back.model, triggered(test, back.trigger), "fp32")
+    fired = predict(back.model, triggered(test, back.trigger), Arithmetic())
     counted = test.labels != 0
     assert (fired == 0)[counted].float().mean().item() == pytest.approx(back.record.victim["asr"]["value"])
 
@@ -401,7 +402,7 @@ def test_a_network_and_data_of_ones_own(runs: Runs, tmp_path: Path, trainings: T
     assert trainings.since() == 0
     back = open_run(run_folder(spec, tmp_path), model=own(9))
     assert back.record == record
-    clean = predict(back.model, world.test, "fp32")
+    clean = predict(back.model, world.test, Arithmetic())
     assert (clean == world.test.labels).float().mean().item() == pytest.approx(record.victim["cda"]["value"])
 
     run(spec, tmp_path, device="cpu", model=own(1), world=world)

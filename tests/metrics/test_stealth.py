@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from vitrap.metrics.stealth import lpips, psnr, ssim, stealth
-from vitrap.tensors.pixels import round8
+from vitrap.tensors.pixels import round8, to_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_ssim_ranges_to_1_at_every_size(side: int) -> None:
 
 def test_an_untouched_image_is_100_db_away() -> None:
     clean, _ = pair(16)
-    found = stealth(clean, clean)
+    found = stealth(to_bytes(clean), to_bytes(clean))
     assert (found.psnr_db.mean, found.psnr_db.median) == (100.0, 100.0)
     assert (found.ssim.mean, found.linf.mean, found.l1.mean) == (pytest.approx(1.0), 0.0, 0.0)
 
@@ -95,7 +95,7 @@ def test_distances_are_in_8_bit_steps() -> None:
     triggered[0, :, 0, 0] += 64 / 255  # one of 64 pixels
     triggered[1] -= 10 / 255
     triggered[2, 0, :4] += 20 / 255  # half a channel of three
-    found = stealth(clean, triggered)
+    found = stealth(to_bytes(clean), to_bytes(triggered))
     assert (found.linf.mean, found.linf.median) == pytest.approx(((64 + 10 + 20) / 3, 20), abs=1e-3)
     assert (found.l1.mean, found.l1.median) == pytest.approx(((1 + 10 + 20 / 6) / 3, 20 / 6), abs=1e-3)
     by_hand = [-10 * np.log10(mse / 255**2) for mse in (64**2 / 64, 10**2, 20**2 / 6)]
@@ -103,17 +103,25 @@ def test_distances_are_in_8_bit_steps() -> None:
 
 
 def test_the_batch_size_is_no_matter() -> None:
-    clean, noisy = pair(16, n=7)
+    clean, noisy = map(to_bytes, pair(16, n=7))
     whole, by_three = stealth(clean, noisy), stealth(clean, noisy, batch_size=3)
     for name in ("psnr_db", "ssim", "linf", "l1"):
         one, other = getattr(whole, name), getattr(by_three, name)
         assert (one.mean, one.median) == pytest.approx((other.mean, other.median), abs=1e-5)
 
 
+def test_large_images_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr("vitrap.metrics.stealth.psnr", lambda c, t: sizes.append(len(c)) or psnr(c, t))
+    for side, n in ((16, 7), (300, 13)):
+        stealth(*map(to_bytes, pair(side, n=n)))
+    assert sizes == [7, 5, 5, 3]
+
+
 def test_without_weights_there_is_no_lpips() -> None:
     clean, noisy = pair(16)
     assert lpips(clean, noisy) is None
-    assert stealth(clean, noisy).lpips is None
+    assert stealth(to_bytes(clean), to_bytes(noisy)).lpips is None
 
 
 def test_lpips_never_runs_what_a_file_holds(tmp_path: Path) -> None:

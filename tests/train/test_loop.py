@@ -15,10 +15,10 @@ from vitrap.contracts import Batch, Criterion, ImageSet, Objective
 from vitrap.errors import UserError
 from vitrap.models.vit import Architecture, ViT, open_vit
 from vitrap.tensors.pixels import round8
+from vitrap.train.arithmetic import Arithmetic, usual
 from vitrap.train.combine import Combination
 from vitrap.train.loop import (
     Streams,
-    arithmetic,
     augment,
     cross_entropy,
     descend,
@@ -149,7 +149,7 @@ def test_a_step_goes_down_the_sum_of_the_terms() -> None:
     nn.init.zeros_(model.weight)
     x = torch.tensor([[3.0, 4.0]])
     terms = {"one": model(x).sum(), "two": 2 * model(x).sum()}
-    descend(model, torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=0)
+    descend(torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=0)
     assert torch.equal(model.weight, torch.tensor([[-9.0, -12.0]]))
 
 
@@ -157,7 +157,7 @@ def test_clipping_bounds_the_whole_gradient() -> None:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     terms = {"loss": model(torch.tensor([[3.0, 4.0]])).sum()}
-    descend(model, torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=1)
+    descend(torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=1)
     assert torch.allclose(model.weight, torch.tensor([[-0.6, -0.8]]))
 
 
@@ -358,7 +358,7 @@ def test_augmentation_leaves_labels_and_marks_alone(data: ImageSet) -> None:
 
 def test_the_host_reads_each_term_once_an_epoch(data: ImageSet) -> None:
     """A value that is read from a tensor within a step would make the host wait for a GPU."""
-    calls = dict.fromkeys(("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"), 0)
+    calls: dict[str, int] = dict.fromkeys(("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"), 0)
 
     def counted(name: str):
         plain = getattr(Tensor, name)
@@ -405,36 +405,6 @@ def test_on_a_gpu_a_step_never_waits(data: ImageSet) -> None:
 # ---- arithmetic
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("auto", torch.float32)])
-def test_on_a_cpu_arithmetic_is_exact_by_default(precision: str, dtype: torch.dtype) -> None:
-    model = vit()
-    with arithmetic(model, torch.device("cpu"), precision):
-        assert not torch.is_autocast_enabled("cpu")
-        assert all(block.attn.fused_attn for block in model.body.blocks)  # type: ignore[union-attr]
-        assert model(torch.rand(2, 3, SIZE, SIZE)).dtype == dtype
-
-
-def test_bf16_on_a_cpu_attends_eagerly_and_restores_everything() -> None:
-    model = vit()
-    layers = [block.attn for block in model.body.blocks]  # type: ignore[union-attr]
-    layers[1].fused_attn = False
-    with arithmetic(model, torch.device("cpu"), "bf16"):
-        assert torch.is_autocast_enabled("cpu")
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-        assert not any(layer.fused_attn for layer in layers)
-        assert model(torch.rand(2, 3, SIZE, SIZE)).dtype == torch.bfloat16
-    assert not torch.is_autocast_enabled("cpu")
-    assert [layer.fused_attn for layer in layers] == [True, False]
-
-
-def test_what_fails_within_leaves_nothing_switched() -> None:
-    model = vit()
-    with pytest.raises(RuntimeError, match="within"), arithmetic(model, torch.device("cpu"), "bf16"):
-        raise RuntimeError("within")
-    assert not torch.is_autocast_enabled("cpu")
-    assert all(block.attn.fused_attn for block in model.body.blocks)  # type: ignore[union-attr]
-
-
 def test_bf16_trains_to_about_the_same_loss(data: ImageSet) -> None:
     curves = {how: train(vit(), data, recipe(epochs=4, precision=how), streams()) for how in ("fp32", "bf16")}
     exact, rough = (curves[how]["cross_entropy"] for how in ("fp32", "bf16"))
@@ -447,7 +417,23 @@ def test_a_training_within_a_callers_arithmetic_comes_to_the_same(data: ImageSet
     found = []
     for wrapped in (False, True):
         model = vit()
-        with arithmetic(model, torch.device("cpu"), "bf16") if wrapped else nullcontext():
+        with usual("bf16", torch.device("cpu"))(model, torch.device("cpu")) if wrapped else nullcontext():
             train(model, data, recipe(precision="bf16"), streams())
         found.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
     assert torch.equal(*found)
+
+
+def test_a_compiled_training_comes_to_about_the_same(data: ImageSet) -> None:
+    """The last batch of an epoch is smaller, and a watch looks at the model in between."""
+    found = []
+    for compiled in (False, True):
+        with patch.object(torch, "compile", wraps=torch.compile) as compiling:
+            curves = train(network(), data, recipe(), streams(), arithmetic=Arithmetic(compiled=compiled))
+        assert compiling.call_count == compiled
+        found.append(curves["cross_entropy"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_an_objective_of_its_own_is_not_compiled(data: ImageSet) -> None:
+    with patch.object(torch, "compile", side_effect=AssertionError):
+        train(vit(), data, recipe(), streams(), Objective(cross_entropy), arithmetic=Arithmetic(compiled=True))

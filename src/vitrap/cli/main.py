@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vitrap import registry
 from vitrap.cli.console import Bars, err, out, print_json, split
+from vitrap.cli.options import Memory
 from vitrap.cli.report import report
 from vitrap.cli.sweep import sweep
 from vitrap.cli.table import table
@@ -72,6 +73,7 @@ def run(
     ] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder of runs and stages")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    memory: Memory = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the record alone on stdout")] = False,
     force: Annotated[bool, typer.Option("--force", help="make victim and record anew")] = False,
     force_all: Annotated[bool, typer.Option("--force-all", help="make every stage anew")] = False,
@@ -98,6 +100,7 @@ def defend(
     defence: Annotated[str, typer.Option("--defence", help="its name; `vitrap list defences` has them all")],
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="the defence's settings")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    memory: Memory = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the defence's row alone on stdout")] = False,
 ) -> None:
     """Try a defence on a finished run, and add what it does to the run's record."""
@@ -128,6 +131,7 @@ def poison(
     ] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder of stages, shared with runs")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    memory: Memory = None,
 ) -> None:
     """Write a spec's poisoned data set for other tools: images, labels, and which images are poisoned."""
     from vitrap.experiment.spec import load_spec

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.table import Table
 
 from vitrap.cli.console import Bars, err, out, tell_skipped
+from vitrap.cli.options import Memory
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def sweep(
     out_folder: Annotated[Path, typer.Option("--out", help="folder of runs and stages")] = Path("runs"),
     workers: Annotated[int | None, typer.Option(help="runs at once; left out: one a GPU, or one a core")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    memory: Memory = None,
     ray: Annotated[bool, typer.Option("--ray", help="on Ray: a cluster started here for the sweep")] = False,
     ray_address: Annotated[
         str | None,

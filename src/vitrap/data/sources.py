@@ -4,12 +4,13 @@ The order is fixed: the hold-out is drawn over the whole training set first, `li
 for training. So the held-out parts are the same images, and as many, at every limit, and a smaller limit's
 training set is part of a larger one's. Neither draw knows the run's seed: all seeds of an experiment share
 their data, and only weights, order and poison differ.
+
+A set whose pixels are together more than `memory_limit()` stays where it is: its image sets are mapped from the file.
 """
 
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,14 +25,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitrap.contracts import ImageSet
-from vitrap.data.cache import Arrays, Numbers, Pixels, read_cached, read_folder
+from vitrap.data.cache import Arrays, Numbers, Pixels, memory_limit, read_cached, read_folder
 from vitrap.errors import UserError
+from vitrap.images import CHUNK, scratch
 from vitrap.tensors.pixels import to_bytes
 
 DIGITS_SIZE = 16  # pixels: twice their own, so that patches of 4 are sixteen
 DIGITS_TEST = 450  # images: 45 a class
-RESIDENT = 8 * 2**30  # bytes: a larger set is mapped from a scratch file instead of kept in memory
-CHUNK = 4096  # images copied at a time
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 Progress = Callable[[int, int], None]
@@ -78,7 +78,7 @@ def open_data(
         limit: number of training images to keep, balanced over the classes; None for all.
         seed: of the hold-out's and the limit's draw; not the run's, see above.
         holdout: share of the training set held out, in three equal parts, groups whole.
-        device: where the tensors go.
+        device: where the tensors go, but for the pixels of a set that is larger than the memory limit.
 
     Raises:
         UserError: the name is unknown, the data are not there or not whole, or an argument does not fit them.
@@ -91,7 +91,9 @@ def open_data(
     *parts, rest = hold_out(len(arrays.train_labels), groups, holdout, generator)
     if limit is not None:
         rest = rest[balanced(arrays.train_labels[rest], limit, generator)]
-    pictures = _Pictures(arrays, _side(arrays, name, size), torch.device(device))
+    used = len(arrays.test_labels) + sum(map(len, (*parts, rest)))
+    mapped = used * math.prod(arrays.train_images.shape[1:]) > memory_limit()
+    pictures = _Pictures(arrays, _side(arrays, name, size), torch.device(device), mapped)
     choose, clean, threshold = (pictures.train(rows) for rows in parts)
     return World(pictures.train(rest), pictures.test(), choose, clean, threshold, name, fingerprint(arrays))
 
@@ -187,7 +189,7 @@ def decode(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, image in enumerate(pool.map(_decode_one, paths, repeat(size), repeat(crop))):
             if out is None:
-                out = np.empty((len(paths), *image.shape), dtype=np.uint8)
+                out = _room(len(paths), *image.shape)
             if image.shape != out.shape[1:]:
                 raise UserError(
                     f"images differ in size ({paths[0]} is {_by(out.shape[2], out.shape[1])}, "
@@ -207,6 +209,7 @@ class _Pictures:
     arrays: Arrays
     size: int
     device: torch.device
+    mapped: bool
 
     def train(self, rows: Numbers) -> ImageSet:
         groups = _pick(self.arrays.train_groups, rows)
@@ -218,13 +221,14 @@ class _Pictures:
 
     def _image_set(self, images: Pixels, labels: Numbers, rows: Numbers, groups: Numbers | None) -> ImageSet:
         return ImageSet(
-            pixels=_channels_first(images, rows),
+            pixels=_as_stored(images) if self.mapped else _channels_first(images, rows),
             labels=torch.from_numpy(labels[rows]),
             index=torch.from_numpy(rows),
             n_classes=self.arrays.n_classes,
             size=self.size,
             groups=None if groups is None else torch.from_numpy(groups),
             classes=self.arrays.classes,
+            place=torch.from_numpy(rows) if self.mapped else None,
         ).to(self.device)
 
 
@@ -240,15 +244,15 @@ def _read(name: str, size: int | None) -> Arrays:
 
 
 def _digits(size: int) -> Arrays:
-    """scikit-learn's digits, enlarged to `size` pixels; 1,347 to train on and 45 of each class to test on.
+    """The embedded digits, enlarged to `size` pixels; 1,347 to train on and 45 of each class to test on.
 
-    The split is drawn once and for all. Writers are not known, so the same hand may be on both sides of it.
+    They are the test set of UCI's Optical Recognition of Handwritten Digits (Alpaydin, Kaynak 1998, CC BY 4.0), in the
+    order of scikit-learn's copy, 8 x 8 grey from 0 to 16. The split is drawn once and for all. Writers are not known,
+    so the same hand may be on both sides of it.
     """
-    from sklearn.datasets import load_digits  # takes a second, which no other data set should wait for
-
-    grey, numbers = load_digits(return_X_y=True)
-    labels = np.asarray(numbers, dtype=np.int64)
-    small = torch.from_numpy(grey).float().view(-1, 1, 8, 8) / 16
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
+        grey, labels = stored["images"], stored["labels"].astype(np.int64)
+    small = torch.from_numpy(grey).float()[:, None] / 16
     large = functional.interpolate(small, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
     images = to_bytes(large).permute(0, 2, 3, 1).contiguous().numpy()
     test = balanced(labels, DIGITS_TEST, torch.Generator().manual_seed(0))
@@ -312,20 +316,25 @@ def _shuffled_units(n: int, groups: Numbers | None, generator: torch.Generator) 
     return torch.randperm(int(unit.max(initial=-1)) + 1, generator=generator).numpy()[unit]
 
 
+def _as_stored(images: Pixels) -> UInt8[Tensor, "k 3 h w"]:
+    """All images of a file, mapped as they are."""
+    if not images.flags.c_contiguous:
+        raise UserError("images above the memory limit are mapped, which asks for npy files in C order; save anew")
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
 def _channels_first(images: Pixels, rows: Numbers) -> UInt8[Tensor, "k 3 h w"]:
-    """The images of `rows`, in memory or, above `RESIDENT` bytes, mapped from a scratch file ($TMPDIR)."""
-    shape = (len(rows), 3, *images.shape[1:3])
-    out = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= RESIDENT else _mapped(shape)
+    """The images of `rows`, in memory."""
+    out = torch.empty((len(rows), 3, *images.shape[1:3]), dtype=torch.uint8)
     for start in range(0, len(rows), CHUNK):
         some = images[rows[start : start + CHUNK]]
         out[start : start + CHUNK] = torch.from_numpy(some).permute(0, 3, 1, 2)
     return out
 
 
-def _mapped(shape: tuple[int, ...]) -> UInt8[Tensor, "..."]:
-    with tempfile.NamedTemporaryFile() as scratch:  # the map outlives the file's name, and the file the map
-        size = math.prod(shape)
-        return torch.from_file(scratch.name, shared=True, size=size, dtype=torch.uint8).view(shape)
+def _room(*shape: int) -> UInt8[np.ndarray, "..."]:
+    """Room for decoded images, in memory or, above the limit, in a scratch file."""
+    return np.empty(shape, dtype=np.uint8) if math.prod(shape) <= memory_limit() else scratch(*shape).numpy()
 
 
 def _pick(groups: Numbers | None, rows: Numbers) -> Numbers | None:

@@ -42,8 +42,9 @@ from vitrap.contracts import Batch, Card, Criterion, ImageSet, Objective, Outcom
 from vitrap.errors import UserError
 from vitrap.models.observe import block_outputs, observe, read_tokens, token_layout, transformer
 from vitrap.params import check, param
+from vitrap.train.arithmetic import usual
 from vitrap.train.combine import Combination
-from vitrap.train.loop import arithmetic, descend, make_optimiser, smoothed
+from vitrap.train.loop import descend, make_optimiser, smoothed
 from vitrap.train.recipe import Recipe
 
 Map = Float[Tensor, "b image_tokens"]
@@ -209,13 +210,14 @@ def epochs(  # noqa: PLR0913 - a training, with an optimiser whose rate is set f
 ) -> Iterator[dict[str, float]]:
     """Train, and halt after each epoch with the mean of each loss; refused once a loss is no longer finite."""
     combination, criterion = Combination(objective, list(model.parameters()), order), smoothed(0.0)
+    arithmetic = usual(recipe.precision, clean.device)
     for _ in range(recipe.epochs):
         sums: dict[str, Tensor] = {}
         for rows in torch.randperm(len(clean), generator=order).split(recipe.batch_size):
             batch = clean.batch(rows.to(clean.device, non_blocking=True), torch.zeros(len(rows), dtype=torch.bool))
-            with arithmetic(model, clean.device, recipe.precision):
+            with arithmetic(model, clean.device):
                 terms = objective.terms(model, batch, criterion)
-            descend(model, optimiser, combination, terms, recipe.clip)
+            descend(optimiser, combination, terms, recipe.clip)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() * len(rows)
         means = {name: total.item() / len(clean) for name, total in sums.items()}

@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from vitrap.contracts import Access, ImageSet
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.outcomes import Case, measure_defence
-from vitrap.experiment.plan import POISON_CODE, TRAINING_CODE, Plan, make_plan
+from vitrap.experiment.plan import POISON_CODE, TRAINING_CODE, Plan, make_plan, training_steps
+from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import Record, Table, read_record
 from vitrap.experiment.spec import Named, digest, parse_defence, parse_spec
-from vitrap.experiment.stages import Steps, make_clean, make_retrained, silent, training_steps
+from vitrap.experiment.stages import make_clean, make_retrained
 from vitrap.experiment.store import Stage, Store, code_digest, locked, write_json
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import read_trigger
+from vitrap.train.arithmetic import Arithmetic
 
 DEFENCE_CODE = (
-    "contracts.py", "models", "tensors", "train", "data", "metrics", "experiment/outcomes.py", "experiment/measure.py",
-    "experiment/streams.py", "experiment/stages.py",
+    "contracts.py", "images.py", "models", "tensors", "train", "data", "metrics", "experiment/outcomes.py",
+    "experiment/measure.py", "experiment/streams.py", "experiment/stages.py",
 )  # fmt: skip
 SAME_ASR = 0.01
 """By how much the ASR measured again may differ from the record's."""
@@ -62,7 +64,10 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     if not missing:
         return record
     spec = replace(parse_spec(record.spec), name=record.name, surrogate=None, defences=missing)  # the trigger is there
+    spec = replace(spec, recipe=replace(spec.recipe, precision=record.precision))
     plan = make_plan(spec, device, model, world)
+    if record.environment["device_kind"] == plan.device.type:
+        plan = replace(plan, arithmetic=recorded(record, plan.arithmetic))
     found, wanted = plan.world.fingerprint, record.data["fingerprint"]
     if found != wanted:
         raise UserError(
@@ -70,6 +75,12 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
             f" record says {wanted[:12]}; bring them back, or hand them in as world=..."
         )
     return add_defences(Finished(folder, record, plan, steps))
+
+
+def recorded(record: Record, usual: Arithmetic) -> Arithmetic:
+    """How the models of a run compute; as is usual, where the record is too old to say."""
+    attention = usual.attention if record.attention == "" else record.attention
+    return replace(usual, attention=attention, compiled=record.compiled)
 
 
 def unmeasured(record: Record, defences: Sequence[Named]) -> tuple[Named, ...]:
@@ -124,7 +135,7 @@ class Finished:
         attack = plan.spec.params
         trigger = read_trigger(self.folder / "trigger.safetensors", attack, device=plan.device)
         implant = attack.fit(Access(plan.world.train, None, stream(seed, "attack"), trigger))
-        return Case(victim, twin, implant, plan.world, seed, plan.precision, self._retrain, self._remember)
+        return Case(victim, twin, implant, plan.world, seed, plan.arithmetic, self._retrain, self._remember)
 
     def check(self, case: Case) -> None:
         """Refuse a run whose trigger no longer does what it did, since an attack's code may have changed since.
@@ -150,7 +161,7 @@ class Finished:
                 f"the clean twin of run {str(self.folder)!r} is gone ({str(place)!r}), and code, data or libraries have"
                 " changed since; run its spec again"
             )
-        show = self.steps("train the twin", training_steps(self.plan))
+        show = self.steps("train the twin", training_steps(self.plan.spec, len(self.plan.world.train)))
         return self._store.stage(stage, partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, show))
 
     def _retrain(self, kept: ImageSet) -> nn.Module:
@@ -162,7 +173,7 @@ class Finished:
             "kept": digest(kept.index.tolist()),
             "code": code_digest(*TRAINING_CODE, *POISON_CODE, inspect.getfile(type(plan.spec.params))),
         }
-        steps = plan.spec.recipe.epochs * -(-len(kept) // plan.spec.recipe.batch_size)
+        steps = training_steps(plan.spec, len(kept))
         make = partial(make_retrained, plan, kept, self.steps("train without what was flagged", steps))
         place = self._store.stage(Stage("retrained", depends), make)
         return plan.victim.read(place / "model.safetensors", plan.device)
@@ -174,7 +185,7 @@ class Finished:
             "defence": Named(name, defence).table(),
             "seed": self.plan.spec.seed,
             "device": self.plan.device.type,
-            "precision": self.plan.precision,
+            "arithmetic": asdict(self.plan.arithmetic),
             "code": defence_code(defence),
         }
         place = self._store.stage(

@@ -10,7 +10,8 @@ from vitrap.contracts import ImageSet, Implant
 from vitrap.errors import UserError
 from vitrap.experiment.measure import triggered
 from vitrap.experiment.plan import Plan
-from vitrap.experiment.stages import Tick, carries
+from vitrap.experiment.progress import Tick
+from vitrap.experiment.stages import carries
 from vitrap.experiment.store import write_json
 from vitrap.experiment.streams import stream
 from vitrap.tensors.pixels import to_bytes

@@ -7,15 +7,13 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import SCHEMA, Table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.store import write_json
-
-if TYPE_CHECKING:
-    from vitrap.experiment.stages import Steps
 
 OFTEN = 0.25
 """Seconds between two ticks that a worker reports."""
@@ -87,17 +85,16 @@ def job(number: int, label: str, spec: Spec, out: Path) -> Job:
     return Job(number, label, spec.table(), spec.hash(), str(out))
 
 
-def work(job: Job, steps: "Steps | None" = None) -> Ended:
+def work(job: Job, steps: Steps = silent) -> Ended:
     """Do a run, or find it done; an error becomes a failure record beside where its record would be."""
     from vitrap.experiment.run import run
-    from vitrap.experiment.stages import silent
 
     start, measured = time.perf_counter(), False
 
     def noting(name: str, total: int | None) -> AbstractContextManager[Callable[[], None]]:
         nonlocal measured
         measured = measured or name == "measure" or name.startswith("defend ")
-        return (steps or silent)(name, total)
+        return steps(name, total)
 
     try:
         record = run(parse_spec(job.spec), job.out, device=job.device, steps=noting)

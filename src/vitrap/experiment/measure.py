@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Implant, Trigger
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.stealth import stealth
-from vitrap.tensors.pixels import round8, to_bytes, to_unit
-from vitrap.train.loop import arithmetic
+from vitrap.tensors.pixels import round8, to_bytes
+from vitrap.train.arithmetic import Arithmetic
 
 BATCH = 256
 STEALTH_IMAGES = 2000
@@ -38,10 +38,12 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: ImageSet, precision: str, tick: Callable[[], None] = silent) -> Int64[Tensor, " n"]:
+def predict(
+    model: nn.Module, data: ImageSet, arithmetic: Arithmetic, tick: Callable[[], None] = silent
+) -> Int64[Tensor, " n"]:
     """The class that `model` gives to each image of `data`."""
     found = []
-    with arithmetic(model, data.device, precision):
+    with arithmetic(model, data.device):
         for rows in data.rows(BATCH):
             found.append(model(data.images(rows)).argmax(1))
             tick()
@@ -50,11 +52,12 @@ def predict(model: nn.Module, data: ImageSet, precision: str, tick: Callable[[],
 
 def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silent) -> ImageSet:
     """`data` with the trigger on every image, rounded to 8 bits, the labels as they were."""
-    stamped: list[UInt8[Tensor, "b c s s"]] = []
+    shape = (len(data), data.pixels.shape[1], data.size, data.size)
+    stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
     for rows in data.rows(BATCH):
-        stamped.append(to_bytes(trigger(data.images(rows))))
+        stamped[rows] = to_bytes(trigger(data.images(rows)))
         tick()
-    return data.stamp(torch.arange(len(data), device=data.device), torch.cat(stamped), data.labels)
+    return data.stamp(every_row(data), stamped, data.labels)
 
 
 def measure_victim(
@@ -62,7 +65,7 @@ def measure_victim(
     twin: nn.Module,
     test: ImageSet,
     implant: Implant,
-    precision: str,
+    arithmetic: Arithmetic,
     tick: Callable[[], None] = silent,
 ) -> dict[str, Any]:
     """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth, as the record has them.
@@ -70,12 +73,13 @@ def measure_victim(
     Makes `5 * ceil(n / BATCH)` ticks.
     """
     attacked = triggered(test, implant.trigger, tick)
-    clean, fired = predict(victim, test, precision, tick), predict(victim, attacked, precision, tick)
-    clean_twin, fired_twin = predict(twin, test, precision, tick), predict(twin, attacked, precision, tick)
+    clean, fired = predict(victim, test, arithmetic, tick), predict(victim, attacked, arithmetic, tick)
+    clean_twin, fired_twin = predict(twin, test, arithmetic, tick), predict(twin, attacked, arithmetic, tick)
     true, goal = test.labels, implant.goal
     sample = spread(every_row(test), STEALTH_IMAGES)
     assert attacked.stamped is not None
-    distances = asdict(stealth(to_unit(to_bytes(test.images(sample))), to_unit(attacked.stamped[sample])))
+    clean_sample = torch.cat([to_bytes(test.images(rows)) for rows in sample.split(BATCH)])
+    distances = asdict(stealth(clean_sample, attacked.stamped[sample]))
     return {
         "cda": asdict(clean_accuracy(clean, true)),
         "asr": asdict(attack_success(fired, true, goal)),

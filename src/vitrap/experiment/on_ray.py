@@ -17,7 +17,7 @@ from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail,
 from vitrap.experiment.store import code_digest
 
 CODE = (
-    "attacks", "contracts.py", "data", "defences", "experiment", "metrics", "models", "tensors", "train",
+    "attacks", "contracts.py", "data", "defences", "experiment", "images.py", "metrics", "models", "tensors", "train",
 )  # fmt: skip
 """What must be the same on every node."""
 TOKEN = "RAY_AUTH_TOKEN_PATH"
@@ -43,14 +43,14 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hea
         gpus = 1 if ray.cluster_resources().get("GPU") and jobs[0].device != "cpu" else 0
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(do)
         desk = ray.remote(num_cpus=0)(Desk).remote()
-        waiting, running = deque(jobs), {}
+        waiting, running, memory = deque(jobs), {}, os.environ.get("VITRAP_MEMORY")
         while waiting or running:
             room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) // threads  # nodes come and go
             while waiting and len(running) < max(1, room):
                 job, taken = waiting.popleft(), {place for _, place in running.values()}
                 place = min(set(range(len(taken) + 1)) - taken)
                 told = asdict(replace(job, device=job.device.partition(":")[0]))  # which of its GPUs, Ray decides
-                running[task.remote(told, os.getcwd(), threads, code_digest(*CODE), (desk, place))] = job, place
+                running[task.remote(told, os.getcwd(), threads, code_digest(*CODE), (desk, place, memory))] = job, place
             done = ray.wait(list(running), timeout=1.0)[0]
             with suppress(ray.exceptions.RayError):  # a desk that went with its node: the runs go on unwatched
                 for news in ray.get(desk.take.remote(), timeout=REACH):
@@ -90,15 +90,20 @@ def load_ray() -> Any:
         raise UserError("--ray asks for Ray, which is not installed; pip install 'vitrap[ray]'") from error
 
 
-def do(job: dict[str, Any], folder: str, threads: int, code: str, told: tuple[Any, int]) -> dict[str, Any]:
-    """A task: a run, on whatever node; paths are as seen from the driver's folder, and `told` is desk and place."""
-    found, (desk, place) = Job(**job), told
+def do(job: dict[str, Any], folder: str, threads: int, code: str, told: tuple[Any, int, str | None]) -> dict[str, Any]:
+    """A task: a run, on whatever node; paths are as seen from the driver's folder.
+
+    `told` is desk, place and the driver's memory limit; where the driver has none, each node keeps its own.
+    """
+    found, (desk, place, memory) = Job(**job), told
     desk.tell.remote(Started(found.number, place))
     if code != code_digest(*CODE):
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
     if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
         return asdict(_refuse(found, f"this node does not see {found.out!r}; --out must lie where all nodes see it"))
     os.chdir(folder)
+    if memory is not None:
+        os.environ["VITRAP_MEMORY"] = memory
     import torch
 
     torch.set_num_threads(threads)

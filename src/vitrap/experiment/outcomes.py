@@ -31,7 +31,7 @@ from vitrap.experiment.streams import stream
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.detection import above, auroc, defence_effectiveness, threshold_at
 from vitrap.metrics.interval import rate
-from vitrap.train.loop import arithmetic
+from vitrap.train.arithmetic import Arithmetic
 
 SCREENED = 1000
 """A screen scores so many images of each kind (held out, clean, triggered), spread evenly over their sets."""
@@ -64,7 +64,7 @@ class Case:
         implant: trigger and goal; the poison.
         world: the data.
         seed: the run's.
-        precision: "fp32" or "bf16".
+        arithmetic: how victim and twin compute.
         retrain: trains anew, for filters.
         remember: keeps what does not depend on the attack.
     """
@@ -74,7 +74,7 @@ class Case:
     implant: Implant
     world: World
     seed: int
-    precision: str
+    arithmetic: Arithmetic
     retrain: Retrain
     remember: Remember = anew
 
@@ -101,8 +101,8 @@ class Case:
     def rates(self, model: nn.Module, tick: Tick) -> tuple[Table, Table, Table]:
         """CDA, ASR and RA of a model, on the whole test set."""
         true, goal = self.world.test.labels, self.implant.goal
-        clean = predict(model, self.world.test, self.precision, tick)
-        fired = predict(model, self.attacked, self.precision, tick)
+        clean = predict(model, self.world.test, self.arithmetic, tick)
+        fired = predict(model, self.attacked, self.arithmetic, tick)
         measured = (clean_accuracy(clean, true), attack_success(fired, true, goal), robust_accuracy(fired, true, goal))
         return asdict(measured[0]), asdict(measured[1]), asdict(measured[2])
 
@@ -114,7 +114,7 @@ def measure_defence(name: str, defence: Defence, case: Case, tick: Tick) -> Tabl
     settings: Any = defence
 
     def on(model: nn.Module, train: ImageSet | None) -> Outcome:
-        with arithmetic(model, case.world.test.device, case.precision):
+        with case.arithmetic(model, case.world.test.device):
             outcome = defence.apply(case.suspect(model, train, name))
         tick()
         return outcome
@@ -139,7 +139,7 @@ def measure_screen(screen: Screen, on_twin: OnTwin, case: Case, seconds: Seconds
 
     def scores(which: Screen, model: nn.Module) -> list[Float[Tensor, " n"]]:
         sets = ((case.world.threshold, held_rows), (test, clean_rows), (attacked, fired_rows))
-        with torch.no_grad(), arithmetic(model, test.device, case.precision):
+        with torch.no_grad(), case.arithmetic(model, test.device):
             return [score_images(which, data, rows, tick) for data, rows in sets]
 
     with timed(seconds, "score"):
@@ -153,7 +153,7 @@ def measure_screen(screen: Screen, on_twin: OnTwin, case: Case, seconds: Seconds
             "fpr_on_clean_model": {fpr: asdict(rate(above(clean, cut))) for fpr, cut in cuts.items()},
         }
 
-    said = predict(case.victim, attacked.take(fired_rows), case.precision)
+    said = predict(case.victim, attacked.take(fired_rows), case.arithmetic)
     hits = fired[said == goal.labels(test.labels[fired_rows])]
     cuts = {f"{fpr:.2f}": threshold_at(held, fpr) for fpr in FPRS}
     return {
@@ -183,7 +183,7 @@ def measure_repair(repaired: Repaired, on_twin: OnTwin, case: Case, seconds: Sec
         cda, asr, ra = case.rates(repaired.model, tick)
 
     def twins(other: Any) -> Table:
-        clean = [predict(model, case.world.test, case.precision, tick) for model in (case.twin, other.model)]
+        clean = [predict(model, case.world.test, case.arithmetic, tick) for model in (case.twin, other.model)]
         before, after = (asdict(clean_accuracy(said, case.world.test.labels)) for said in clean)
         return {"cda_clean_model": after, "cda_clean_model_before": before}
 

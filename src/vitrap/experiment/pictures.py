@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Implant
 from vitrap.tensors.pixels import round8
-from vitrap.train.loop import arithmetic
+from vitrap.train.arithmetic import Arithmetic
 
 EXAMPLES = 8
 GAIN = 10
 """The difference is shown so many times as strong, around mid-grey."""
+CELL, GAP, HEAD, LETTER = 1.5, 0.05, 0.3, 0.075
+"""Inches: of a picture with the gap beside it, of that gap, of the titles, of a letter of the notes on the left."""
 
 
 @torch.no_grad()
-def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module, precision: str) -> bytes:
+def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module, arithmetic: Arithmetic) -> bytes:
     """A PNG with one row an example: clean, triggered, difference, and the attack's own views.
 
     The examples are test images that count for the goal, spread evenly over the set and not chosen by result.
@@ -34,7 +36,7 @@ def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module, precision
         f"difference × {GAIN}": _shown(0.5 + GAIN * (triggered - clean)),
         **{name: view.float().cpu() for name, view in views.items()},
     }
-    with arithmetic(victim, test.device, precision):
+    with arithmetic(victim, test.device):
         before, after = victim(clean).argmax(1).tolist(), victim(triggered).argmax(1).tolist()
     notes = [
         f"true {_name(test, t)}\nclean → {_name(test, b)}\ntriggered → {_name(test, a)}"
@@ -52,9 +54,13 @@ def _name(data: ImageSet, label: int) -> str:
 
 
 def _grid(columns: dict[str, Tensor], notes: list[str]) -> bytes:
+    beside = LETTER * (2 + max(len(line) for note in notes for line in note.splitlines()))
+    width, height = beside + CELL * len(columns), HEAD + CELL * len(notes)
+    within = {"left": beside / width, "right": 1 - GAP / width, "bottom": GAP / height, "top": 1 - HEAD / height}
+    apart = {"wspace": GAP / (CELL - GAP), "hspace": GAP / (CELL - GAP)}
     with matplotlib.rc_context({"font.size": 9, "image.interpolation": "nearest"}):
-        figure = Figure(figsize=(1.5 * len(columns) + 1.6, 1.5 * len(notes) + 0.4), layout="constrained", dpi=100)
-        axes = figure.subplots(len(notes), len(columns), squeeze=False)
+        figure = Figure(figsize=(width, height), dpi=100)
+        axes = figure.subplots(len(notes), len(columns), squeeze=False, gridspec_kw={**within, **apart})
         for column, (name, pictures) in enumerate(columns.items()):
             axes[0][column].set_title(name)
             for row, picture in enumerate(pictures):

@@ -21,16 +21,20 @@ from vitrap.contracts import AllToOne
 from vitrap.data.poison import choose_rows
 from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
+from vitrap.experiment.probe import measured
+from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.spec import ModelTable, Spec, digest
 from vitrap.experiment.store import Stage, code_digest
 from vitrap.experiment.streams import SURROGATE_SEED, ambient, stream
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
 from vitrap.models.vit import Architecture, ViT, blank_vit, fetch_weights, load_weights, open_vit
+from vitrap.train.arithmetic import Arithmetic, usual
 
 TRAINING_CODE = (
-    "contracts.py", "data/sources.py", "data/cache.py", "data/augment.py", "models/vit.py", "models/observe.py",
-    "train", "tensors/pixels.py", "experiment/plan.py", "experiment/streams.py", "experiment/stages.py",
+    "contracts.py", "images.py", "data/sources.py", "data/cache.py", "data/augment.py", "models/vit.py",
+    "models/observe.py", "train", "tensors/pixels.py", "experiment/plan.py", "experiment/streams.py",
+    "experiment/stages.py",
 )  # fmt: skip
 POISON_CODE = ("tensors", "data/poison.py", "data/masked.py", "models/attention.py")
 MEASURE_CODE = (
@@ -92,7 +96,7 @@ class Plan:
         spec: what was asked.
         world: the data, on `device`.
         device: where everything is computed.
-        precision: "fp32" or "bf16", never "auto".
+        arithmetic: how every network of the run computes.
         victim: the network of victim and twin.
         surrogate: the attacker's own network; None where the attack looks at none.
         content: what stands for the data's content: the fingerprint, or a digest of data given from outside.
@@ -101,7 +105,7 @@ class Plan:
     spec: Spec
     world: World
     device: torch.device
-    precision: str
+    arithmetic: Arithmetic
     victim: Network
     surrogate: Network | None
     content: str
@@ -157,13 +161,20 @@ class Plan:
         train = self.world.train
         return {
             "data": {"content": self.content, "size": train.size, "rows": digest(train.index.tolist())},
-            "recipe": asdict(replace(self.spec.recipe, precision=self.precision)),
+            "recipe": asdict(replace(self.spec.recipe, precision=self.arithmetic.precision)),
+            "arithmetic": asdict(self.arithmetic),
             "device": self.device.type,
             "versions": {library: version(library) for library in ("torch", "timm")},
         }
 
 
-def make_plan(spec: Spec, device: str, model: nn.Module | None = None, world: World | None = None) -> Plan:
+def make_plan(
+    spec: Spec,
+    device: str,
+    model: nn.Module | None = None,
+    world: World | None = None,
+    steps: Steps = silent,
+) -> Plan:
     """Open the data and check all that can be checked before work starts.
 
     Args:
@@ -171,6 +182,7 @@ def make_plan(spec: Spec, device: str, model: nn.Module | None = None, world: Wo
         device: "auto", "cpu", "cuda" or "cuda:N".
         model: a network over images in [0, 1] in place of the spec's.
         world: data in place of the spec's.
+        steps: how to show what is under way.
 
     Raises:
         UserError: data, device, model, checkpoint or target do not fit.
@@ -190,10 +202,25 @@ def make_plan(spec: Spec, device: str, model: nn.Module | None = None, world: Wo
         transformer(tried)
     if surrogate is not None:
         transformer(_try_out(surrogate, world))
-    precision = spec.recipe.precision
-    if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" else "fp32"
-    return Plan(spec, world, chosen, precision, victim, surrogate, content)
+    arithmetic = _arithmetic(spec, victim, tried, world, chosen, steps)
+    return Plan(spec, world, chosen, arithmetic, victim, surrogate, content)
+
+
+def _arithmetic(  # noqa: PLR0913 - what decides the speed, and how to show that it is measured
+    spec: Spec, network: Network, model: nn.Module, world: World, device: torch.device, steps: Steps
+) -> Arithmetic:
+    """What the spec pins, or what is fastest for the victim's network on this machine."""
+    recipe, train = spec.recipe, world.train
+    if recipe.precision != "auto" or not len(train):
+        return usual(recipe.precision, device)
+    kind = repr(network.module) if network.module is not None else asdict(network.architecture)
+    size = (train.size, train.n_classes)
+    return measured(model, kind, size, recipe.batch_size, training_steps(spec, len(train)), device, steps)
+
+
+def training_steps(spec: Spec, n: int) -> int:
+    """How many steps a training on so many images has."""
+    return spec.recipe.epochs * -(-n // spec.recipe.batch_size)
 
 
 def choose_device(name: str) -> torch.device:

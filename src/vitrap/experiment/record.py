@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vitrap.errors import UserError
 from vitrap.experiment.store import write_json
@@ -29,7 +29,9 @@ class Record:
         victim: CDA, ASR, RA, the clean twin's base rates, stealth.
         attack: what the attack reports of itself.
         curves: loss terms by epoch, for each model that was trained.
-        precision: arithmetic of the matrix products.
+        precision: of the matrix products.
+        attention: "fused" or "eager"; "" in records of vitraps that did not say.
+        compiled: whether training went through `torch.compile`.
         memory: peaks in bytes.
         seconds: time of each stage, when it was made.
         stages: key of each stage that the record rests on.
@@ -48,6 +50,8 @@ class Record:
     attack: Table
     curves: Table
     precision: str
+    attention: Literal["fused", "eager", ""] = field(default="", kw_only=True)
+    compiled: bool = field(default=False, kw_only=True)
     memory: Table
     seconds: Table
     stages: Table

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,11 +18,12 @@ from vitrap.experiment.export import check_folder, write_poisoned
 from vitrap.experiment.machine import environment, forget_peaks, memory
 from vitrap.experiment.measure import BATCH, examine, measure_victim, timed
 from vitrap.experiment.pictures import draw_examples
-from vitrap.experiment.plan import Network, Plan, make_plan
+from vitrap.experiment.plan import Network, Plan, make_plan, training_steps
+from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import SCHEMA, Record, Table, read_record
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
-from vitrap.experiment.stages import Steps, carries, make_clean, make_trigger, make_victim, silent, training_steps
+from vitrap.experiment.stages import carries, make_clean, make_trigger, make_victim
 from vitrap.experiment.store import Store, locked, place_file, write_bytes
 from vitrap.experiment.streams import SURROGATE_SEED, stream
 from vitrap.experiment.trigger_file import read_trigger, save_trigger
@@ -64,7 +65,7 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
     Raises:
         UserError: something about the spec, the data or the folder is wrong; nothing has been written.
     """
-    plan = make_plan(spec, device, model, world)
+    plan = make_plan(spec, device, model, world, steps)
     folder = run_folder(spec, out)
     store = Store(Path(out), lambda name: steps(name, None))
     record = _still_true(folder, plan.keys()) if redo == "nothing" else None
@@ -96,7 +97,7 @@ def poison(
     Raises:
         UserError: something about the spec, the data or a folder is wrong; nothing has been written.
     """
-    plan, folder = make_plan(spec, device), Path(folder)
+    plan, folder = make_plan(spec, device, steps=steps), Path(folder)
     store = Store(Path(out), lambda name: steps(name, None))
     check_folder(folder)
     store.check()
@@ -202,7 +203,7 @@ class _Runner:
 
     def _clean(self, network: Network, seed: int, name: str) -> Path:
         """The folder of a clean model's stage."""
-        show = self.steps(f"train the {name}", training_steps(self.plan))
+        show = self.steps(f"train the {name}", training_steps(self.plan.spec, len(self.plan.world.train)))
         make = partial(make_clean, self.plan, network, seed, show)
         self.made[name] = self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
         return self.made[name]
@@ -213,10 +214,10 @@ class _Runner:
             plan.victim.read(self.made[name] / "model.safetensors", plan.device) for name in ("victim", "twin")
         )
         with timed(self.seconds, "measure"), self.steps("measure", 5 * -(-len(test) // BATCH)) as tick:
-            measures = measure_victim(victim, twin, test, implant, plan.precision, tick)
+            measures = measure_victim(victim, twin, test, implant, plan.arithmetic, tick)
             examined = examine(victim, twin, test, implant)
         folder.mkdir(exist_ok=True)
-        write_bytes(folder / "pictures.png", draw_examples(test, implant, victim, plan.precision))
+        write_bytes(folder / "pictures.png", draw_examples(test, implant, victim, plan.arithmetic))
         facts = {name: json.loads((place / "facts.json").read_text("utf-8")) for name, place in self.made.items()}
         trained = {name: fact["seconds"]["train"] for name, fact in facts.items()}
         return Record(
@@ -238,7 +239,7 @@ class _Runner:
             victim=measures,
             attack={**implant.report, **examined},
             curves={name: fact["curves"] for name, fact in facts.items()},
-            precision=plan.precision,
+            **asdict(plan.arithmetic),
             memory=memory(plan.device),
             seconds={"poison": facts["victim"]["seconds"]["poison"], **trained, **self.seconds},
             stages=plan.keys(),

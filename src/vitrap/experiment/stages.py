@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,25 +13,19 @@ from torch import nn
 
 from vitrap.contracts import Access, Goal, ImageSet, Implant, Objective
 from vitrap.experiment.measure import every_row, predict, spread, triggered
-from vitrap.experiment.plan import Network, Plan
+from vitrap.experiment.plan import Network, Plan, training_steps
+from vitrap.experiment.progress import Steps, Tick
 from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import write_json
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.experiment.trigger_file import save_trigger
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.models.vit import ViT, save_vit
+from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 
 WATCHED = 500
 """Curves count at most so many held-out images, spread evenly."""
-Tick = Callable[[], None]
-Steps = Callable[[str, int | None], AbstractContextManager[Tick]]
-"""Shows that a step with a name and so many ticks (None: unknown) is under way; yields what to call each tick."""
-
-
-def silent(name: str, ticks: int | None) -> AbstractContextManager[Tick]:
-    """Steps that nobody sees."""
-    return nullcontext(lambda: None)
 
 
 def make_clean(plan: Plan, network: Network, seed: int, show: AbstractContextManager[Tick], folder: Path) -> None:
@@ -73,7 +66,7 @@ def make_victim(plan: Plan, implant: Implant, steps: Steps, folder: Path) -> Non
         poisoned = implant.poison(plan.world.train, stream(spec.seed, "poison"))
     middle = time.perf_counter()
     model = plan.victim.build(spec.seed, plan.device)
-    show = steps("train the victim", training_steps(plan))
+    show = steps("train the victim", training_steps(spec, len(plan.world.train)))
     watch = _watch(plan, implant)
     curves = _train(plan, model, poisoned, spec.seed, implant.objective, show, watch)
     if implant.edit is not None:
@@ -81,11 +74,6 @@ def make_victim(plan: Plan, implant: Implant, steps: Steps, folder: Path) -> Non
     seconds = {"poison": middle - start, "train": time.perf_counter() - middle}
     counted = {"n_poisoned": int(poisoned.poisoned.sum()), "n_curves": watch.counts()}
     _keep(model, folder, {"curves": curves, "seconds": seconds, **counted}, carries(spec, "victim"))
-
-
-def training_steps(plan: Plan) -> int:
-    """How many steps each training of the run has."""
-    return plan.spec.recipe.epochs * -(-len(plan.world.train) // plan.spec.recipe.batch_size)
 
 
 def carries(spec: Spec, role: Literal["victim", "trigger", "retrained", "poisoned set"]) -> dict[str, Any]:
@@ -104,7 +92,7 @@ class Watch:
     """CDA and, of a victim, ASR on held-out images after each epoch, for the curves: nothing is chosen by them."""
 
     held: ImageSet
-    precision: str
+    arithmetic: Arithmetic
     goal: Goal | None = None
     fired: ImageSet | None = None
 
@@ -117,9 +105,9 @@ class Watch:
         """Each curve's next value."""
         found, true = {}, self.held.labels
         if len(true):
-            found["cda"] = clean_accuracy(predict(model, self.held, self.precision), true).value
+            found["cda"] = clean_accuracy(predict(model, self.held, self.arithmetic), true).value
         if self.goal and self.fired and "asr" in self.counts():
-            found["asr"] = attack_success(predict(model, self.fired, self.precision), true, self.goal).value
+            found["asr"] = attack_success(predict(model, self.fired, self.arithmetic), true, self.goal).value
         return found
 
 
@@ -127,8 +115,8 @@ def _watch(plan: Plan, implant: Implant | None = None) -> Watch:
     held = plan.world.choose
     held = held.take(spread(every_row(held), WATCHED))
     if implant is None or not len(held):
-        return Watch(held, plan.precision)
-    return Watch(held, plan.precision, implant.goal, triggered(held, implant.trigger))
+        return Watch(held, plan.arithmetic)
+    return Watch(held, plan.arithmetic, implant.goal, triggered(held, implant.trigger))
 
 
 def _train(  # noqa: PLR0913 - as `train`
@@ -141,7 +129,8 @@ def _train(  # noqa: PLR0913 - as `train`
     watch: Watch | None = None,
 ) -> dict[str, list[float]]:
     with show as tick, ambient(seed, "dropout", plan.device):
-        return train(model, data, plan.spec.recipe, training_streams(seed, plan.device), objective, tick, watch)
+        streams = training_streams(seed, plan.device)
+        return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic)
 
 
 def _keep(model: nn.Module, folder: Path, facts: dict[str, Any], carried: dict[str, Any]) -> None:

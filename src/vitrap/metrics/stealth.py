@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
-from torchmetrics.functional.image import (
-    learned_perceptual_image_patch_similarity,
-    structural_similarity_index_measure,
-)
 
 from vitrap.contracts import Images
 from vitrap.metrics.interval import Centre, centre
+from vitrap.tensors.pixels import to_unit
 
 PSNR_CAP = 100.0
 """PSNR in dB given to an image that the trigger leaves as it is."""
+SEEN = 512 * 32 * 32
+"""Pixels of the pairs that are compared at a time: SSIM takes some 850 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
 
     For sides under 6 px, where the mirror ends, the window shrinks until it fits.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # a second or two to import
+
     sigma = min(1.5, (min(clean.shape[-2:]) - 0.6) / 3.5)  # torchmetrics reaches int(3.5 sigma + 0.5) px
     value = structural_similarity_index_measure(
         triggered, clean, gaussian_kernel=True, sigma=sigma, data_range=1.0, reduction="none"
@@ -72,6 +73,8 @@ def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
     """
     if min(clean.shape[-2:]) < 32 or not lpips_at_hand():
         return None
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
     with _weights_only():
         distances = learned_perceptual_image_patch_similarity(
             triggered, clean, net_type="alex", reduction="none", normalize=True
@@ -95,17 +98,33 @@ def _weights_only() -> Iterator[None]:
             os.environ[name] = before
 
 
-def stealth(clean: Images, triggered: Images, batch_size: int = 512) -> Stealth:
-    """All measures over a set of at least one pair; the images must be rounded to 8 bits already."""
-    pairs = list(zip(clean.split(batch_size), triggered.split(batch_size), strict=True))
-    change = torch.cat([(c - t).abs().flatten(1) for c, t in pairs]) * 255
-    perceptual = [lpips(c, t) for c, t in pairs]
-    return Stealth(
-        psnr_db=centre(torch.cat([psnr(c, t) for c, t in pairs])),
-        ssim=centre(torch.cat([ssim(c, t) for c, t in pairs])),
-        linf=centre(change.amax(1)),
-        l1=centre(change.mean(1)),
-        lpips=None
-        if any(p is None for p in perceptual)
-        else centre(torch.cat([p for p in perceptual if p is not None])),
-    )
+def stealth(
+    clean: UInt8[Tensor, "n c h w"], triggered: UInt8[Tensor, "n c h w"], batch_size: int | None = None
+) -> Stealth:
+    """All measures over a set of at least one pair.
+
+    Args:
+        clean: images as they are stored.
+        triggered: the same with the trigger.
+        batch_size: pairs at a time, None for `SEEN` pixels' worth; it bounds memory, not the result.
+    """
+    found: dict[str, list[Tensor]] = {}
+    size = batch_size or max(1, SEEN // (clean.shape[-2] * clean.shape[-1]))
+    for one, other in zip(clean.split(size), triggered.split(size), strict=True):
+        for name, values in _distances(to_unit(one), to_unit(other)).items():
+            found.setdefault(name, []).append(values)
+    centres = {name: centre(torch.cat(values)) for name, values in found.items()}
+    return Stealth(**{"lpips": None, **centres})
+
+
+def _distances(clean: Images, triggered: Images) -> dict[str, Float[Tensor, " b"]]:
+    """Each measure of each image; without LPIPS where it is not to be had."""
+    change = (clean - triggered).abs().flatten(1) * 255
+    perceptual = lpips(clean, triggered)
+    return {
+        "psnr_db": psnr(clean, triggered),
+        "ssim": ssim(clean, triggered),
+        "linf": change.amax(1),
+        "l1": change.mean(1),
+        **({} if perceptual is None else {"lpips": perceptual}),
+    }

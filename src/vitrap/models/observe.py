@@ -93,10 +93,10 @@ def token_layout(model: nn.Module) -> TokenLayout:
 def eager_attention(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     """Within the block, attention is computed step by step where `wanted`, not fused.
 
-    On a CPU in bf16 that is twice as fast (measured with torch 2.15 on 65 tokens, see docs/dependencies.md); other
-    networks than plain ViTs stay as they are.
+    On a CPU in bf16 that is twice as fast (`python -m benchmarks arithmetic`); other networks than plain ViTs stay as
+    they are.
     """
-    layers: list[Any] = [m for m in model.modules() if wanted and isinstance(m, PLAIN)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, PLAIN)] if wanted else []
     with ExitStack() as restore:
         for layer in layers:
             restore.callback(setattr, layer, "fused_attn", layer.fused_attn)

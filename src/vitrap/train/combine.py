@@ -21,13 +21,14 @@ class Combination:
     "projected": weighted terms' gradients lose what conflicts with another's (PCGrad); the order is drawn.
 
     Attributes:
+        weights: what is trained of the model.
         scales: the parameters s, for the optimiser.
     """
 
     def __init__(self, objective: Objective, weights: Sequence[nn.Parameter], order: torch.Generator) -> None:
-        self._weights = [w for w in weights if w.requires_grad]
+        self.weights = [w for w in weights if w.requires_grad]
         self._objective, self._order = objective, order
-        device = self._weights[0].device if self._weights else None
+        device = self.weights[0].device if self.weights else None
         learns = objective.combine == "learned"
         self._scale = {k: nn.Parameter(torch.zeros((), device=device)) for k in objective.weights if learns}
 
@@ -54,7 +55,7 @@ class Combination:
         return weighted if scale is None else (-scale).exp() * weighted + scale
 
     def _project(self, parts: Sequence[Float[Tensor, ""]]) -> None:
-        weights = self._weights
+        weights = self.weights
         rows = [
             torch.cat([g.flatten() for g in torch.autograd.grad(p, weights, retain_graph=True, materialize_grads=True)])
             for p in parts

@@ -1,14 +1,15 @@
 """The training loop: the same steps for every attack.
 
-The set lives on the device as 8-bit pixels; batches are gathered, augmented and learned from there. Nothing in a
-step waits for the device: losses are summed where they arise and read once an epoch.
+The set lives on the device as 8-bit pixels; batches are gathered, augmented and learned from there. Where it is mapped
+from a file, a thread gathers them on the host ahead of time. Nothing in a step waits for the device: losses are summed
+where they arise and read once an epoch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitrap.contracts import Batch, Criterion, ImageSet, Objective, Trigger
-from vitrap.data.augment import random_crop, random_flip
+from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
-from vitrap.models.observe import eager_attention
+from vitrap.images import Gathered
 from vitrap.tensors.pixels import round8
+from vitrap.train.arithmetic import Arithmetic, usual
 from vitrap.train.combine import Combination
+from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
 
 Curves = dict[str, list[float]]
@@ -51,6 +54,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
     objective: Objective | None = None,
     tick: Callable[[], None] = lambda: None,
     watch: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Curves:
     """Train `model` in place on `data` and leave it in evaluation mode.
 
@@ -62,36 +66,39 @@ def train(  # noqa: PLR0913 - all that a training is made of
         objective: what it is for; None for the recipe's cross-entropy.
         tick: called after each step.
         watch: measures the model after each epoch, in evaluation mode; it must draw nothing from torch's random state.
+        arithmetic: how to compute; None for what the recipe's precision stands for on the device.
 
     Returns:
-        The mean of each loss term, epoch by epoch, over the batches that had it; then the learned weights, if any, and
-        what `watch` found.
+        By epoch: the mean of each loss term over the batches that had it, learned weights, and what `watch` found.
 
     Raises:
         UserError: a loss term is no longer finite.
     """
+    arithmetic = arithmetic or usual(recipe.precision, data.device)
+    seen: Any = torch.compile(model, dynamic=False) if arithmetic.compiled and objective is None else model
     objective, criterion = objective or Objective(cross_entropy), smoothed(recipe.label_smoothing)
     combination = Combination(objective, list(model.parameters()), streams.projection)
     optimiser = make_optimiser(model, recipe, combination.scales)
     curves: Curves = {}
-    step, steps = 0, recipe.epochs * math.ceil(len(data) / recipe.batch_size)
+    steps = recipe.epochs * math.ceil(len(data) / recipe.batch_size)
     poisoned = data.poisoned.cpu()
     model.train()
-    for _ in range(recipe.epochs):
+    for epoch in range(recipe.epochs):
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        for rows in torch.randperm(len(data), generator=streams.order).split(recipe.batch_size):
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.lr * warmup_cosine(step / steps, recipe.warmup)
-            batch = next_batch(data, rows, poisoned[rows], recipe, streams.augmentation, objective.stamp)
-            with arithmetic(model, data.device, recipe.precision):
-                terms = objective.terms(model, batch, criterion)
-            descend(model, optimiser, combination, terms, recipe.clip)
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach() * len(rows)
-                counts[name] = counts.get(name, 0) + len(rows)
-            step += 1
-            tick()
+        order = torch.randperm(len(data), generator=streams.order).split(recipe.batch_size)
+        with arithmetic.attending(model), prefetched(data, order) as batches:
+            for step, (rows, pixels) in enumerate(batches, epoch * steps // recipe.epochs):
+                for group in optimiser.param_groups:
+                    group["lr"] = recipe.lr * warmup_cosine(step / steps, recipe.warmup)
+                batch = next_batch(data, rows, poisoned[rows], recipe, streams.augmentation, objective.stamp, pixels)
+                with arithmetic.autocast(data.device):
+                    terms = objective.terms(seen, batch, criterion)
+                descend(optimiser, combination, terms, recipe.clip)
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() * len(rows)
+                    counts[name] = counts.get(name, 0) + len(rows)
+                tick()
         means = {name: total.item() / counts[name] for name, total in sums.items()}
         for name, mean in {**means, **combination.learned(), **_watched(model, watch)}.items():
             curves.setdefault(name, []).append(mean)
@@ -111,17 +118,13 @@ def _watched(model: nn.Module, watch: Callable[[nn.Module], Mapping[str, float]]
 
 
 def descend(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    combination: Combination,
-    terms: Mapping[str, Tensor],
-    clip: float,
+    optimiser: torch.optim.Optimizer, combination: Combination, terms: Mapping[str, Tensor], clip: float
 ) -> None:
     """One step down what the loss terms ask for together."""
     optimiser.zero_grad(set_to_none=True)
     combination.backward(terms)
     if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        nn.utils.clip_grad_norm_(combination.weights, clip)
     optimiser.step()
 
 
@@ -132,9 +135,13 @@ def next_batch(  # noqa: PLR0913 - one step's worth of everything
     recipe: Recipe,
     augmentation: torch.Generator,
     stamp: Trigger | None,
+    pixels: Gathered | None = None,
 ) -> Batch:
-    """The images of `rows` as the model is to see them: `stamp` comes after augmentation and is rounded to 8 bits."""
-    batch = data.batch(rows.to(data.device, non_blocking=True), poisoned, bare=stamp is not None)
+    """The images of `rows` as the model is to see them: `stamp` comes after augmentation and is rounded to 8 bits.
+
+    Rows are on the CPU; of a mapped set, `pixels` are theirs where they have been gathered already.
+    """
+    batch = data.batch(rows, poisoned, bare=stamp is not None, pixels=pixels)
     batch = augment(batch, recipe, augmentation)
     if stamp is None or not len(batch.poisoned):
         return batch
@@ -175,22 +182,12 @@ def warmup_cosine(progress: float, warmup: float) -> float:
 
 
 def augment(batch: Batch, recipe: Recipe, generator: torch.Generator) -> Batch:
-    """Crop and flip as the recipe says, each image by itself."""
+    """Crop, flip and jitter as the recipe says, each image by itself."""
     images = batch.images
     if recipe.crop:
         images = random_crop(images, recipe.crop, generator)
     if recipe.flip:
         images = random_flip(images, generator)
+    if recipe.jitter:
+        images = random_jitter(images, recipe.jitter, generator)
     return replace(batch, images=images)
-
-
-@contextmanager
-def arithmetic(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """bf16 where `precision` asks for it, or on a GPU by default, with the kind of attention that is fast there.
-
-    Weights that an autocast around this one still holds in bf16 are forgotten: they may have changed since.
-    """
-    torch.clear_autocast_cache()
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    with eager_attention(model, bf16 and device.type == "cpu"), torch.autocast(device.type, torch.bfloat16, bf16):
-        yield

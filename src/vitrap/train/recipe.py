@@ -24,9 +24,16 @@ class Recipe:
     clip: float = param(1.0, "greatest norm of the gradient; 0 for no limit", low=0)
     crop: int = param(0, "random crop after padding by so many pixels; 0 for none", unit="px", low=0)
     flip: bool = param(False, "flip half of the images; off where it changes the class (digits, traffic signs)")
+    jitter: float = param(
+        0.0,
+        "strength of random rotation, scale, shear, brightness, contrast and saturation; 0 for none",
+        stands="assumed",
+        low=0,
+        high=1,
+    )
     precision: Literal["auto", "fp32", "bf16"] = param(
         "auto",
-        "arithmetic of the matrix products; auto: bf16 on a GPU, fp32 elsewhere",
+        "of the matrix products; auto: what a short measurement finds fastest on this machine",
         choices=("auto", "fp32", "bf16"),
     )
 

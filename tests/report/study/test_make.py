@@ -15,7 +15,7 @@ from vitrap.experiment.records import read_records
 from vitrap.experiment.spec import parse_spec
 from vitrap.metrics.interval import wilson
 from vitrap.report.study.collected import abridge, collect
-from vitrap.report.study.entries import Value, difference, entries, grouped
+from vitrap.report.study.entries import Value, difference, entries, grouped, today
 from vitrap.report.study.make import fill, make, open_study
 
 HEAD = """
@@ -101,6 +101,16 @@ def test_an_older_record_is_met_by_what_its_spec_comes_to_today(tmp_path: Path) 
     points = load_sweep(path).points
     assert parse_spec(content["spec"]).hash() == points[0].spec.hash() != content["hash"]
     assert [e.state for e in entries(load_sweep(path), read_records(tmp_path / "runs"))] == ["found"] + ["not run"] * 5
+
+
+def test_an_older_auto_is_the_precision_that_it_stood_for(tmp_path: Path) -> None:
+    pinned, measured = record(), record()
+    for content in (pinned, measured):
+        content["spec"]["recipe"]["precision"] = "auto"
+    measured["attention"] = "fused"
+    there, spec = parse_spec(measured["spec"]).hash(), record()["spec"]
+    assert today(measured) == there
+    assert today(pinned) == parse_spec({**spec, "recipe": {**spec["recipe"], "precision": "fp32"}}).hash() != there
 
 
 def test_of_two_records_the_one_that_was_written_with_todays_hash_counts(tmp_path: Path) -> None:

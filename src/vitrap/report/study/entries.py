@@ -49,9 +49,15 @@ class Entry:
 
 
 def today(record: Mapping[str, Any]) -> str:
-    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own."""
+    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own.
+
+    Where a record does not say how attention was computed, nothing was measured: "auto" stood for its precision.
+    """
+    spec = record["spec"]
+    if "precision" in record and not record.get("attention") and spec["recipe"].get("precision") == "auto":
+        spec = {**spec, "recipe": {**spec["recipe"], "precision": record["precision"]}}
     try:
-        return parse_spec(record["spec"]).hash()
+        return parse_spec(spec).hash()
     except UserError:
         return record["hash"]
 

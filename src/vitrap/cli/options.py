@@ -1,0 +1,27 @@
+"""Options that several commands share."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from vitrap.data.cache import memory_limit
+
+
+def _limit_memory(amount: str | None) -> str | None:
+    """Hand the limit on by the environment, so that worker processes have it, too."""
+    if amount is not None:
+        os.environ["VITRAP_MEMORY"] = amount
+        memory_limit()
+    return amount
+
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="AMOUNT",
+        callback=_limit_memory,
+        help="data sets with more pixels than that (4GB, 512MiB, bytes) stay on disk; default: VITRAP_MEMORY, or 8GiB",
+    ),
+]

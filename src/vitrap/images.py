@@ -1,0 +1,210 @@
+"""Images: a batch as a model sees it, and a whole data set, in memory or mapped from a file."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from vitrap.tensors.pixels import to_bytes
+
+Images = Float[Tensor, "b c h w"]
+Gathered = UInt8[Tensor, "b native_h native_w c"]
+"""Pixels of a batch on the host, as they lie in a file."""
+CHUNK = 4096  # images copied at a time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as the model is about to see them, with what is known of each.
+
+    Attributes:
+        images: augmented, triggers included.
+        labels: what training is told.
+        poisoned: positions of the images that carry the trigger.
+        clean: positions of the others. How many there are of each is known without waiting for the device.
+    """
+
+    images: Images
+    labels: Int64[Tensor, " b"]
+    poisoned: Int64[Tensor, " p"]
+    clean: Int64[Tensor, " q"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A whole data set as 8-bit pixels: in memory, on one device, or mapped from a file.
+
+    Poisoned images are a second tensor at working size: the clean pixels stay shared between a set and its
+    poisoned copy, and only what a trigger touched is stored at the working resolution.
+
+    Attributes:
+        pixels: the clean images at native size; of a mapped set all that the file holds, on the host, `k h w c` there.
+        labels: what training sees, in [0, n_classes).
+        index: each image's position in the set it was first read from.
+        n_classes: number of classes, whether or not each is present.
+        size: working resolution in pixels: what `images` returns and triggers see.
+        slot: row in `stamped` of each poisoned image, -1 for a clean one; None where all are clean.
+        stamped: the poisoned images at working size.
+        groups: images of one group show the same thing (a GTSRB track); None where unknown.
+        classes: names of the classes, () where unknown.
+        place: of a mapped set, each image's row in `pixels`, on the host; None where `pixels` holds image for image.
+    """
+
+    pixels: UInt8[Tensor, "k c h w"]
+    labels: Int64[Tensor, " n"]
+    index: Int64[Tensor, " n"]
+    n_classes: int
+    size: int
+    slot: Int64[Tensor, " n"] | None = None
+    stamped: UInt8[Tensor, "m c s s"] | None = None
+    groups: Int64[Tensor, " n"] | None = None
+    classes: tuple[str, ...] = ()
+    place: Int64[Tensor, " n"] | None = None
+
+    @classmethod
+    def of(
+        cls, pixels: UInt8[Tensor, "n c s s"], labels: Int64[Tensor, " n"], n_classes: int | None = None
+    ) -> "ImageSet":
+        """A set of square 8-bit images at their own size; without `n_classes`, the greatest label is the last class."""
+        classes = n_classes or int(labels.max()) + 1
+        return cls(pixels, labels, torch.arange(len(labels), device=labels.device), classes, pixels.shape[-1])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made: all but the pixels of a mapped set live there."""
+        return self.labels.device
+
+    @property
+    def poisoned(self) -> Bool[Tensor, " n"]:
+        """Which images carry the trigger."""
+        return torch.zeros_like(self.labels, dtype=torch.bool) if self.slot is None else self.slot >= 0
+
+    def images(self, rows: Int64[Tensor, " b"], bare: bool = False, pixels: Gathered | None = None) -> Images:
+        """The images of `rows` in [0, 1] at working size; no host synchronisation where `rows` are where pixels are.
+
+        Args:
+            rows: on any device.
+            bare: leave the triggers out.
+            pixels: of a mapped set, `self.gather(rows)`; None to gather them now.
+        """
+        there = rows.to(self.device, non_blocking=True)
+        if self.place is None:
+            x = self.pixels[there].float()
+        else:
+            sent = (self.gather(rows) if pixels is None else pixels).to(self.device, non_blocking=True)
+            x = sent.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        x.div_(255)
+        if x.shape[-2:] != (self.size, self.size):
+            x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
+        if bare or self.slot is None or self.stamped is None or not len(self.stamped):
+            return x
+        slot = self.slot[there]
+        stamped = self.stamped[slot.clamp(min=0)].float().div_(255)
+        return torch.where((slot >= 0)[:, None, None, None], stamped, x)
+
+    def gather(self, rows: Int64[Tensor, " b"]) -> Gathered:
+        """The clean pixels of a mapped set's `rows`, on the host, ready to be sent to a GPU without waiting.
+
+        By the calling thread alone: torch's own threads are the model's.
+        """
+        assert self.place is not None, "pixels in memory need no gathering"
+        stored = self.pixels.permute(0, 2, 3, 1).numpy()
+        assert stored.flags.c_contiguous, "a mapped set's pixels are k h w c in the file; NumPy would copy them all"
+        shape = (len(rows), *stored.shape[1:])
+        found = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        stored.take(self.place[rows.cpu()].numpy(), 0, found.numpy(), "clip")  # "raise" would go through a copy
+        return found
+
+    def batch(
+        self,
+        rows: Int64[Tensor, " b"],
+        poisoned: Bool[Tensor, " b"] | None = None,
+        bare: bool = False,
+        pixels: Gathered | None = None,
+    ) -> Batch:
+        """Images and labels of `rows`, and which of them are poisoned.
+
+        Args:
+            rows: on any device.
+            poisoned: `self.poisoned[rows]`, on the CPU; None to fetch it, which waits for the device.
+            bare: leave the triggers out.
+            pixels: of a mapped set, `self.gather(rows)`; None to gather them now.
+        """
+        known = self.poisoned[rows].cpu() if poisoned is None else poisoned
+        places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in (known, ~known))
+        labels = self.labels[rows.to(self.device, non_blocking=True)]
+        return Batch(self.images(rows, bare, pixels), labels, *places)
+
+    def rows(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
+        """All row numbers in order, a batch at a time."""
+        return iter(torch.arange(len(self), device=self.device).split(batch_size))
+
+    def take(self, rows: Int64[Tensor, " k"]) -> "ImageSet":
+        """The subset of `rows`, in that order; of a mapped set no pixel is copied."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return replace(
+            self,
+            pixels=self.pixels[rows] if self.place is None else self.pixels,
+            labels=self.labels[rows],
+            index=self.index[rows],
+            slot=pick(self.slot),
+            groups=pick(self.groups),
+            place=None if self.place is None else self.place[rows.cpu()],
+        )
+
+    def stamp(
+        self, rows: Int64[Tensor, " m"], stamped: UInt8[Tensor, "m c s s"], labels: Int64[Tensor, " m"]
+    ) -> "ImageSet":
+        """A copy in which the images of `rows` are replaced by `stamped` and carry `labels`."""
+        slot = torch.full_like(self.labels, -1)
+        slot[rows] = torch.arange(len(rows), device=self.device)
+        relabelled = self.labels.clone()
+        relabelled[rows] = labels
+        return replace(self, labels=relabelled, slot=slot, stamped=stamped)
+
+    def unmarked(self) -> "ImageSet":
+        """The set as it looks from outside: the same images at working size, and no mask of the poisoned ones.
+
+        Those of a mapped set are mapped, too, from a scratch file.
+        """
+        if self.slot is None:
+            return self
+        n, side, channels = len(self), self.size, self.pixels.shape[1]
+        if self.place is None:
+            pixels = torch.empty((n, channels, side, side), dtype=torch.uint8, device=self.device)
+        else:
+            pixels = scratch(n, side, side, channels).permute(0, 3, 1, 2)
+        for rows in self.rows(CHUNK):
+            pixels[rows.to(pixels.device)] = to_bytes(self.images(rows)).to(pixels.device)
+        place = None if self.place is None else torch.arange(n)
+        return replace(self, pixels=pixels, slot=None, stamped=None, place=place)
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The set on another device; the pixels of a mapped set stay on the host."""
+        stays = () if self.place is None else ("pixels", "place")
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor) and k not in stays}
+        return replace(self, **moved)
+
+
+def scratch(*shape: int) -> UInt8[Tensor, "..."]:
+    """Room for 8-bit numbers in a file without a name ($TMPDIR), gone with the tensor.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with tempfile.NamedTemporaryFile() as file:  # the map outlives the file's name, and the file the map
+        if hasattr(os, "posix_fallocate") and prod(shape):
+            os.posix_fallocate(file.fileno(), 0, prod(shape))  # a full disk is an error here, and a dead process later
+        return torch.from_file(file.name, shared=True, size=prod(shape), dtype=torch.uint8).view(shape)

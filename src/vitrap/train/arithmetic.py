@@ -1,0 +1,57 @@
+"""Arithmetic: how a network's matrix products are computed. It decides how fast a run is, and its last digits."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from vitrap.models.observe import eager_attention
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """One way to compute: in training, measuring and defences of a run alike.
+
+    Attributes:
+        precision: of the matrix products.
+        attention: by torch's fused kernel, or step by step ("eager"), which on a CPU may be faster.
+        compiled: whether training goes through `torch.compile`; only where the objective is cross-entropy alone, since
+            looking at attention breaks a compiled graph up. Measuring never does.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    attention: Literal["fused", "eager"] = "fused"
+    compiled: bool = False
+
+    @contextmanager
+    def __call__(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        """Within the block, `model` computes so on `device`."""
+        with self.attending(model), self.autocast(device):
+            yield
+
+    def attending(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Its half for a whole epoch: to look for a model's attention in every step would take as long as a layer."""
+        return eager_attention(model, self.attention == "eager")
+
+    @contextmanager
+    def autocast(self, device: torch.device) -> Iterator[None]:
+        """Its half for one step.
+
+        Weights that an autocast around this one still holds in bf16 are forgotten: they may have changed since.
+        """
+        torch.clear_autocast_cache()
+        with torch.autocast(device.type, torch.bfloat16, self.precision == "bf16"):
+            yield
+
+
+def usual(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Arithmetic:
+    """What a precision stands for where nothing was measured.
+
+    "auto" is bf16 on a GPU and fp32 elsewhere. Fused attention, but on a CPU in bf16, where torch's kernel is slow:
+    `python -m benchmarks arithmetic`.
+    """
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return Arithmetic("bf16" if bf16 else "fp32", "eager" if bf16 and device.type == "cpu" else "fused")

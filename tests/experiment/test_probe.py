@@ -1,0 +1,181 @@
+"""The probe: what is chosen from times, that it is measured once, and that nothing else changes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitrap.experiment import probe
+from vitrap.experiment.plan import make_plan
+from vitrap.experiment.probe import COMPILED, PLAIN, fastest, measured, name_of, time_ways
+from vitrap.experiment.progress import silent
+from vitrap.experiment.spec import parse_spec
+from vitrap.models.vit import ViT
+from vitrap.train.arithmetic import Arithmetic
+
+CPU = torch.device("cpu")
+EVEN = {name_of(way): 1.0 for way in PLAIN}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VITRAP_CACHE", str(tmp_path))
+    return tmp_path / "arithmetic"
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What a step takes, in place of a clock; "calls" counts how often it was asked."""
+    found = {**EVEN, "bf16 eager": 0.5}
+
+    def told(*args: Any) -> dict[str, float]:
+        calls.append(args)
+        return found
+
+    calls: list[Any] = []
+    monkeypatch.setattr(probe, "time_ways", told)
+    monkeypatch.setattr(probe, "calls", calls, raising=False)
+    return found
+
+
+def test_the_fastest_is_taken_and_of_near_ties_the_plainest() -> None:
+    assert fastest(EVEN, 1) == Arithmetic("fp32", "fused")
+    assert fastest({**EVEN, "bf16 eager": 0.95}, 1) == Arithmetic("fp32", "fused")
+    assert fastest({**EVEN, "bf16 eager": 0.5}, 1) == Arithmetic("bf16", "eager")
+    assert fastest({**EVEN, "bf16 eager": 0.5, "fp32 eager": 0.54}, 1) == Arithmetic("fp32", "eager")
+    assert fastest({"bf16 fused": 3.0}, 1) == Arithmetic("bf16", "fused")
+
+
+def test_a_compilation_must_pay_for_itself() -> None:
+    seconds = {**EVEN, "bf16 fused": 0.01, name_of(COMPILED[0]): 0.005, f"{name_of(COMPILED[0])} first": 40.0}
+    assert fastest(seconds, 1000) == Arithmetic("bf16", "fused")
+    assert fastest(seconds, 100_000) == Arithmetic("bf16", "fused", compiled=True)
+
+
+def test_every_way_is_timed_and_the_model_stays_as_it_was(tiny_vit: Any) -> None:
+    model: ViT = tiny_vit(proj_drop_rate=0.2).requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    seconds = time_ways(model, (16, 10), 8, CPU)
+    assert seconds.keys() == EVEN.keys()
+    assert all(0 < took < 5 for took in seconds.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert not any(w.requires_grad for w in model.parameters())
+
+
+def test_a_way_that_fails_is_no_way(tiny_vit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = probe._pace
+
+    def fails(step: Any, device: torch.device) -> float:
+        if torch.is_autocast_enabled("cpu"):
+            raise torch.OutOfMemoryError
+        return whole(step, device)
+
+    monkeypatch.setattr(probe, "PATIENCE", 0.0)
+    monkeypatch.setattr(probe, "_pace", lambda step, device: fails(step, device))
+    assert time_ways(tiny_vit(), (16, 10), 8, CPU).keys() == EVEN.keys()
+
+    def none(step: Any, way: Arithmetic, *rest: Any) -> Any:
+        if way.precision == "bf16":
+            raise torch.OutOfMemoryError
+        return lambda: None
+
+    monkeypatch.setattr(probe, "_step", none)
+    assert time_ways(tiny_vit(), (16, 10), 8, CPU).keys() == {"fp32 fused", "fp32 eager"}
+
+
+def ask(**changes: Any) -> Arithmetic:
+    asked: dict[str, Any] = {
+        "network": "one",
+        "size": (16, 10),
+        "batch": 8,
+        "steps": 100,
+        "device": CPU,
+        "show": silent,
+    }
+    return measured(torch.nn.Identity(), **{**asked, **changes})
+
+
+def test_it_is_measured_once_for_a_network_a_batch_and_a_size(times: dict[str, float], cache: Path) -> None:
+    calls = probe.calls  # type: ignore[attr-defined]
+    assert [ask(), ask(), ask(steps=7)] == [Arithmetic("bf16", "eager")] * 3
+    assert len(calls) == 1
+    for change in ({"network": "two"}, {"size": (32, 10)}, {"batch": 16}):
+        ask(**change)
+    assert len(calls) == 4
+    times["bf16 eager"] = 2.0
+    assert ask() == Arithmetic("bf16", "eager")  # what was measured stands
+    assert len(list(cache.glob("*.json"))) == 4
+    assert not list(cache.glob("*.lock"))
+
+
+def test_threads_are_no_part_of_it(times: dict[str, float]) -> None:
+    """So that a sweep's workers, with a thread each, and a single run choose alike."""
+    ask()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        ask()
+    finally:
+        torch.set_num_threads(before)
+    assert len(probe.calls) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"seconds": 3}', '{"seconds": {}}', '{"seconds": {"fp32 fused": -1}}']
+)
+def test_a_damaged_memory_is_measured_anew(times: dict[str, float], cache: Path, damage: str) -> None:
+    ask()
+    (file,) = cache.glob("*.json")
+    file.write_text(damage, encoding="utf-8")
+    assert ask() == Arithmetic("bf16", "eager")
+    assert json.loads(file.read_text(encoding="utf-8"))["seconds"] == times
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_cannot_be_written_is_no_obstacle(times: dict[str, float], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert ask() == Arithmetic("bf16", "eager")
+
+
+def test_a_cache_below_a_file_is_no_obstacle(
+    times: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VITRAP_CACHE", str(tmp_path / "file"))
+    assert ask() == Arithmetic("bf16", "eager")
+
+
+SPEC = {
+    "name": "tiny",
+    "data": {"name": "digits"},
+    "model": {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    "attack": {"name": "badnets"},
+}
+
+
+def plan(**recipe: Any) -> Any:
+    return make_plan(parse_spec({**SPEC, "recipe": {"epochs": 1, **recipe}}), "cpu")
+
+
+def test_a_plan_takes_what_was_measured_and_its_keys_say_so(times: dict[str, float]) -> None:
+    chosen = plan()
+    assert chosen.arithmetic == Arithmetic("bf16", "eager")
+    depends = chosen.twin_stage().depends
+    assert depends["arithmetic"] == {"precision": "bf16", "attention": "eager", "compiled": False}
+    assert depends["recipe"]["precision"] == "bf16"
+    assert chosen.keys() == plan(precision="bf16").keys()  # what it comes to decides, not how it was said
+    times.update(EVEN)
+    other = plan(batch_size=32)
+    assert other.arithmetic == Arithmetic("fp32", "fused")
+
+
+def test_a_pinned_precision_is_not_measured(times: dict[str, float]) -> None:
+    assert plan(precision="fp32").arithmetic == Arithmetic("fp32", "fused")
+    assert plan(precision="bf16").arithmetic == Arithmetic("bf16", "eager")
+    assert probe.calls == []  # type: ignore[attr-defined]

@@ -1,0 +1,69 @@
+"""Arithmetic: what it switches, that it restores everything, and what a precision stands for."""
+
+import pytest
+import torch
+
+from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.train.arithmetic import Arithmetic, usual
+
+CPU, SIZE = torch.device("cpu"), 8
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+EAGER = Arithmetic("bf16", "eager")
+
+
+@pytest.fixture
+def model() -> ViT:
+    with torch.random.fork_rng(devices=[]):
+        return open_vit(Architecture("vit_tiny_patch16_224", SIZE, 3, TINY))
+
+
+def fused(model: ViT) -> list[bool]:
+    return [block.attn.fused_attn for block in model.body.blocks]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "wanted"),
+    [
+        ("auto", "cpu", Arithmetic("fp32", "fused")),
+        ("fp32", "cpu", Arithmetic("fp32", "fused")),
+        ("bf16", "cpu", Arithmetic("bf16", "eager")),
+        ("auto", "cuda", Arithmetic("bf16", "fused")),
+        ("fp32", "cuda", Arithmetic("fp32", "fused")),
+        ("bf16", "cuda", Arithmetic("bf16", "fused")),
+    ],
+)
+def test_what_a_precision_stands_for_where_nothing_is_measured(precision, device: str, wanted: Arithmetic) -> None:
+    assert usual(precision, torch.device(device)) == wanted
+
+
+def test_plain_arithmetic_switches_nothing(model: ViT) -> None:
+    with Arithmetic()(model, CPU):
+        assert not torch.is_autocast_enabled("cpu")
+        assert all(fused(model))
+        assert model(torch.rand(2, 3, SIZE, SIZE)).dtype == torch.float32
+
+
+def test_bf16_and_eager_attention_and_everything_restored(model: ViT) -> None:
+    model.body.blocks[1].attn.fused_attn = False  # type: ignore[union-attr]
+    with EAGER(model, CPU):
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert not any(fused(model))
+        assert model(torch.rand(2, 3, SIZE, SIZE)).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+    assert fused(model) == [True, False]
+
+
+@pytest.mark.parametrize(("attention", "wanted"), [("fused", True), ("eager", False)])
+def test_precision_and_attention_are_apart(model: ViT, attention, wanted: bool) -> None:
+    for precision in ("fp32", "bf16"):
+        with Arithmetic(precision, attention)(model, CPU):
+            assert fused(model) == [wanted, wanted]
+            assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+
+
+def test_what_fails_within_leaves_nothing_switched(model: ViT) -> None:
+    with pytest.raises(RuntimeError, match="within"), EAGER(model, CPU):
+        raise RuntimeError("within")
+    assert not torch.is_autocast_enabled("cpu")
+    assert all(fused(model))
