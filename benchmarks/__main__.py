@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -51,21 +52,32 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     asked = parse(words)
     scale = replace(QUICK if asked.quick else FULL, device=asked.device)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    figures = []
+    figures: list[Figure] = []
     for name in asked.parts or PARTS:
+        about = environment(torch.device(asked.device)) | {"load_before": _load()}
         err.print(f"measuring {name}")
-        figures += PARTS[name](scale)
+        found = list(PARTS[name](scale))
+        keep(asked.json, name, {"quick": asked.quick, "environment": about, "figures": [f.table() for f in found]})
+        figures += found
     out.print(shown(figures))
     missed = [f"{f.part} {f.name}" for f in figures if f.met is False]
     verdict = f"wanted and missed: {'; '.join(missed)}" if missed else "every wanted bound is kept"
     out.print(verdict + (" (--quick: too short to rely on)" if asked.quick else ""), highlight=False)
-    if load is not None:
-        out.print(f"load on the machine before the start: {load:.1f}; best near 0", highlight=False)
-    about = environment(torch.device(asked.device)) | {"load_before": load}
-    content = {"quick": asked.quick, "environment": about, "figures": [f.table() for f in figures]}
-    asked.json.parent.mkdir(parents=True, exist_ok=True)
-    asked.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _load() -> float | None:
+    """Processes that wait for the machine's cores, over the last minute; best near 0."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def keep(path: Path, part: str, measured: dict[str, Any]) -> None:
+    """Put what was measured of a part into the file, in one step; what it says of other parts stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content = {name: content.get(name) for name in PARTS if name in content} | {part: measured}
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -73,7 +85,13 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + "; none: all")
     parser.add_argument("--quick", action="store_true", help="a short look, too short to rely on")
-    parser.add_argument("--json", type=Path, metavar="PATH", default=Path("bench.json"), help="write the figures there")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        default=Path("bench.json"),
+        help="put the figures there, beside those of other parts",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; whole runs stay on the CPU")
     asked = parser.parse_args(words)
     for part in asked.parts:

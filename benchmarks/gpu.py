@@ -1,7 +1,7 @@
 """What vitrap makes of a GPU: one script that checks, times and trains, prints each part as it is done, writes JSON.
 
-All of it takes less than nine minutes on a GPU of the H200's class; `--small` is the same code on tiny networks, to be
-run anywhere. What fails says why and stops nothing else.
+All of it is planned for less than nine minutes on a GPU of the H200's class; `--small` is the same code on tiny
+networks, to be run anywhere. What fails says why and stops nothing else.
 """
 
 import argparse

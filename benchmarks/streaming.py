@@ -55,7 +55,7 @@ def figures(scale: Scale) -> Iterator[Figure]:
             "training, mapped with a cold page cache over in memory": (
                 lambda: epoch(mapped(path, scale.device, cold=True), recipe),
                 lambda: epoch(resident, recipe),
-                None,
+                WANTED,
             ),
             f"training, mapped over a DataLoader with {WORKERS} workers": (
                 lambda: epoch(mapped(path, scale.device), recipe),

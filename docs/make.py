@@ -98,19 +98,26 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def speed() -> str:
-    """What one run of `make bench` measured, and on what."""
+    """What `make bench` measured, part by part, each on the machine and under the load that it says."""
     found = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
-    about = found["environment"]
-    rows = []
-    for figure in found["figures"]:
-        ratio, kept = figure["ratio"], {True: "yes", False: "**no**", None: ""}[figure["met"]]
-        span = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-        kind = "throughput" if figure["kind"].startswith("throughput") else figure["kind"].split(",")[0]
-        took = f"{median(figure['seconds']['ours']):.3g}"
-        rows.append([figure["part"], figure["name"], kind, span, str(ratio["n"]), took, figure["wanted"] or "", kept])
-    head = ["part", "ours over plain", "of", "ratio", "n", "ours, s", "wanted", "kept"]
-    on = f"torch {about['torch']}, {about['threads']} threads of a {about['device']}, load {about['load_before']:.1f}"
-    return f"{on} before the start.\n\n{_table(head, rows)}"
+    rows, places = [], []
+    for part, measured in found.items():
+        about = measured["environment"]
+        place = f"torch {about['torch']}, {about['threads']} threads of a {about['device']}"
+        places += [] if place in places else [place]
+        for figure in measured["figures"]:
+            ratio, kept = figure["ratio"], {True: "yes", False: "**no**", None: ""}[figure["met"]]
+            span = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            taken = f"{median(figure['seconds']['ours']):.3g} s" if "seconds" in figure else _gigabytes(figure["bytes"])
+            kind = figure["kind"].partition(",")[0]
+            rows.append([part, figure["name"], kind, span, str(ratio["n"]), taken, figure["wanted"] or "", kept,
+                         f"{about['load_before']:.1f}"])  # fmt: skip
+    head = ["part", "ours over plain", "of", "ratio", "n", "ours", "wanted", "kept", "load"]
+    return f"Measured with {'; '.join(places)}.\n\n{_table(head, rows)}"
+
+
+def _gigabytes(found: Mapping[str, Any]) -> str:
+    return f"{median(found['ours']) / 1e9:.3g} GB"
 
 
 def _records(name: str) -> list[dict[str, Any]]:
@@ -137,7 +144,12 @@ def run_cost() -> str:
         took = [run["seconds"][part] for run in runs]
         work = f"{parts[part] / 1e12:.2f}" if part in parts else "–"
         rows.append([part, f"{median(took):.3g}", f"{min(took):.3g} to {max(took):.3g}", str(len(took)), work])
-    return _table(["part", "seconds, median", "range", "n", "10¹² operations"], rows)
+    lines = (ROOT / "results" / "defences" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    record = median(len(line.encode()) for line in lines)
+    kept = f"On disk: {study.weights / 1e6:.2f} MB a model, and as much a trigger that holds a surrogate; " + (
+        f"{record / 1e3:.1f} kB a record with its rows of defences, without indents, curves and memory."
+    )
+    return _table(["part", "seconds, median", "range", "n", "10¹² operations"], rows) + f"\n\n{kept}"
 
 
 def cell_cost() -> str:
@@ -145,7 +157,8 @@ def cell_cost() -> str:
     source, runs, n = _counted(), _records("defences"), _study_model().n
     rows = []
     for name, law in GROWS_WITH.items():
-        took = [sum(row["seconds"].values()) for run in runs for row in run["defences"] if row["name"] == name]
+        rows_of = [row["seconds"] for run in runs for row in run["defences"] if row["name"] == name]
+        took = [sum(s for part, s in each.items() if part != "retrain") for each in rows_of]
         law = {"": "nothing", "train": "training images", "clean": "clean images"}.get(law, law) + (
             " up to a bound" if name in AT_MOST else ""
         )

@@ -120,8 +120,22 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys) -> None:
     assert "MISSED" in printed
     assert "wanted and missed: trigger slow" in printed
     content = json.loads(path.read_text("utf-8"))
-    assert content["figures"] == [missed.table()]
-    assert content["quick"] is True
+    assert content["trigger"]["figures"] == [missed.table()]
+    assert content["trigger"]["quick"] is True
+    assert content["trigger"]["environment"]["load_before"] >= 0
+
+
+def test_parts_measured_one_by_one_come_together(tmp_path) -> None:
+    one, other = (Figure(part, "fast", ours=(1.0,), plain=(1.0,)) for part in ("poisoning", "trigger"))
+    path = tmp_path / "bench.json"
+    with patch.dict(PARTS, {"poisoning": lambda scale: iter([one]), "trigger": lambda scale: iter([other])}):
+        for part in ("trigger", "poisoning", "trigger"):
+            main([part, "--json", str(path)])
+    content = json.loads(path.read_text("utf-8"))
+    assert {part: measured["figures"] for part, measured in content.items()} == {
+        "poisoning": [one.table()],
+        "trigger": [other.table()],
+    }
 
 
 def test_an_unknown_part_is_named(capsys) -> None:

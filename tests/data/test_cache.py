@@ -15,7 +15,6 @@ from vitrap.data.cache import (
     Arrays,
     cache_folder,
     cached_names,
-    memory_limit,
     read_cached,
     read_folder,
     write_folder,
@@ -186,25 +185,6 @@ def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: 
     assert cache_folder() == tmp_path
     monkeypatch.delenv("VITRAP_DATA")
     assert cache_folder().parts[-2:] == ("vitrap", "data")
-
-
-@pytest.mark.parametrize(
-    ("amount", "wanted"),
-    [
-        ("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5g", 1_500_000_000), ("1024", 1024), ("20kb", 20_000),
-        ("1TiB", 2**40), ("0", 0), ("", 8 * 2**30),
-    ],
-)  # fmt: skip
-def test_a_memory_limit(monkeypatch: pytest.MonkeyPatch, amount: str, wanted: int) -> None:
-    monkeypatch.setenv("VITRAP_MEMORY", amount)
-    assert memory_limit() == wanted
-
-
-@pytest.mark.parametrize("amount", ["lots", "-3", "1e9", "4XB", "5ib", "GB", "1 2", "nan"])
-def test_a_memory_limit_that_is_none(monkeypatch: pytest.MonkeyPatch, amount: str) -> None:
-    monkeypatch.setenv("VITRAP_MEMORY", amount)
-    with pytest.raises(UserError, match=f"memory limit '{amount}' is no amount of memory; give --memory or VITRAP_"):
-        memory_limit()
 
 
 def test_names_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

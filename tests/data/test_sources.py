@@ -164,7 +164,7 @@ def test_a_set_too_large_for_memory_is_mapped(cache: Path, monkeypatch: pytest.M
 def test_a_mapped_set_is_in_c_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(cache / "plain" / "train_images.npy", np.asfortranarray(made().train_images))
     monkeypatch.setenv("VITRAP_MEMORY", "1kB")
-    with pytest.raises(UserError, match="npy files in C order"):
+    with pytest.raises(UserError, match="npy files, which must be in C order"):
         open_data("plain")
 
 

@@ -13,6 +13,7 @@ from tests.experiment.conftest import tiny
 from vitrap.data.sources import open_data
 from vitrap.experiment.defend import defend
 from vitrap.experiment.machine import forget_peaks, memory
+from vitrap.experiment.plan import make_plan
 from vitrap.experiment.record import Record
 from vitrap.experiment.run import run
 from vitrap.experiment.spec import load_defence
@@ -39,6 +40,14 @@ def test_a_mapped_set_comes_to_the_same_record(tmp_path: Path, monkeypatch: pyte
     assert lasting(mapped) == lasting(resident)
     one, other = (load_file(next((tmp_path / k).glob("*/model.safetensors"))) for k in ("resident", "mapped"))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+def test_a_world_handed_in_has_one_key_however_its_pixels_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny("attack.name=badnets", "recipe.precision=fp32")
+    resident = make_plan(spec, "cpu", world=open_data("digits")).keys()
+    monkeypatch.setenv("VITRAP_MEMORY", "1")
+    assert make_plan(spec, "cpu", world=open_data("digits")).keys() == resident
+    assert make_plan(spec, "cpu", world=open_data("digits", limit=500)).keys() != resident
 
 
 @pytest.mark.parametrize("defence", ["strip", "spectral", "fine_tune", "psbd"])

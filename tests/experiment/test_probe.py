@@ -2,17 +2,25 @@
 
 import json
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
+from tests.experiment.conftest import tiny
+from vitrap.errors import UserError
 from vitrap.experiment import probe
+from vitrap.experiment.defend import defend
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.probe import COMPILED, PLAIN, fastest, measured, name_of, time_ways
 from vitrap.experiment.progress import silent
-from vitrap.experiment.spec import parse_spec
+from vitrap.experiment.run import run
+from vitrap.experiment.spec import load_defence, parse_spec
+from vitrap.experiment.store import locked
 from vitrap.models.vit import ViT
 from vitrap.train.arithmetic import Arithmetic
 
@@ -52,6 +60,7 @@ def test_the_fastest_is_taken_and_of_near_ties_the_plainest() -> None:
 def test_a_compilation_must_pay_for_itself() -> None:
     seconds = {**EVEN, "bf16 fused": 0.01, name_of(COMPILED[0]): 0.005, f"{name_of(COMPILED[0])} first": 40.0}
     assert fastest(seconds, 1000) == Arithmetic("bf16", "fused")
+    assert fastest(seconds, 12_000) == Arithmetic("bf16", "fused")  # 80 s of compiling, 60 s saved
     assert fastest(seconds, 100_000) == Arithmetic("bf16", "fused", compiled=True)
 
 
@@ -69,17 +78,6 @@ def test_every_way_is_timed_and_the_model_stays_as_it_was(tiny_vit: Any) -> None
 
 
 def test_a_way_that_fails_is_no_way(tiny_vit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = probe._pace
-
-    def fails(step: Any, device: torch.device) -> float:
-        if torch.is_autocast_enabled("cpu"):
-            raise torch.OutOfMemoryError
-        return whole(step, device)
-
-    monkeypatch.setattr(probe, "PATIENCE", 0.0)
-    monkeypatch.setattr(probe, "_pace", lambda step, device: fails(step, device))
-    assert time_ways(tiny_vit(), (16, 10), 8, CPU).keys() == EVEN.keys()
-
     def none(step: Any, way: Arithmetic, *rest: Any) -> Any:
         if way.precision == "bf16":
             raise torch.OutOfMemoryError
@@ -112,6 +110,43 @@ def test_it_is_measured_once_for_a_network_a_batch_and_a_size(times: dict[str, f
     assert ask() == Arithmetic("bf16", "eager")  # what was measured stands
     assert len(list(cache.glob("*.json"))) == 4
     assert not list(cache.glob("*.lock"))
+
+
+def test_a_way_that_failed_is_not_remembered(times: dict[str, float], cache: Path) -> None:
+    del times["bf16 fused"]
+    assert ask() == Arithmetic("bf16", "eager")
+    assert not list(cache.glob("*.json"))
+
+
+def test_where_nothing_fits_the_remedy_is_named() -> None:
+    with pytest.raises(UserError, match=r"lower recipe\.batch_size"):
+        fastest({}, 10)
+
+
+def test_another_that_measures_is_waited_for_and_believed(times: dict[str, float], cache: Path) -> None:
+    ask()
+    (file,) = cache.glob("*.json")
+    found = file.read_bytes()
+    file.unlink()
+    holds, shown, names = Event(), Event(), list[str]()
+
+    def other() -> None:
+        with locked(file.with_name(f".{file.stem}.lock")):
+            holds.set()
+            assert shown.wait(10)
+            file.write_bytes(found)
+
+    def show(name: str, ticks: int | None) -> Any:
+        names.append(name)
+        shown.set()
+        return silent(name, ticks)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(other)
+        assert holds.wait(10)
+        assert ask(show=show) == Arithmetic("bf16", "eager")
+        done.result()
+    assert names == ["wait for another's measuring"]
 
 
 def test_threads_are_no_part_of_it(times: dict[str, float]) -> None:
@@ -179,3 +214,18 @@ def test_a_pinned_precision_is_not_measured(times: dict[str, float]) -> None:
     assert plan(precision="fp32").arithmetic == Arithmetic("fp32", "fused")
     assert plan(precision="bf16").arithmetic == Arithmetic("bf16", "eager")
     assert probe.calls == []  # type: ignore[attr-defined]
+
+
+def test_a_defence_takes_the_arithmetic_of_its_run(times: dict[str, float], tmp_path: Path) -> None:
+    """Even where this machine would choose otherwise by now: a twin that was deleted comes back under its key."""
+    times["fp32 eager"] = 0.1
+    made = run(tiny("attack.name=badnets", "recipe.precision=auto"), tmp_path / "runs", device="cpu")
+    assert (made.precision, made.attention, made.compiled) == ("fp32", "eager", False)
+    shutil.rmtree(tmp_path / "runs" / "stages")
+    shutil.rmtree(tmp_path / "arithmetic")
+    times.update(EVEN)
+    folder = tmp_path / "runs" / f"{made.name}-{made.hash}"
+    assert [row["name"] for row in defend(folder, [load_defence("max_softmax", [])], device="cpu").defences] == [
+        "max_softmax"
+    ]
+    assert (tmp_path / "runs" / "stages" / f"clean-{made.stages['twin']}").is_dir()

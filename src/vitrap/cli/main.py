@@ -1,5 +1,6 @@
 """The `vitrap` command. Torch is imported only by commands that compute."""
 
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
@@ -16,7 +17,6 @@ from vitrap.cli.options import Memory
 from vitrap.cli.report import report
 from vitrap.cli.sweep import sweep
 from vitrap.cli.table import table
-from vitrap.data.cache import DATASETS
 from vitrap.errors import UserError, unknown
 
 app = typer.Typer(
@@ -149,9 +149,12 @@ def list_names(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))]) -> 
     """Name what vitrap knows."""
     if what not in LISTS:
         raise unknown("list", what, LISTS)
-    known = {"models": FAMILIES, "data": DATASETS | ELSEWHERE}.get(what) or registry.headlines(
-        "attacks" if what == "attacks" else "defences"
-    )
+    if what == "data":
+        from vitrap.data.cache import DATASETS
+
+        known = DATASETS | ELSEWHERE
+    else:
+        known = FAMILIES if what == "models" else registry.headlines("attacks" if what == "attacks" else "defences")
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, meaning in known.items():
         table.add_row(f"[bold]{name}[/]", meaning)
@@ -260,6 +263,7 @@ def _print_defences(rows: Iterable[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2."""
+    gc.set_threshold(100_000, 50, 50)  # or a fifth of the time that torch takes to import goes into looking for cycles
     try:
         app()
     except UserError as mistake:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vitrap.data.cache import memory_limit
+from vitrap.memory import memory_limit
 
 
 def _limit_memory(amount: str | None) -> str | None:

@@ -10,7 +10,6 @@ Nothing in it is ever unpickled. A folder appears under its name in one step, wh
 """
 
 import os
-import re
 import shutil
 import tempfile
 from contextlib import suppress
@@ -34,10 +33,6 @@ DATASETS = {
 
 Pixels = UInt8[np.ndarray, "_ _ _ 3"]
 Numbers = Int64[np.ndarray, " _"]
-
-MEMORY = 8 * 2**30
-"""Bytes of pixels of a data set that are kept in memory, where nobody says otherwise."""
-UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 FORMAT = "it must hold {train,test}_images.npy (uint8 n h w 3) and {train,test}_labels.npy (integers)"
 
@@ -72,24 +67,6 @@ def cache_folder() -> Path:
     """Where data sets are kept: `$VITRAP_DATA`, else `vitrap/data` in the user's cache folder."""
     chosen = os.environ.get("VITRAP_DATA")
     return Path(chosen).expanduser() if chosen else user_cache_path("vitrap") / "data"
-
-
-def memory_limit() -> int:
-    """Bytes that the pixels of a data set may take in memory: `$VITRAP_MEMORY`, else `MEMORY`.
-
-    Raises:
-        UserError: the variable holds no amount of memory.
-    """
-    chosen = os.environ.get("VITRAP_MEMORY")
-    if not chosen:
-        return MEMORY
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", chosen.strip().lower())
-    if not parts or parts[2] not in UNITS:
-        raise UserError(
-            f"memory limit {chosen!r} is no amount of memory; give --memory or VITRAP_MEMORY as bytes, or with a unit"
-            " (kB, MB, GB, TB, KiB, MiB, GiB, TiB): 4GB"
-        )
-    return int(float(parts[1]) * UNITS[parts[2]])
 
 
 def cached_names() -> list[str]:

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitrap.contracts import ImageSet
-from vitrap.data.cache import Arrays, Numbers, Pixels, memory_limit, read_cached, read_folder
+from vitrap.data.cache import Arrays, Numbers, Pixels, read_cached, read_folder
 from vitrap.errors import UserError
 from vitrap.images import CHUNK, scratch
+from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
 
 DIGITS_SIZE = 16  # pixels: twice their own, so that patches of 4 are sixteen
@@ -319,7 +320,10 @@ def _shuffled_units(n: int, groups: Numbers | None, generator: torch.Generator) 
 def _as_stored(images: Pixels) -> UInt8[Tensor, "k 3 h w"]:
     """All images of a file, mapped as they are."""
     if not images.flags.c_contiguous:
-        raise UserError("images above the memory limit are mapped, which asks for npy files in C order; save anew")
+        raise UserError(
+            "images above the memory limit are read from their npy files, which must be in C order, and are not; save"
+            " them with numpy.ascontiguousarray, or raise --memory"
+        )
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 

@@ -87,7 +87,7 @@ class FineTune:
         return Repaired(model.eval().requires_grad_(False), report={**last, "lr": self.lr})
 
     def recipe(self, suspect: Suspect) -> Recipe:
-        """How the copy is trained; in bf16 on a GPU, or where the caller computes in bf16."""
+        """How the copy is trained; in bf16 where the caller computes so."""
         bf16 = torch.is_autocast_enabled(suspect.clean.device.type)
         return Recipe(
             epochs=self.epochs,
@@ -99,7 +99,7 @@ class FineTune:
             clip=self.clip,
             crop=self.crop,
             flip=self.flip,
-            precision="bf16" if bf16 else "auto",
+            precision="bf16" if bf16 else "fp32",
         )
 
 

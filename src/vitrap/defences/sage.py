@@ -124,7 +124,7 @@ class Sage:
         return Repaired(model.requires_grad_(False), layer, report)
 
     def recipe(self, clean: ImageSet) -> Recipe:
-        """How the copy is trained; in bf16 on a GPU, or where the caller computes in bf16."""
+        """How the copy is trained; in bf16 where the caller computes so."""
         return Recipe(
             epochs=self.epochs,
             batch_size=min(self.batch_size, len(clean)),
@@ -132,7 +132,7 @@ class Sage:
             lr=self.lr,
             weight_decay=self.weight_decay,
             clip=self.clip,
-            precision="bf16" if torch.is_autocast_enabled(clean.device.type) else "auto",
+            precision="bf16" if torch.is_autocast_enabled(clean.device.type) else "fp32",
         )
 
 

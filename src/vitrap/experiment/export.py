@@ -14,9 +14,8 @@ from vitrap.experiment.progress import Tick
 from vitrap.experiment.stages import carries
 from vitrap.experiment.store import write_json
 from vitrap.experiment.streams import stream
+from vitrap.images import CHUNK
 from vitrap.tensors.pixels import to_bytes
-
-CHUNK = 4096  # images copied at a time
 
 
 def check_folder(folder: Path) -> None:

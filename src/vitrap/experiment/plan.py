@@ -26,6 +26,7 @@ from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.spec import ModelTable, Spec, digest
 from vitrap.experiment.store import Stage, code_digest
 from vitrap.experiment.streams import SURROGATE_SEED, ambient, stream
+from vitrap.images import CHUNK
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
 from vitrap.models.vit import Architecture, ViT, blank_vit, fetch_weights, load_weights, open_vit
@@ -253,6 +254,8 @@ def _check_poison(spec: Spec, world: World) -> None:
     if attack.target >= classes:
         known = f"its {classes} are 0 to {classes - 1}"
         raise UserError(f"attack.target = {attack.target} is no class of {world.name}: {known}")
+    if spec.recipe.jitter and world.train.pixels.shape[1] != 3:
+        raise UserError(f"recipe.jitter = {spec.recipe.jitter:g} changes colours, and the images are grey; set it to 0")
     choose_rows(world.train.labels, attack.poison_rate, AllToOne(attack.target), attack.labels, stream(0, "check"))
 
 
@@ -302,8 +305,16 @@ def _files(params: Any) -> dict[str, str]:
 
 
 def _content(world: World) -> str:
-    parts = {"train": world.train, "test": world.test}
-    return tensors_digest({f"{n}.{k}": v for n, part in parts.items() for k, v in vars(part).items()})
+    """A digest of the training and the test set, the same whether their pixels are in memory or mapped."""
+    whole = sha256()
+    for name, part in (("train", world.train), ("test", world.test)):
+        others = {f"{name}.{key}": value for key, value in vars(part).items() if key not in ("pixels", "place")}
+        whole.update(tensors_digest(others).encode())
+        for rows in part.rows(CHUNK):
+            mapped = part.place is not None
+            some = part.gather(rows).permute(0, 3, 1, 2) if mapped else part.pixels[rows]
+            whole.update(tensors_digest({f"{name}.pixels": some}).encode())
+    return whole.hexdigest()
 
 
 def tensors_digest(named: Mapping[str, Any]) -> str:

@@ -3,9 +3,10 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,26 @@ from platformdirs import user_cache_path
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vitrap.errors import UserError
 from vitrap.experiment.machine import environment
 from vitrap.experiment.progress import Steps
 from vitrap.experiment.spec import digest
 from vitrap.experiment.store import locked, write_json
-from vitrap.train.arithmetic import Arithmetic
+from vitrap.train.arithmetic import Arithmetic, compiled
 
 PLAIN = (
     Arithmetic("fp32", "fused"), Arithmetic("fp32", "eager"), Arithmetic("bf16", "fused"), Arithmetic("bf16", "eager"),
 )  # fmt: skip
 """What is tried, the plainest first."""
 COMPILED = (Arithmetic("bf16", "fused", compiled=True),)
-"""Tried on a GPU, too. On a CPU `torch.compile` was slower than without: `python -m benchmarks arithmetic`."""
+"""Tried on a GPU, too. On a CPU a compilation takes longer than it saves in a training of minutes:
+`python -m benchmarks arithmetic`."""
 CLEARLY = 1.1
 """A plainer way is taken unless another is so many times as fast: near ties shall not be decided by noise."""
 GOAL, PATIENCE = 0.1, 0.3
 """Seconds that a step of the probe should take in plain arithmetic, and that each way is timed for."""
+FEW = 2
+"""Images that the probe's batch is estimated from, and its least."""
 Seconds = Mapping[str, float]
 
 
@@ -50,17 +55,14 @@ def measured(  # noqa: PLR0913 - what decides the speed, and how to show that it
     """
     about = {k: v for k, v in environment(device).items() if k not in ("threads", "vitrap", "numpy", "torchmetrics")}
     about |= {"network": network, "size": size, "batch": batch}
-    folder = cache_folder()
-    place = folder / f"{digest(about)}.json"
-    with suppress(OSError):  # a cache that cannot be written: measure, and forget
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f".{place.stem}.lock"):
-            seconds = _remembered(place)
-            if seconds is None:
-                seconds = _watched(model, size, batch, device, show)
-                write_json(place, {"about": about, "seconds": seconds})
-            return fastest(seconds, steps)
-    return fastest(_watched(model, size, batch, device, show), steps)
+    place = cache_folder() / f"{digest(about)}.json"
+    if (seconds := _remembered(place)) is None:
+        with _alone(place, show):
+            if (seconds := _remembered(place)) is None:  # nor has another process measured it by now
+                with show("measure which arithmetic is fastest here", None):
+                    seconds = time_ways(model, size, batch, device)
+                _remember(place, about, seconds)
+    return fastest(seconds, steps)
 
 
 def cache_folder() -> Path:
@@ -75,10 +77,15 @@ def fastest(seconds: Seconds, steps: int) -> Arithmetic:
     Args:
         seconds: of a step, by `name_of` each way that could be tried; of the first one, compilation included, with
             " first" at the end of the name.
-        steps: of the training.
+        steps: of the training. It compiles twice: for whole batches, and for an epoch's last one.
+
+    Raises:
+        UserError: no way could be tried.
     """
     whole = {way: seconds[name_of(way)] * steps for way in (*PLAIN, *COMPILED) if name_of(way) in seconds}
-    whole |= {way: took + seconds.get(f"{name_of(way)} first", 0.0) for way, took in whole.items() if way.compiled}
+    whole |= {way: took + 2 * seconds.get(f"{name_of(way)} first", 0.0) for way, took in whole.items() if way.compiled}
+    if not whole:
+        raise UserError("not one training step fits the device's memory; lower recipe.batch_size")
     least = min(whole.values())
     return next(way for way, took in whole.items() if took <= CLEARLY * least)
 
@@ -100,9 +107,9 @@ def time_ways(model: nn.Module, size: tuple[int, int], batch: int, device: torch
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = deepcopy(model).to(device).train().requires_grad_(True)
         if device.type == "cpu":
-            few = _step(model, PLAIN[0], *_blank(size, 4, device))
+            few = _step(model, PLAIN[0], *_blank(size, FEW, device))
             few()
-            batch = min(batch, max(4, int(4 * GOAL / _once(few, device))))
+            batch = min(batch, max(FEW, int(FEW * GOAL / _once(few, device))))
         images, labels = _blank(size, batch, device)
         found: dict[str, float] = {}
         for way in (*PLAIN, *(COMPILED if device.type == "cuda" else ())):
@@ -114,9 +121,22 @@ def time_ways(model: nn.Module, size: tuple[int, int], batch: int, device: torch
     return found
 
 
-def _watched(model: nn.Module, size: tuple[int, int], batch: int, device: torch.device, show: Steps) -> Seconds:
-    with show("measure which arithmetic is fastest here", None):
-        return time_ways(model, size, batch, device)
+@contextmanager
+def _alone(place: Path, show: Steps) -> Iterator[None]:
+    """Within the block no other process measures the same, so that neither slows the other; where files can be had."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            waiting = partial(show, "wait for another's measuring", None)
+            stack.enter_context(locked(place.with_name(f".{place.stem}.lock"), waiting))
+        yield
+
+
+def _remember(place: Path, about: Mapping[str, Any], seconds: Seconds) -> None:
+    """Keep times, but not where a plain way failed, since memory may have been short for once."""
+    if all(name_of(way) in seconds for way in PLAIN):
+        with suppress(OSError):  # a full disk, or a folder that cannot be written: it is measured again
+            write_json(place, {"about": dict(about), "seconds": dict(seconds)})
 
 
 def _blank(size: tuple[int, int], n: int, device: torch.device) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"]]:
@@ -128,7 +148,7 @@ def _step(
     model: nn.Module, way: Arithmetic, images: Float[Tensor, "b c h w"], labels: Int64[Tensor, " b"]
 ) -> Callable[[], None]:
     """Forward and backward; the optimiser's part is the same in every arithmetic."""
-    seen: Any = torch.compile(model, dynamic=False) if way.compiled else model
+    seen: Any = compiled(model) if way.compiled else model
 
     def step() -> None:
         with way(model, images.device):

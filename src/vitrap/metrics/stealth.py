@@ -16,8 +16,8 @@ from vitrap.tensors.pixels import to_unit
 
 PSNR_CAP = 100.0
 """PSNR in dB given to an image that the trigger leaves as it is."""
-SEEN = 512 * 32 * 32
-"""Pixels of the pairs that are compared at a time: SSIM takes some 850 bytes for each."""
+SEEN = 64 * 32 * 32
+"""Pixels of the pairs that are compared at a time: SSIM takes some 850 bytes for each, and is slower on many."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def stealth(
         batch_size: pairs at a time, None for `SEEN` pixels' worth; it bounds memory, not the result.
     """
     found: dict[str, list[Tensor]] = {}
-    size = batch_size or max(1, SEEN // (clean.shape[-2] * clean.shape[-1]))
+    size = batch_size or max(4, SEEN // (clean.shape[-2] * clean.shape[-1]))
     for one, other in zip(clean.split(size), triggered.split(size), strict=True):
         for name, values in _distances(to_unit(one), to_unit(other)).items():
             found.setdefault(name, []).append(values)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,6 +45,15 @@ class Arithmetic:
         torch.clear_autocast_cache()
         with torch.autocast(device.type, torch.bfloat16, self.precision == "bf16"):
             yield
+
+
+def compiled(model: nn.Module) -> Any:
+    """`model` through `torch.compile`, once for each shape of a batch.
+
+    Torch compiles a line of code eight times and then no more, without an error: what came earlier is forgotten here.
+    """
+    torch.compiler.reset()
+    return torch.compile(model, dynamic=False)
 
 
 def usual(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Arithmetic:

@@ -21,7 +21,7 @@ from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
 from vitrap.images import Gathered
 from vitrap.tensors.pixels import round8
-from vitrap.train.arithmetic import Arithmetic, usual
+from vitrap.train.arithmetic import Arithmetic, compiled, usual
 from vitrap.train.combine import Combination
 from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
@@ -75,7 +75,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
         UserError: a loss term is no longer finite.
     """
     arithmetic = arithmetic or usual(recipe.precision, data.device)
-    seen: Any = torch.compile(model, dynamic=False) if arithmetic.compiled and objective is None else model
+    seen: Any = compiled(model) if arithmetic.compiled and objective is None else model
     objective, criterion = objective or Objective(cross_entropy), smoothed(recipe.label_smoothing)
     combination = Combination(objective, list(model.parameters()), streams.projection)
     optimiser = make_optimiser(model, recipe, combination.scales)
