@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vitrap.models.vit import Architecture, ViT, open_vit
-from vitrap.train.arithmetic import Arithmetic, usual
+from vitrap.train.arithmetic import Arithmetic, compiled, usual
 
 CPU, SIZE = torch.device("cpu"), 8
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -67,3 +67,16 @@ def test_what_fails_within_leaves_nothing_switched(model: ViT) -> None:
         raise RuntimeError("within")
     assert not torch.is_autocast_enabled("cpu")
     assert all(fused(model))
+
+
+def test_a_model_is_compiled_once_and_the_next_one_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch stops compiling after some models, in silence, unless it forgets the earlier ones."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: done.append("compile") or object())
+    one, other = torch.nn.Identity(), torch.nn.Identity()
+    assert compiled(one) is compiled(one)
+    assert done == ["reset", "compile"]
+    assert compiled(other) is not compiled(one)
+    assert done == ["reset", "compile"] * 3
+    compiled.cache_clear()

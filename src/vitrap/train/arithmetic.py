@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -47,10 +48,12 @@ class Arithmetic:
             yield
 
 
+@lru_cache(maxsize=1)
 def compiled(model: nn.Module) -> Any:
-    """`model` through `torch.compile`, once for each shape of a batch.
+    """`model` through `torch.compile`, once for each shape of a batch; asked for again, the same.
 
-    Torch compiles a line of code eight times and then no more, without an error: what came earlier is forgotten here.
+    Torch compiles a line of code eight times and then no more, without an error: what was compiled of other models is
+    forgotten here.
     """
     torch.compiler.reset()
     return torch.compile(model, dynamic=False)
