@@ -34,7 +34,7 @@ def figures(scale: Scale) -> Iterator[Figure]:
     for name, settings in NETWORKS.items():
         sized = replace(scale, network=tuple(settings.items()), batch=BATCH)
         device = torch.device(scale.device)
-        chosen = fastest(time_ways(network(sized), (SIZE, CLASSES), BATCH, device), LONG)
+        chosen = fastest(time_ways(network(sized), (3, SIZE, CLASSES), BATCH, device), LONG)
         best = replace(chosen, compiled=True)
         for way in (*PLAIN, *((best,) if name == ALSO_COMPILED else ())):
             yield figure(name, way, sized, "; the probe's choice" if way == chosen else "")

@@ -68,7 +68,7 @@ def test_every_way_is_timed_and_the_model_stays_as_it_was(tiny_vit: Any) -> None
     model: ViT = tiny_vit(proj_drop_rate=0.2).requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    seconds = time_ways(model, (16, 10), 8, CPU)
+    seconds = time_ways(model, (3, 16, 10), 8, CPU)
     assert seconds.keys() == EVEN.keys()
     assert all(0 < took < 5 for took in seconds.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -84,13 +84,13 @@ def test_a_way_that_fails_is_no_way(tiny_vit: Any, monkeypatch: pytest.MonkeyPat
         return lambda: None
 
     monkeypatch.setattr(probe, "_step", none)
-    assert time_ways(tiny_vit(), (16, 10), 8, CPU).keys() == {"fp32 fused", "fp32 eager"}
+    assert time_ways(tiny_vit(), (3, 16, 10), 8, CPU).keys() == {"fp32 fused", "fp32 eager"}
 
 
 def ask(**changes: Any) -> Arithmetic:
     asked: dict[str, Any] = {
         "network": "one",
-        "size": (16, 10),
+        "size": (3, 16, 10),
         "batch": 8,
         "steps": 100,
         "device": CPU,
@@ -103,7 +103,7 @@ def test_it_is_measured_once_for_a_network_a_batch_and_a_size(times: dict[str, f
     calls = probe.calls  # type: ignore[attr-defined]
     assert [ask(), ask(), ask(steps=7)] == [Arithmetic("bf16", "eager")] * 3
     assert len(calls) == 1
-    for change in ({"network": "two"}, {"size": (32, 10)}, {"batch": 16}):
+    for change in ({"network": "two"}, {"size": (3, 32, 10)}, {"batch": 16}):
         ask(**change)
     assert len(calls) == 4
     times["bf16 eager"] = 2.0
@@ -229,3 +229,8 @@ def test_a_defence_takes_the_arithmetic_of_its_run(times: dict[str, float], tmp_
         "max_softmax"
     ]
     assert (tmp_path / "runs" / "stages" / f"clean-{made.stages['twin']}").is_dir()
+
+
+def test_grey_images_are_probed_as_such() -> None:
+    grey = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1 * 8 * 8, 4))
+    assert time_ways(grey, (1, 8, 4), 8, CPU).keys() == EVEN.keys()

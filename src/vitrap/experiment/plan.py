@@ -215,7 +215,7 @@ def _arithmetic(  # noqa: PLR0913 - what decides the speed, and how to show that
     if recipe.precision != "auto" or not len(train):
         return usual(recipe.precision, device)
     kind = repr(network.module) if network.module is not None else asdict(network.architecture)
-    size = (train.size, train.n_classes)
+    size = (train.pixels.shape[1], train.size, train.n_classes)
     return measured(model, kind, size, recipe.batch_size, training_steps(spec, len(train)), device, steps)
 
 

@@ -40,14 +40,20 @@ Seconds = Mapping[str, float]
 
 
 def measured(  # noqa: PLR0913 - what decides the speed, and how to show that it is measured
-    model: nn.Module, network: Any, size: tuple[int, int], batch: int, steps: int, device: torch.device, show: Steps
+    model: nn.Module,
+    network: Any,
+    size: tuple[int, int, int],
+    batch: int,
+    steps: int,
+    device: torch.device,
+    show: Steps,
 ) -> Arithmetic:
     """The arithmetic that trains `model` fastest on `device`, by what was measured here, now or earlier.
 
     Args:
         model: the network, any weights; it stays as it is.
         network: what tells it from other networks, as JSON.
-        size: side of its images in pixels, and number of its classes.
+        size: channels and side of its images in pixels, and number of its classes.
         batch: images a step.
         steps: of each training, over which a compilation must pay for itself.
         device: where.
@@ -99,7 +105,7 @@ def name_of(way: Arithmetic) -> str:
     return " ".join(part for part in (way.precision, way.attention, "compiled" if way.compiled else "") if part)
 
 
-def time_ways(model: nn.Module, size: tuple[int, int], batch: int, device: torch.device) -> dict[str, float]:
+def time_ways(model: nn.Module, size: tuple[int, int, int], batch: int, device: torch.device) -> dict[str, float]:
     """Seconds of a step of training in each arithmetic that can be tried, on images without content.
 
     On a CPU the batch is cut so that a step takes about `GOAL`; on a GPU it is the training's own.
@@ -139,9 +145,11 @@ def _remember(place: Path, about: Mapping[str, Any], seconds: Seconds) -> None:
             write_json(place, {"about": dict(about), "seconds": dict(seconds)})
 
 
-def _blank(size: tuple[int, int], n: int, device: torch.device) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"]]:
-    side, classes = size
-    return torch.rand(n, 3, side, side, device=device), torch.arange(n, device=device) % classes
+def _blank(
+    size: tuple[int, int, int], n: int, device: torch.device
+) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, " b"]]:
+    channels, side, classes = size
+    return torch.rand(n, channels, side, side, device=device), torch.arange(n, device=device) % classes
 
 
 def _step(
