@@ -1,14 +1,16 @@
 """The share of a whole command's wall-clock time inside forward, backward and optimiser: what is left is ours to lose.
 
 A run is a process of its own, from the interpreter's start to its end, in which these calls are timed; on a CPU, where
-a call is done when it returns. Attacks and measures count where they go through a network, nothing else does.
+a call is done when it returns. The loss is part of forward, clearing gradients part of the optimiser. Attacks and
+measures count where they go through a network, nothing else does.
 """
 
+import atexit
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,11 +50,11 @@ def share(words: tuple[str, ...]) -> tuple[float, ...]:
 
 
 def watch(kept: Path) -> None:
-    """Run the command line with the calls timed, and write their seconds by name."""
+    """Run the command line with the calls timed; their seconds by name are written when it ends."""
     import torch
     from torch import nn
 
-    from vitrap.cli.main import main
+    from vitrap.cli.main import process
     from vitrap.models.vit import ViT
 
     seconds: dict[str, float] = {}
@@ -74,21 +76,19 @@ def watch(kept: Path) -> None:
 
         setattr(owner, name, timed)
 
-    time_calls(ViT, "forward", "forward")
+    for owner, name in ((ViT, "forward"), (nn.functional, "cross_entropy")):
+        time_calls(owner, name, "forward")
     for owner, name in ((torch.Tensor, "backward"), (torch.autograd, "backward"), (torch.autograd, "grad")):
         time_calls(owner, name, "backward")
-    for owner, name in ((torch.optim.AdamW, "step"), (torch.optim.SGD, "step"), (nn.utils, "clip_grad_norm_")):
+    for owner, name in (
+        (torch.optim.AdamW, "step"),
+        (torch.optim.SGD, "step"),
+        (torch.optim.Optimizer, "zero_grad"),
+        (nn.utils, "clip_grad_norm_"),
+    ):
         time_calls(owner, name, "optimiser")
-    _to_its_end(main)
-    kept.write_text(json.dumps(seconds), encoding="utf-8")
-
-
-def _to_its_end(command: Callable[[], None]) -> None:
-    try:
-        command()
-    except SystemExit as end:
-        if end.code:
-            raise
+    atexit.register(lambda: kept.write_text(json.dumps(seconds), encoding="utf-8"))
+    process()
 
 
 if __name__ == "__main__":

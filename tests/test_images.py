@@ -1,11 +1,18 @@
 """A set mapped from a file: the same images as in memory, pixels on the host, and nothing read back from the device."""
 
+import ctypes
+import mmap
+import os
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from vitrap import images
 from vitrap.images import ImageSet, scratch
 from vitrap.tensors.pixels import to_bytes
 
@@ -108,3 +115,30 @@ def test_pixels_in_another_order_are_refused_rather_than_copied_whole() -> None:
     resident, _ = pair(poisoned=False)
     with pytest.raises(AssertionError, match="k h w c in the file"):
         replace(resident, place=torch.arange(N)).gather(torch.tensor([1]))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="needs madvise")
+def test_asked_for_rows_are_read_into_memory_and_no_others(tmp_path: Path) -> None:
+    """Rows of 3 pages, 3 pages into the file; the page cache says what it holds."""
+    page, rows, n = mmap.PAGESIZE, np.array([5, 90, 40]), 100
+    path = tmp_path / "pixels"
+    path.write_bytes(bytes(3 * page * (n + 1)))
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = mmap.mmap(file.fileno(), 0)
+    stored = np.frombuffer(mapped, np.uint8, offset=3 * page).reshape(n, page, 3, 1)
+
+    def held() -> set[int]:
+        state = (ctypes.c_ubyte * (3 * n))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(stored.ctypes.data), ctypes.c_size_t(stored.size), state) == 0
+        return set(np.flatnonzero(np.array(state) & 1).tolist())
+
+    if held():
+        pytest.skip("the file system keeps its pages")
+    wanted = {3 * row + i for row in rows.tolist() for i in range(3)}
+    images._ask_for(stored, rows)
+    until = time.monotonic() + 10
+    while held() != wanted and time.monotonic() < until:
+        time.sleep(0.01)
+    assert held() == wanted

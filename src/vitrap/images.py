@@ -1,13 +1,17 @@
 """Images: a batch as a model sees it, and a whole data set, in memory or mapped from a file."""
 
+import ctypes
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -99,17 +103,17 @@ class ImageSet:
         """
         there = rows.to(self.device, non_blocking=True)
         if self.place is None:
-            x = self.pixels[there].float()
+            x = self.pixels.index_select(0, there)
         else:
             sent = (self.gather(rows) if pixels is None else pixels).to(self.device, non_blocking=True)
-            x = sent.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        x.div_(255)
+            x = sent.permute(0, 3, 1, 2).contiguous()
+        x = x / 255
         if x.shape[-2:] != (self.size, self.size):
             x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
         if bare or self.slot is None or self.stamped is None or not len(self.stamped):
             return x
         slot = self.slot[there]
-        stamped = self.stamped[slot.clamp(min=0)].float().div_(255)
+        stamped = self.stamped.index_select(0, slot.clamp(min=0)) / 255
         return torch.where((slot >= 0)[:, None, None, None], stamped, x)
 
     def gather(self, rows: Int64[Tensor, " b"]) -> Gathered:
@@ -122,7 +126,9 @@ class ImageSet:
         assert stored.flags.c_contiguous, "a mapped set's pixels are k h w c in the file; NumPy would copy them all"
         shape = (len(rows), *stored.shape[1:])
         found = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        stored.take(self.place[rows.cpu()].numpy(), 0, found.numpy(), "clip")  # "raise" would go through a copy
+        wanted = self.place[rows.cpu()].numpy()
+        _ask_for(stored, wanted)
+        stored.take(wanted, 0, found.numpy(), "clip")  # "raise" would go through a copy
         return found
 
     def batch(
@@ -210,3 +216,20 @@ def scratch(*shape: int) -> UInt8[Tensor, "..."]:
         if hasattr(os, "posix_fallocate") and prod(shape):
             os.posix_fallocate(file.fileno(), 0, prod(shape))  # a full disk is an error here, and a dead process later
         return torch.from_file(file.name, shared=True, size=prod(shape), dtype=torch.uint8).view(shape)
+
+
+def _ask_for(stored: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
+    """Have the system read these rows of a mapped array from the disk together, just them.
+
+    Left to itself it reads megabytes around each page that is touched, one after another: training would stand still
+    until most of the file had been read. Nothing where the system takes no such advice.
+    """
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    starts = stored.ctypes.data + rows * stored.strides[0]
+    pages = starts - starts % mmap.PAGESIZE
+    lengths = starts + stored.strides[0] - pages
+    advise = ctypes.PyDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for page, length in zip(pages.tolist(), lengths.tolist(), strict=True):
+        advise(page, length, mmap.MADV_WILLNEED)  # advice: where it is refused, reading is slower and no less right

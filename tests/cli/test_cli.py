@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import TINY, Said, vitrap
+from tests.cli.conftest import TINY, Said, command, vitrap
 from vitrap import __version__, registry
 from vitrap.attacks.ageb import Ageb
 from vitrap.cli.main import ELSEWHERE, FAMILIES
@@ -179,6 +179,46 @@ def test_help_is_no_mistake(call: Call, words: list[str]) -> None:
     said = call(*words)
     assert (said.code, said.err) == (0, "")
     assert "Usage: vitrap" in said.out
+
+
+# ---- how the process ends
+
+
+ENDING = """
+import atexit, sys
+from vitrap.cli.main import process
+atexit.register(print, "exit functions had their turn")
+sys.argv = ["vitrap", *sys.argv[1:]]
+process()
+print("still here")
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [(["list", "attacks"], 0), (["run", "gone.toml"], 2), (["nothing"], 2)])
+def test_a_process_ends_at_once_with_all_said_and_its_code(words: list[str], code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING, *words], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.endswith("exit functions had their turn\n")
+    assert ("ageb" in done.stdout) == (code == 0)
+    assert bool(done.stderr) == (code != 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_cannot_be_printed_is_a_failure_of_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("list", "attacks"), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("vitrap: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_gone_gets_no_traceback() -> None:
+    process = subprocess.Popen(command("list", "attacks"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.stderr.read(), process.wait(timeout=60)) == ("", 1)
+    process.stderr.close()
 
 
 # ---- what is loaded

@@ -1,6 +1,9 @@
 """The `vitrap` command. Torch is imported only by commands that compute."""
 
+import atexit
 import gc
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
@@ -265,15 +268,35 @@ def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2."""
     gc.set_threshold(100_000, 50, 50)  # or a fifth of the time that torch takes to import goes into looking for cycles
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # what cannot be printed is a failure too, and is to be told as one
     except UserError as mistake:
         err.print(f"vitrap: {' '.join(str(mistake).split())}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader has seen enough
+        raise SystemExit(1) from None
     except OSError as failure:  # a full disk, say: what was being written is gone, what was finished stays
         told = f"vitrap: {failure}; free some space or write elsewhere, the next call goes on"
         err.print(told, markup=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
+def process() -> None:
+    """`main` as a process, out of it as soon as it is done.
+
+    Python would take another second or two to take apart, piece by piece, all that torch and timm have imported.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        if isinstance(end.code, int):
+            os._exit(end.code)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    process()

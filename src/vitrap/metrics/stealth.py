@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from vitrap.contracts import Images
 from vitrap.metrics.interval import Centre, centre
@@ -16,8 +17,10 @@ from vitrap.tensors.pixels import to_unit
 
 PSNR_CAP = 100.0
 """PSNR in dB given to an image that the trigger leaves as it is."""
+C1, C2 = 0.01**2, 0.03**2
+"""Keep SSIM's quotients finite; for a range of 1."""
 SEEN = 64 * 32 * 32
-"""Pixels of the pairs that are compared at a time: SSIM takes some 850 bytes for each, and is slower on many."""
+"""Pixels of the pairs that are compared at a time: the measures take up to some 750 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,33 @@ def psnr(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
 def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
     """Structural similarity of each image: Gaussian window of sigma 1.5 (11 px), borders mirrored.
 
-    For sides under 6 px, where the mirror ends, the window shrinks until it fits.
+    Wang, Bovik, Sheikh, Simoncelli: "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004),
+    eq. 13. For sides under 6 px, where the mirror ends, the window shrinks until it fits.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure  # a second or two to import
+    sigma = min(1.5, (min(clean.shape[-2:]) - 0.6) / 3.5)
+    down, across = (_blur(side, sigma).to(clean.device) for side in clean.shape[-2:])
 
-    sigma = min(1.5, (min(clean.shape[-2:]) - 0.6) / 3.5)  # torchmetrics reaches int(3.5 sigma + 0.5) px
-    value = structural_similarity_index_measure(
-        triggered, clean, gaussian_kernel=True, sigma=sigma, data_range=1.0, reduction="none"
-    )
-    assert isinstance(value, Tensor)
-    return value.reshape(len(clean))
+    def local(x: Images) -> Images:
+        return down @ x @ across.mT
+
+    mean, other = local(clean), local(triggered)
+    variance = (local(clean.square()) - mean.square()).clamp(min=0)
+    other_variance = (local(triggered.square()) - other.square()).clamp(min=0)
+    covariance = local(clean * triggered) - mean * other
+    luminance = (2 * mean * other + C1) / (mean.square() + other.square() + C1)
+    structure = (2 * covariance + C2) / (variance + other_variance + C2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
+def _blur(side: int, sigma: float) -> Float[Tensor, "side side"]:
+    """The Gaussian window along one side as a matrix: row i weighs what is seen around pixel i, borders mirrored.
+
+    A matrix product is several times as fast as a convolution with so small a kernel.
+    """
+    reach = int(3.5 * sigma + 0.5)
+    window = (-(torch.arange(-reach, reach + 1) / sigma).square() / 2).softmax(0)
+    mirrored = functional.pad(torch.eye(side)[None], (reach, reach), mode="reflect")[0]
+    return (mirrored.unfold(1, 2 * reach + 1, 1) @ window).mT
 
 
 def lpips_at_hand() -> bool:

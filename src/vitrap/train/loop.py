@@ -1,8 +1,8 @@
 """The training loop: the same steps for every attack.
 
 The set lives on the device as 8-bit pixels; batches are gathered, augmented and learned from there. Where it is mapped
-from a file, a thread gathers them on the host ahead of time. Nothing in a step waits for the device: losses are summed
-where they arise and read once an epoch.
+from a file, a thread gathers them on the host ahead of time. Nothing in a step waits for the device: losses stay
+where they arise and are read once an epoch.
 """
 
 import math
@@ -84,8 +84,8 @@ def train(  # noqa: PLR0913 - all that a training is made of
     poisoned = data.poisoned.cpu()
     model.train()
     for epoch in range(recipe.epochs):
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
+        found: dict[str, list[Tensor]] = {}
+        counts: dict[str, list[int]] = {}
         order = torch.randperm(len(data), generator=streams.order).split(recipe.batch_size)
         with arithmetic.attending(model), prefetched(data, order) as batches:
             for step, (rows, pixels) in enumerate(batches, epoch * steps // recipe.epochs):
@@ -96,16 +96,22 @@ def train(  # noqa: PLR0913 - all that a training is made of
                     terms = objective.terms(seen, batch, criterion)
                 descend(optimiser, combination, terms, recipe.clip)
                 for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach() * len(rows)
-                    counts[name] = counts.get(name, 0) + len(rows)
+                    found.setdefault(name, []).append(term.detach())
+                    counts.setdefault(name, []).append(len(rows))
                 tick()
-        means = {name: total.item() / counts[name] for name, total in sums.items()}
-        for name, mean in {**means, **combination.learned(), **_watched(model, watch)}.items():
-            curves.setdefault(name, []).append(mean)
-            if not math.isfinite(mean):
-                raise UserError(f"training diverged ({name} is {mean}); lower recipe.lr = {recipe.lr:g}")
+        means = {name: mean(torch.stack(terms), counts[name]) for name, terms in found.items()}
+        for name, value in {**means, **combination.learned(), **_watched(model, watch)}.items():
+            curves.setdefault(name, []).append(value)
+            if not math.isfinite(value):
+                raise UserError(f"training diverged ({name} is {value}); lower recipe.lr = {recipe.lr:g}")
     model.eval()
     return curves
+
+
+def mean(terms: Float[Tensor, " steps"], counts: Sequence[int]) -> float:
+    """A loss term over an epoch, each batch weighing as much as it has images; waits for the device."""
+    weights = torch.tensor(counts, dtype=torch.float64)
+    return (terms.to("cpu", torch.float64) @ weights / weights.sum()).item()
 
 
 def _watched(model: nn.Module, watch: Callable[[nn.Module], Mapping[str, float]] | None) -> Mapping[str, float]:
