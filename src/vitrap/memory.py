@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from vitrap.errors import UserError
 
-MEMORY = 8 * 2**30
+MEMORY = 4 * 2**30
 """Bytes of pixels of a data set that are kept in memory, where nobody says otherwise."""
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

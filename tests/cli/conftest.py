@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vitrap.cli import console
 from vitrap.cli.main import main
 
 TINY = (
@@ -45,7 +46,8 @@ class Said:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """`vitrap WORDS` in this process."""
+    """`vitrap WORDS` in this process; without bars, which come or not with the machine's load."""
+    monkeypatch.setattr(console, "PATIENCE", 600.0)
 
     def call(*words: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["vitrap", *map(str, words)])

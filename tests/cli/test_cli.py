@@ -15,6 +15,7 @@ import pytest
 from tests.cli.conftest import TINY, Said, command, vitrap
 from vitrap import __version__, registry
 from vitrap.attacks.ageb import Ageb
+from vitrap.cli import console
 from vitrap.cli.main import ELSEWHERE, FAMILIES
 from vitrap.data.cache import DATASETS
 from vitrap.experiment.record import Record
@@ -84,16 +85,29 @@ def test_explain_says_what_a_defence_gives_and_needs(call: Call) -> None:
 # ---- run
 
 
-def test_json_is_the_record_alone_and_progress_goes_to_stderr(tiny_run) -> None:
+def test_json_is_the_record_alone(tiny_run) -> None:
     done, out = tiny_run
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert list(record) == [f.name for f in fields(Record)]
     (file,) = out.glob("*/record.json")
     assert record == json.loads(file.read_text())
-    for step in ("train the surrogate", "fit ageb", "train the victim", "train the twin", "measure"):
-        assert step in done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_progress_goes_to_stderr_where_it_takes_long(call: Call, monkeypatch, tmp_path: Path) -> None:
+    steps = ("read the data", "train the surrogate", "fit ageb", "train the victim", "train the twin", "measure")
+    quick = call("run", *TINY, "--json", "--device", "cpu", "--out", tmp_path)
+    assert (quick.code, quick.err) == (0, "")
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    slow = call("run", *TINY, "--json", "--device", "cpu", "--out", tmp_path, "--force-all")
+    assert slow.code == 0
+    assert all(step in slow.err for step in steps)
+
+
+@pytest.mark.parametrize("words", [["data.name=nope"], ["attack.target=99"]])
+def test_a_refusal_that_comes_while_data_are_read_is_the_only_line(call: Call, words: list[str]) -> None:
+    assert call("run", *words).err.count("\n") == 1
 
 
 def test_a_second_call_prints_the_measures_at_once(call: Call, tiny_run) -> None:
@@ -134,7 +148,6 @@ def test_defend_prints_a_row_and_the_same_again(call: Call, tiny_run, tmp_path: 
     assert said.out.startswith("strip (overlays = 2")
     for text in ("AUROC", "TPR at 5 % FPR", "clean twin", "405 / 450"):
         assert text in said.out
-    assert "defend with strip" in said.err
     row = call(*words, "--json")
     assert row.err == ""
     assert json.loads((folder / "record.json").read_text())["defences"] == [json.loads(row.out)]

@@ -471,8 +471,8 @@ def test_steps_are_shown_with_as_many_ticks_as_they_said(runs: Runs, tmp_path: P
 
     run(runs.specs["ageb"], tmp_path, device="cpu", steps=Step)
     assert list(ticks) == [
-        "train the surrogate", "fit ageb", "poison the training set", "train the victim", "train the twin",
-        "measure",
+        "read the data", "train the surrogate", "fit ageb", "poison the training set", "train the victim",
+        "train the twin", "measure",
     ]  # fmt: skip
     assert all(total in (None, done) for total, done in ticks.values())
     with silent("anything", None) as tick:

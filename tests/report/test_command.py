@@ -10,7 +10,6 @@ import pytest
 
 from tests.cli.conftest import vitrap
 from tests.report.made import failure, record, write
-from vitrap.cli.report import _after
 
 
 @pytest.fixture
@@ -100,10 +99,3 @@ def test_torch_is_not_loaded(runs: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False"
-
-
-def test_progress_is_shown_only_where_it_takes_long() -> None:
-    shown: list[tuple[int, int]] = []
-    for seconds in (60.0, -1.0):
-        _after(seconds, lambda done, whole: shown.append((done, whole)))(1, 2)
-    assert shown == [(1, 2)]

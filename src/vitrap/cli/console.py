@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import typer
@@ -21,6 +22,8 @@ from rich.progress import (
 )
 
 out, err = Console(), Console(stderr=True)
+PATIENCE = 1.0
+"""Seconds without bars."""
 
 
 class Bars:
@@ -36,12 +39,16 @@ class Bars:
             TimeRemainingColumn(),
             console=err,
         )
+        self._begin = Timer(PATIENCE, self.progress.start)
 
     def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        if self.progress.tasks:
+        self._begin.cancel()
+        if self._begin.is_alive():
+            self._begin.join()
+        if self.progress.live.is_started:
             self.progress.stop()
         if kind is KeyboardInterrupt:
             err.print("vitrap: interrupted; the next call goes on from the last finished stage", soft_wrap=True)
@@ -66,8 +73,9 @@ class Bars:
         return show
 
     def _add(self, name: str, total: int | None) -> TaskID:
-        """A bar; the first one starts the display, so that a refusal before it is the only line."""
-        self.progress.start()
+        """A bar; the first one starts the display, a little later, so that a quick refusal is the only line."""
+        if not self.progress.tasks:
+            self._begin.start()
         return self.progress.add_task(name, total=total)
 
 

@@ -1,7 +1,5 @@
 """`vitrap report`: a page of a folder of runs."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +7,6 @@ import typer
 
 from vitrap.cli.console import Bars, err, out, tell_skipped
 from vitrap.errors import UserError
-
-PATIENCE = 2.0
-"""Seconds without a progress bar."""
 
 
 def report(
@@ -34,9 +29,7 @@ def report(
             f"{str(folder)!r} holds no record to report on; make some with vitrap run, or name their folder"
         )
     with Bars() as bars:
-        made = make_page(
-            shelf, folder.resolve().name or str(folder), pictures, _after(PATIENCE, bars.fraction("report"))
-        )
+        made = make_page(shelf, folder.resolve().name or str(folder), pictures, bars.fraction("report"))
     for note in made.notes:
         _warn(note)
     try:
@@ -64,17 +57,6 @@ def _check(page: Path) -> None:
 
 def _unwritable(page: Path, why: str) -> UserError:
     return UserError(f"report {str(page)!r} cannot be written ({why}); name another with -o")
-
-
-def _after(seconds: float, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """Progress that is shown only where the work takes longer."""
-    start = time.monotonic()
-
-    def later(done: int, whole: int) -> None:
-        if time.monotonic() - start > seconds:
-            show(done, whole)
-
-    return later
 
 
 def _warn(line: str) -> None:

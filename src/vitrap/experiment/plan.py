@@ -162,7 +162,7 @@ class Plan:
         train = self.world.train
         return {
             "data": {"content": self.content, "size": train.size, "rows": digest(train.index.tolist())},
-            "recipe": asdict(replace(self.spec.recipe, precision=self.arithmetic.precision)),
+            "recipe": {k: v for k, v in asdict(self.spec.recipe).items() if k != "precision"},
             "arithmetic": asdict(self.arithmetic),
             "device": self.device.type,
             "versions": {library: version(library) for library in ("torch", "timm")},
@@ -191,7 +191,8 @@ def make_plan(
     chosen = choose_device(device)
     data, content = spec.data, _content(world) if world else ""
     if world is None:
-        world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
+        with steps("read the data", None):
+            world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
         content = world.fingerprint
     _check_poison(spec, world)
     victim = Network(_architecture(spec.model, world), spec.model.pretrained, spec.model.checkpoint, model)
