@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,28 +118,41 @@ def test_pixels_in_another_order_are_refused_rather_than_copied_whole() -> None:
         replace(resident, place=torch.arange(N)).gather(torch.tensor([1]))
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="needs madvise")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs a way to empty the page cache")
 def test_asked_for_rows_are_read_into_memory_and_no_others(tmp_path: Path) -> None:
-    """Rows of 3 pages, 3 pages into the file; the page cache says what it holds."""
-    page, rows, n = mmap.PAGESIZE, np.array([5, 90, 40]), 100
+    """Rows that begin and end within pages, as those of an npy file do; the page cache says what it holds."""
+    page, start, rows, n = mmap.PAGESIZE, 128, np.array([5, 90, 40]), 100
+    length = 5 * page // 2
     path = tmp_path / "pixels"
-    path.write_bytes(bytes(3 * page * (n + 1)))
+    path.write_bytes(bytes(start + length * n))
     with path.open("r+b") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         mapped = mmap.mmap(file.fileno(), 0)
-    stored = np.frombuffer(mapped, np.uint8, offset=3 * page).reshape(n, page, 3, 1)
+    stored = np.frombuffer(mapped, np.uint8, offset=start).reshape(n, length, 1, 1)
+    file_at = stored.ctypes.data - start
 
     def held() -> set[int]:
-        state = (ctypes.c_ubyte * (3 * n))()
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(stored.ctypes.data), ctypes.c_size_t(stored.size), state) == 0
+        state = (ctypes.c_ubyte * (len(mapped) // page))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(file_at), ctypes.c_size_t(page * len(state)), state) == 0
         return set(np.flatnonzero(np.array(state) & 1).tolist())
 
     if held():
         pytest.skip("the file system keeps its pages")
-    wanted = {3 * row + i for row in rows.tolist() for i in range(3)}
+    bounds = [(start + row * length, start + (row + 1) * length - 1) for row in rows.tolist()]
+    wanted = {number for first, last in bounds for number in range(first // page, last // page + 1)}
     images._ask_for(stored, rows)
     until = time.monotonic() + 10
     while held() != wanted and time.monotonic() < until:
         time.sleep(0.01)
     assert held() == wanted
+
+
+def test_on_a_gpu_a_set_may_take_a_quarter_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.delenv("VITRAP_MEMORY", raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (images.pixels_limit(cpu), images.pixels_limit(gpu)) == (4 * 2**30, 20 * 2**30)
+    monkeypatch.setenv("VITRAP_MEMORY", "1GB")
+    assert (images.pixels_limit(cpu), images.pixels_limit(gpu)) == (10**9, 10**9)

@@ -21,6 +21,8 @@ from vitrap.tensors.pixels import to_bytes
 Images = Float[Tensor, "b c h w"]
 Gathered = UInt8[Tensor, "b native_h native_w c"]
 """Pixels of a batch on the host, as they lie in a file."""
+OF_GPU = 4
+"""A set may take one part in so many of a GPU's memory, where nobody says otherwise; assumed."""
 CHUNK = 256  # images at a time where a whole set is gone through: 0.2 GB each at 224 px
 
 
@@ -189,7 +191,7 @@ class ImageSet:
         if self.slot is None:
             return self
         n, side, channels = len(self), self.size, self.pixels.shape[1]
-        mapped = self.place is not None or n * channels * side**2 > memory_limit()
+        mapped = self.place is not None or n * channels * side**2 > pixels_limit(self.device)
         if mapped:
             pixels = scratch(n, side, side, channels).permute(0, 3, 1, 2)
         else:
@@ -204,6 +206,17 @@ class ImageSet:
         stays = () if self.place is None else ("pixels", "place")
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor) and k not in stays}
         return replace(self, **moved)
+
+
+def pixels_limit(device: torch.device) -> int:
+    """Bytes that the pixels of a set may take on a device.
+
+    Raises:
+        UserError: `$VITRAP_MEMORY` holds no amount of memory.
+    """
+    if device.type != "cuda":
+        return memory_limit()
+    return memory_limit(torch.cuda.get_device_properties(device).total_memory // OF_GPU)
 
 
 def scratch(*shape: int) -> UInt8[Tensor, "..."]:
@@ -229,7 +242,7 @@ def _ask_for(stored: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
     starts = stored.ctypes.data + rows * stored.strides[0]
     pages = starts - starts % mmap.PAGESIZE
     lengths = starts + stored.strides[0] - pages
-    advise = ctypes.PyDLL(None).madvise
+    advise = ctypes.PyDLL(None).madvise  # keeps Python's lock: handing it over twice a row slows the training thread
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for page, length in zip(pages.tolist(), lengths.tolist(), strict=True):
         advise(page, length, mmap.MADV_WILLNEED)  # advice: where it is refused, reading is slower and no less right

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,8 +107,12 @@ def test_progress_goes_to_stderr_where_it_takes_long(call: Call, monkeypatch, tm
 
 
 @pytest.mark.parametrize("words", [["data.name=nope"], ["attack.target=99"]])
-def test_a_refusal_that_comes_while_data_are_read_is_the_only_line(call: Call, words: list[str]) -> None:
-    assert call("run", *words).err.count("\n") == 1
+def test_a_refusal_is_the_only_line_though_bars_have_been_shown(call: Call, words: list[str], monkeypatch) -> None:
+    at_once = lambda seconds, show: SimpleNamespace(start=show, cancel=lambda: None, is_alive=lambda: False)  # noqa: E731
+    monkeypatch.setattr(console, "Timer", at_once)
+    said = call("run", *words)
+    assert said.err.startswith("vitrap: ")
+    assert said.err.count("\n") == 1
 
 
 def test_a_second_call_prints_the_measures_at_once(call: Call, tiny_run) -> None:
@@ -209,7 +214,8 @@ print("still here")
 
 @pytest.mark.parametrize(("words", "code"), [(["list", "attacks"], 0), (["run", "gone.toml"], 2), (["nothing"], 2)])
 def test_a_process_ends_at_once_with_all_said_and_its_code(words: list[str], code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", ENDING, *words], capture_output=True, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", ENDING, *words], capture_output=True, text=True, env=buffered)
     assert done.returncode == code
     assert done.stdout.endswith("exit functions had their turn\n")
     assert ("ageb" in done.stdout) == (code == 0)
@@ -223,6 +229,13 @@ def test_what_cannot_be_printed_is_a_failure_of_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("vitrap: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("closing", "words", "code"), [(">&-", "list attacks", 0), ("2>&-", "run gone.toml", 2)])
+def test_a_closed_stream_is_no_failure(closing: str, words: str, code: int) -> None:
+    line = f'"{sys.executable}" -m vitrap.cli.main {words} {closing}'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_a_reader_that_has_gone_gets_no_traceback() -> None:

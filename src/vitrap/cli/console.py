@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vitrap.errors import UserError
+
 out, err = Console(), Console(stderr=True)
 PATIENCE = 1.0
 """Seconds without bars."""
@@ -48,7 +50,11 @@ class Bars:
         self._begin.cancel()
         if self._begin.is_alive():
             self._begin.join()
-        if self.progress.live.is_started:
+        live = self.progress.live
+        if isinstance(kind, type) and issubclass(kind, UserError):
+            live.transient = True  # a refusal is the only line that stays
+            live.stop()
+        elif live.is_started:
             self.progress.stop()
         if kind is KeyboardInterrupt:
             err.print("vitrap: interrupted; the next call goes on from the last finished stage", soft_wrap=True)

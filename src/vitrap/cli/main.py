@@ -5,10 +5,11 @@ import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.markup import escape
@@ -271,7 +272,7 @@ def main() -> None:
         try:
             app()
         finally:
-            sys.stdout.flush()  # what cannot be printed is a failure too, and is to be told as one
+            _flush(sys.stdout)  # what cannot be printed is a failure too, and is to be told as one
     except UserError as mistake:
         err.print(f"vitrap: {' '.join(str(mistake).split())}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
@@ -284,18 +285,26 @@ def main() -> None:
 
 
 def process() -> None:
-    """`main` as a process, out of it as soon as it is done.
+    """`main` as a process, out of it as soon as it is done; exit functions have their turn, threads are not waited for.
 
-    Python would take another second or two to take apart, piece by piece, all that torch and timm have imported.
+    Python would go on for longer than a whole `vitrap list`, taking apart all that torch and timm have imported.
     """
     try:
         main()
     except SystemExit as end:
         atexit._run_exitfuncs()
-        sys.stderr.flush()
+        with suppress(OSError):  # of what exit functions print, no failure is made
+            _flush(sys.stdout)
+            _flush(sys.stderr)
         if isinstance(end.code, int):
             os._exit(end.code)
         raise
+
+
+def _flush(stream: TextIO | None) -> None:
+    """Have all that was printed go out; None is a stream that was closed before Python started."""
+    if stream is not None:
+        stream.flush()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ Memory = Annotated[
         "--memory",
         metavar="AMOUNT",
         callback=_limit_memory,
-        help="data sets with more pixels than that (4GB, 512MiB, bytes) stay on disk; default: VITRAP_MEMORY, or 4GiB",
+        help="data sets with more pixels than that (4GB, 512MiB, bytes) stay on disk; default: VITRAP_MEMORY, or 4GiB,"
+        " on a GPU a quarter of its memory",
     ),
 ]

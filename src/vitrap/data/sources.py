@@ -5,7 +5,7 @@ for training. So the held-out parts are the same images, and as many, at every l
 training set is part of a larger one's. Neither draw knows the run's seed: all seeds of an experiment share
 their data, and only weights, order and poison differ.
 
-A set whose pixels are together more than `memory_limit()` stays where it is: its image sets are mapped from the file.
+A set whose pixels are together more than `pixels_limit` stays where it is: its image sets are mapped from the file.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from torch.nn import functional
 from vitrap.contracts import ImageSet
 from vitrap.data.cache import Arrays, Numbers, Pixels, read_cached, read_folder
 from vitrap.errors import UserError
-from vitrap.images import CHUNK, scratch
+from vitrap.images import CHUNK, pixels_limit, scratch
 from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
 
@@ -93,7 +93,7 @@ def open_data(
     if limit is not None:
         rest = rest[balanced(arrays.train_labels[rest], limit, generator)]
     used = len(arrays.test_labels) + sum(map(len, (*parts, rest)))
-    mapped = used * math.prod(arrays.train_images.shape[1:]) > memory_limit()
+    mapped = used * math.prod(arrays.train_images.shape[1:]) > pixels_limit(torch.device(device))
     pictures = _Pictures(arrays, _side(arrays, name, size), torch.device(device), mapped)
     choose, clean, threshold = (pictures.train(rows) for rows in parts)
     return World(pictures.train(rest), pictures.test(), choose, clean, threshold, name, fingerprint(arrays))

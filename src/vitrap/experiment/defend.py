@@ -65,7 +65,7 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
         return record
     spec = replace(parse_spec(record.spec), name=record.name, surrogate=None, defences=missing)  # the trigger is there
     spec = replace(spec, recipe=replace(spec.recipe, precision=record.precision))
-    plan = make_plan(spec, device, model, world)
+    plan = make_plan(spec, device, model, world, steps)
     if record.environment["device_kind"] == plan.device.type:
         plan = replace(plan, arithmetic=recorded(record, plan.arithmetic))
     found, wanted = plan.world.fingerprint, record.data["fingerprint"]

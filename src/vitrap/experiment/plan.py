@@ -150,11 +150,8 @@ class Plan:
         surrogate = self.surrogate_key()
         trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key}
         trained |= {"surrogate": surrogate} if surrogate else {}
-        measures = {
-            "code": code_digest(*MEASURE_CODE),
-            "torchmetrics": version("torchmetrics"),
-            "lpips": lpips_at_hand(),
-        }
+        lpips = {"torchmetrics": version("torchmetrics")} if lpips_at_hand() else None
+        measures = {"code": code_digest(*MEASURE_CODE), "lpips": lpips}
         measure = Stage("measure", {**trained, **measures})
         return {**trained, "measure": measure.key}
 
