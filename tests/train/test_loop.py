@@ -379,8 +379,9 @@ def test_the_host_reads_each_term_once_an_epoch(data: ImageSet) -> None:
     finally:
         for each in patches:
             each.stop()
-    assert calls.pop("item") == 2 * 3
-    assert calls.pop("cpu") == 1  # which images are poisoned, before the first step
+    each = 2 * 3  # terms and epochs
+    assert calls.pop("item") == each
+    assert calls.pop("cpu") == each + 1  # which images are poisoned, before the first step
     assert calls == dict.fromkeys(calls, 0)
 
 

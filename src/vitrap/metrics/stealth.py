@@ -128,12 +128,12 @@ def stealth(
         triggered: the same with the trigger.
         batch_size: pairs at a time, None for `SEEN` pixels' worth; it bounds memory, not the result.
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, Tensor] = {}
     size = batch_size or max(4, SEEN // (clean.shape[-2] * clean.shape[-1]))
-    for one, other in zip(clean.split(size), triggered.split(size), strict=True):
-        for name, values in _distances(to_unit(one), to_unit(other)).items():
-            found.setdefault(name, []).append(values)
-    centres = {name: centre(torch.cat(values)) for name, values in found.items()}
+    for rows in torch.arange(len(clean), device=clean.device).split(size):
+        for name, values in _distances(to_unit(clean[rows]), to_unit(triggered[rows])).items():
+            found.setdefault(name, values.new_empty(len(clean)))[rows] = values  # kept one by one, they split the heap
+    centres = {name: centre(values) for name, values in found.items()}
     return Stealth(**{"lpips": None, **centres})
 
 

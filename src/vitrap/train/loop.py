@@ -84,11 +84,12 @@ def train(  # noqa: PLR0913 - all that a training is made of
     poisoned = data.poisoned.cpu()
     model.train()
     for epoch in range(recipe.epochs):
-        found: dict[str, list[Tensor]] = {}
-        counts: dict[str, list[int]] = {}
+        found: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         order = torch.randperm(len(data), generator=streams.order).split(recipe.batch_size)
         with arithmetic.attending(model), prefetched(data, order) as batches:
-            for step, (rows, pixels) in enumerate(batches, epoch * steps // recipe.epochs):
+            for at, (rows, pixels) in enumerate(batches):
+                step = epoch * len(order) + at
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.lr * warmup_cosine(step / steps, recipe.warmup)
                 batch = next_batch(data, rows, poisoned[rows], recipe, streams.augmentation, objective.stamp, pixels)
@@ -96,10 +97,10 @@ def train(  # noqa: PLR0913 - all that a training is made of
                     terms = objective.terms(seen, batch, criterion)
                 descend(optimiser, combination, terms, recipe.clip)
                 for name, term in terms.items():
-                    found.setdefault(name, []).append(term.detach())
-                    counts.setdefault(name, []).append(len(rows))
+                    found.setdefault(name, term.new_zeros(len(order)))[at] = term.detach()
+                    counts.setdefault(name, torch.zeros(len(order)))[at] = len(rows)
                 tick()
-        means = {name: mean(torch.stack(terms), counts[name]) for name, terms in found.items()}
+        means = {name: mean(terms, counts[name]) for name, terms in found.items()}
         for name, value in {**means, **combination.learned(), **_watched(model, watch)}.items():
             curves.setdefault(name, []).append(value)
             if not math.isfinite(value):
@@ -108,10 +109,14 @@ def train(  # noqa: PLR0913 - all that a training is made of
     return curves
 
 
-def mean(terms: Float[Tensor, " steps"], counts: Sequence[int]) -> float:
-    """A loss term over an epoch, each batch weighing as much as it has images; waits for the device."""
-    weights = torch.tensor(counts, dtype=torch.float64)
-    return (terms.to("cpu", torch.float64) @ weights / weights.sum()).item()
+def mean(terms: Float[Tensor, " steps"], counts: Float[Tensor, " steps"]) -> float:
+    """A loss term over an epoch, each batch weighing as much as it has images; waits for the device.
+
+    Args:
+        terms: of each batch, on any device.
+        counts: images of each batch that has the term, else 0; on the CPU.
+    """
+    return (terms.cpu().double() @ counts.double() / counts.sum()).item()
 
 
 def _watched(model: nn.Module, watch: Callable[[nn.Module], Mapping[str, float]] | None) -> Mapping[str, float]:
