@@ -47,10 +47,11 @@ class Combination:
         if self._objective.combine == "projected" and len(parts) > 1:
             self._project(parts)
         else:
-            torch.stack(parts).sum().backward()
+            (parts[0] if len(parts) == 1 else torch.stack(parts).sum()).backward()
 
     def _part(self, name: str, term: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        weighted = self._objective.weights.get(name, 1.0) * term
+        weights = self._objective.weights
+        weighted = weights[name] * term if name in weights else term
         scale = self._scale.get(name)
         return weighted if scale is None else (-scale).exp() * weighted + scale
 

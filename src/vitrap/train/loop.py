@@ -85,7 +85,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
     model.train()
     for epoch in range(recipe.epochs):
         found: dict[str, Tensor] = {}
-        counts: dict[str, Tensor] = {}
+        counts: dict[str, list[int]] = {}
         order = torch.randperm(len(data), generator=streams.order).split(recipe.batch_size)
         with arithmetic.attending(model), prefetched(data, order) as batches:
             for at, (rows, pixels) in enumerate(batches):
@@ -98,7 +98,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
                 descend(optimiser, combination, terms, recipe.clip)
                 for name, term in terms.items():
                     found.setdefault(name, term.new_zeros(len(order)))[at] = term.detach()
-                    counts.setdefault(name, torch.zeros(len(order)))[at] = len(rows)
+                    counts.setdefault(name, [0] * len(order))[at] = len(rows)
                 tick()
         means = {name: mean(terms, counts[name]) for name, terms in found.items()}
         for name, value in {**means, **combination.learned(), **_watched(model, watch)}.items():
@@ -109,14 +109,14 @@ def train(  # noqa: PLR0913 - all that a training is made of
     return curves
 
 
-def mean(terms: Float[Tensor, " steps"], counts: Float[Tensor, " steps"]) -> float:
+def mean(terms: Float[Tensor, " steps"], counts: Sequence[int]) -> float:
     """A loss term over an epoch, each batch weighing as much as it has images; waits for the device.
 
     Args:
         terms: of each batch, on any device.
-        counts: images of each batch that has the term, else 0; on the CPU.
+        counts: images of each batch that has the term, else 0.
     """
-    return (terms.cpu().double() @ counts.double() / counts.sum()).item()
+    return (terms.cpu().double() @ torch.tensor(counts, dtype=torch.float64) / sum(counts)).item()
 
 
 def _watched(model: nn.Module, watch: Callable[[nn.Module], Mapping[str, float]] | None) -> Mapping[str, float]:
