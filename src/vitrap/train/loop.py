@@ -88,8 +88,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
         counts: dict[str, list[int]] = {}
         order = torch.randperm(len(data), generator=streams.order).split(recipe.batch_size)
         with arithmetic.attending(model), prefetched(data, order) as batches:
-            for at, (rows, pixels) in enumerate(batches):
-                step = epoch * len(order) + at
+            for step, (rows, pixels) in enumerate(batches, epoch * len(order)):
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.lr * warmup_cosine(step / steps, recipe.warmup)
                 batch = next_batch(data, rows, poisoned[rows], recipe, streams.augmentation, objective.stamp, pixels)
@@ -97,8 +96,8 @@ def train(  # noqa: PLR0913 - all that a training is made of
                     terms = objective.terms(seen, batch, criterion)
                 descend(optimiser, combination, terms, recipe.clip)
                 for name, term in terms.items():
-                    found.setdefault(name, term.new_zeros(len(order)))[at] = term.detach()
-                    counts.setdefault(name, [0] * len(order))[at] = len(rows)
+                    found.setdefault(name, term.new_zeros(len(order)))[step % len(order)] = term.detach()
+                    counts.setdefault(name, [0] * len(order))[step % len(order)] = len(rows)
                 tick()
         means = {name: mean(terms, counts[name]) for name, terms in found.items()}
         for name, value in {**means, **combination.learned(), **_watched(model, watch)}.items():
