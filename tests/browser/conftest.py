@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-quic"]
 MISSING = "no Chromium here: apt-get install chromium, or playwright install chromium"
+PATIENCE = 10 * 60_000
+"""Milliseconds after which a page counts as hanging, so that a test that looks for what is not there still says so."""
 
 Open = Callable[..., Page]
 
@@ -29,9 +31,10 @@ def refuse() -> NoReturn:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as play:
         path = find(play) or refuse()
-        with play.chromium.launch(executable_path=path, args=FLAGS) as chromium:
+        with play.chromium.launch(executable_path=path, args=FLAGS, timeout=PATIENCE) as chromium:
             yield chromium
 
 
@@ -50,7 +53,7 @@ def opened(browser: Browser) -> Iterator[Open]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE)
         address = path.as_uri()
         page.on("console", lambda message: said.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: said.append(f"error: {error}"))

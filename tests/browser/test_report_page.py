@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import Open, refuse
+from tests.browser.conftest import PATIENCE, Open, refuse
 from tests.report.made import HOSTILE, failure, found, hostile, judgement, record, repair, screen, sift
 from tests.report.page.test_make import picture
 from vitrap.experiment.records import Found, Shelf
@@ -360,10 +360,14 @@ def test_a_served_page_asks_for_nothing_else(plain: Path, browser: Browser) -> N
     Counting.content, Counting.asked = plain.read_bytes(), []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        sent: list[str] = []
         page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("request", lambda request: sent.append(request.url))
         page.goto(f"http://127.0.0.1:{server.server_port}/report.html")
         open_all(page)
-        page.wait_for_timeout(300)
+        page.evaluate("() => new Promise((done) => requestIdleCallback(() => done()))")  # it has no more to do
         page.close()
         server.shutdown()
+    assert len(sent) == 1
     assert Counting.asked == ["/report.html"]
