@@ -1,16 +1,20 @@
 """A process with everything imported that forks a `vitrap` for each line of stdin, and may kill it at a moment.
 
-A line is JSON: the words of the call, a file for what it says, its --out, and the event at which it dies (0: never).
-An event is an operation on a file below --out, just before it is done. For each line come two on stdout: the
-process id, then how it ended (minus the signal's number, where it was killed) and how many events there were.
+A line is JSON: the words of the call, a file for what it says, its --out, the event at which it dies (0: never), and
+`within`: a kind of stage and the signal that it gets after its first training step there (null: none). An event is an
+operation on a file below --out, just before it is done. For each line comes one on stdout: how it ended (minus the
+signal's number, where it was killed) and how many events there were.
 """
 
 import json
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import vitrap.cli.main as cli
 import vitrap.experiment.run  # noqa: F401 - so that a fork need not
@@ -18,8 +22,19 @@ import vitrap.experiment.run  # noqa: F401 - so that a fork need not
 EVENTS = {"open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
 
 
-def child(words: list[str], said: str, out: str, dies_at: int, report: int) -> None:
-    count = 0
+def stop_within(kind: str, signal_number: int, out: str) -> None:
+    """Send this process a signal after the first training step while a stage of this kind is being made."""
+
+    def stop(*_: object) -> None:
+        if list(Path(out).glob(f"stages/.{kind}-*-*")):  # a draft; its lock has another name
+            handle.remove()
+            os.kill(os.getpid(), signal_number)
+
+    handle = register_optimizer_step_post_hook(stop)
+
+
+def child(call: dict[str, Any], report: int) -> None:
+    count, out, dies_at = 0, call["out"], call["dies_at"]
 
     def hook(event: str, args: tuple) -> None:
         nonlocal count
@@ -28,11 +43,13 @@ def child(words: list[str], said: str, out: str, dies_at: int, report: int) -> N
             if count == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(call["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["vitrap", *words]
+    sys.argv = ["vitrap", *call["words"]]
+    if call["within"]:
+        stop_within(*call["within"], out)
     sys.addaudithook(hook)
     try:
         cli.main()
@@ -52,9 +69,8 @@ def serve() -> None:
         call = json.loads(line)
         read, write = os.pipe()
         if (process := os.fork()) == 0:
-            child(call["words"], call["said"], call["out"], call["dies_at"], write)
+            child(call, write)
         os.close(write)
-        print(process, flush=True)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         print(json.dumps([code, int(os.read(read, 20) or b"0")]), flush=True)
         os.close(read)

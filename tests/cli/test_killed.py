@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,30 +41,22 @@ class Forks:
         )
         assert self.server.stdout.readline() == "ready\n"
 
-    def start(self, out: Path, *overrides: str, dies_at: int = 0) -> int:
-        """Start a run; its process id."""
-        return self.send(out, ["run", *TINY, *overrides, "--device", "cpu", "--out", str(out)], dies_at)
+    def run(self, out: Path, *words: str, dies_at: int = 0, within: tuple[str, int] | None = None) -> Ended:
+        """A tiny run, killed at an operation on files, or sent a signal `within` the training of a kind of stage."""
+        return self.call(out, ["run", *TINY, *words, "--device", "cpu", "--out", str(out)], dies_at, within)
 
-    def send(self, out: Path, words: list[str], dies_at: int = 0) -> int:
-        """Start `vitrap WORDS`, which works below `out`; its process id."""
-        self.said = out.with_name(f"{out.name}.log")
-        call = {"words": words, "said": str(self.said), "out": str(out), "dies_at": dies_at}
+    def call(self, out: Path, words: list[str], dies_at: int = 0, within: tuple[str, int] | None = None) -> Ended:
+        """`vitrap WORDS`, which works below `out`."""
+        said = out.with_name(f"{out.name}.log")
+        call = {"words": words, "said": str(said), "out": str(out), "dies_at": dies_at, "within": within}
         self.server.stdin.write(json.dumps(call) + "\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def end(self) -> Ended:
-        """Wait for the call that was started."""
-        return Ended(*json.loads(self.server.stdout.readline()), self.said.read_text())
-
-    def call(self, out: Path, *overrides: str, dies_at: int = 0) -> Ended:
-        self.start(out, *overrides, dies_at=dies_at)
-        return self.end()
+        return Ended(*json.loads(self.server.stdout.readline()), said.read_text())
 
     def close(self) -> None:
         self.server.stdin.close()
         self.server.stdout.close()
-        self.server.wait(60)
+        self.server.wait()
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +70,7 @@ def forks() -> Iterator[Forks]:
 def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, dict[str, Any]]:
     """A run that nobody killed: how it ended, and its record."""
     out = tmp_path_factory.mktemp("undisturbed") / "runs"
-    ended = forks.call(out)
+    ended = forks.run(out)
     assert ended.code == 0, ended.said
     return ended, record(out)
 
@@ -106,11 +97,11 @@ def test_killed_at_an_operation_on_a_file(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path, share: float
 ) -> None:
     whole, wanted = undisturbed
-    ended = forks.call(tmp_path / "runs", dies_at=max(1, round(share * (whole.events - AFTER))))
+    ended = forks.run(tmp_path / "runs", dies_at=max(1, round(share * (whole.events - AFTER))))
     assert ended.code == -signal.SIGKILL
     check_nothing_half(tmp_path / "runs")
     there = {place: place.stat().st_ino for place in (tmp_path / "runs").glob("stages/[!.]*")}
-    ended = forks.call(tmp_path / "runs")
+    ended = forks.run(tmp_path / "runs")
     assert ended.code == 0, ended.said
     assert record(tmp_path / "runs") == wanted
     assert {place: place.stat().st_ino for place in there} == there  # finished stages were not made again
@@ -120,11 +111,11 @@ def test_killed_with_its_locks_in_place_the_record_answers_and_work_goes_on(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    assert forks.call(out, dies_at=undisturbed[0].events - 1).code == -signal.SIGKILL
+    assert forks.run(out, dies_at=undisturbed[0].events - 1).code == -signal.SIGKILL
     assert record(out) == undisturbed[1]
     assert len(list(out.rglob(".*.lock"))) == 2
     for words in ([], ["--force"]):
-        assert forks.call(out, *words).code == 0
+        assert forks.run(out, *words).code == 0
         assert record(out) == undisturbed[1]
     assert list(out.rglob(".*.lock")) == []
 
@@ -134,7 +125,7 @@ def test_killed_again_and_again_it_still_comes_to_its_end(
 ) -> None:
     out, codes = tmp_path / "runs", []
     for dies_at in (7, 16, 25, 0):
-        codes.append(forks.call(out, dies_at=dies_at).code)
+        codes.append(forks.run(out, dies_at=dies_at).code)
         if codes[-1]:
             check_nothing_half(out)
     assert codes[-1] == 0
@@ -145,15 +136,14 @@ def test_killed_again_and_again_it_still_comes_to_its_end(
 def test_killed_while_defending_the_record_is_whole(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert forks.call(tmp_path / "runs").code == 0
+    assert forks.run(tmp_path / "runs").code == 0
     (file,) = (tmp_path / "runs").glob("*/record.json")
     before = file.read_bytes()
     words = ["defend", str(file.parent), "--defence", "spectral", "--device", "cpu"]
     rows: list[int] = []
     for dies_at in range(1, 100):
         file.write_bytes(before)
-        forks.send(tmp_path / "runs", words, dies_at)
-        ended = forks.end()
+        ended = forks.call(tmp_path / "runs", words, dies_at)
         content = json.loads(file.read_text())
         rows.append(len(content["defences"]))
         assert {**content, "defences": []} == json.loads(before)
@@ -165,28 +155,17 @@ def test_killed_while_defending_the_record_is_whole(
     assert len(rows) > 10
 
 
-def start_and_wait(forks: Forks, out: Path, kind: str) -> int:
-    """Start a run that takes long, and wait until it is within a stage of this kind."""
-    process = forks.start(out, "recipe.epochs=100000" if kind == "clean" else "recipe.epochs=40")
-    until = time.monotonic() + 60
-    while not list(out.glob(f"stages/.{kind}-*")) and time.monotonic() < until:
-        time.sleep(0.005)
-    time.sleep(0.3 if kind == "clean" else 0.02)
-    return process
-
-
 @pytest.mark.parametrize("kind", ["clean", "victim"])
 def test_killed_inside_a_stage(forks: Forks, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "runs"
-    os.kill(start_and_wait(forks, out, kind), signal.SIGKILL)
-    assert forks.end().code == -signal.SIGKILL
+    assert forks.run(out, within=(kind, signal.SIGKILL)).code == -signal.SIGKILL
+    assert len(list(out.glob(f"stages/.{kind}-*-*"))) == 1  # what it was making
     check_nothing_half(out)
 
 
 def test_interrupted_it_says_so_in_one_line_and_leaves_no_draft(forks: Forks, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    os.kill(start_and_wait(forks, out, "clean"), signal.SIGINT)
-    ended = forks.end()
+    ended = forks.run(out, within=("clean", signal.SIGINT))
     assert ended.code == 130
     assert "Traceback" not in ended.said
     lines = ended.said.splitlines()
