@@ -1,15 +1,20 @@
 """What many tests share: one thread, tiny vision transformers, the embedded digits."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from vitrap.data.sources import World, open_data
 from vitrap.models.vit import Architecture, ViT, open_vit
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,6 +24,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    """What a test starts sees two cores, so that each of two workers has one thread.
+
+    Where all cores are busy, the threads of one process wait for each other most of the time.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    ours, first = sorted(before), os.getpid() % len(before)
+    os.sched_setaffinity(0, {ours[first], ours[first - 1]})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

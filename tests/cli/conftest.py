@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ def command(*words: object) -> list[str]:
 def vitrap(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """What the command does in a process of its own, on a wide screen."""
     wide = {**os.environ, "COLUMNS": "250", **environment}
-    return subprocess.run(command(*words), capture_output=True, text=True, env=wide, timeout=120)
+    return subprocess.run(command(*words), capture_output=True, text=True, env=wide)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Said:
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """`vitrap WORDS` in this process; without bars, which come or not with the machine's load."""
-    monkeypatch.setattr(console, "PATIENCE", 600.0)
+    monkeypatch.setattr(console, "PATIENCE", threading.TIMEOUT_MAX)
 
     def call(*words: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["vitrap", *map(str, words)])

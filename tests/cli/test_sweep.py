@@ -34,9 +34,10 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(call: Call, spec: Path, tmp
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_a_sweep_tells_what_came_of_it_and_then_what_is_there(call: Call, spec: Path, tmp_path: Path):
     out = tmp_path / "runs"
-    words = ["sweep", spec, *TINY[2:], "data.limit=100", "seed=0", "--out", out, "--device", "cpu", "--workers", 1]
+    words = ["sweep", spec, *TINY[2:], "data.limit=100", "seed=0", "--out", out, "--device", "cpu", "--workers", 2]
     said = call(*words)
     assert said.code == 0, said.err
     assert "sweep: 2 runs: 2 done; records:" in said.out
@@ -46,7 +47,7 @@ def test_a_sweep_tells_what_came_of_it_and_then_what_is_there(call: Call, spec: 
     assert "2 runs, 0 to do: nothing to wait for" in said.out
     for record in out.glob("*/record.json"):
         record.unlink()
-    said = call("sweep", spec, *TINY[2:], "seed=0", "recipe.lr=1e30", "--out", out, "--device", "cpu", "--workers", 1)
+    said = call("sweep", spec, *TINY[2:], "seed=0", "recipe.lr=1e30", "--out", out, "--device", "cpu", "--workers", 2)
     assert said.code == 1
     assert "2 runs: 2 failed" in said.out
     assert said.err.count("vitrap: failed: seed = 0, attack.poison_rate") == 2

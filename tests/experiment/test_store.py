@@ -137,7 +137,7 @@ def test_who_comes_second_waits_and_takes_what_the_first_made(tmp_path: Path) ->
 
     def slow(folder: Path) -> None:
         inside.set()
-        assert waits.wait(10)
+        waits.wait()
         make("first")(folder)
 
     @contextmanager
@@ -147,9 +147,9 @@ def test_who_comes_second_waits_and_takes_what_the_first_made(tmp_path: Path) ->
         yield
 
     waits, places = threading.Event(), []
-    thread = threading.Thread(target=lambda: places.append(Store(tmp_path).stage(STAGE, slow)))
+    thread = threading.Thread(target=lambda: places.append(Store(tmp_path).stage(STAGE, slow)), daemon=True)
     thread.start()
-    assert inside.wait(10)
+    inside.wait()
     places.append(Store(tmp_path, waiting).stage(STAGE, make("second")))
     thread.join()
     assert places[0] == places[1]
@@ -163,7 +163,7 @@ def test_who_waits_for_one_that_fails_makes_it(tmp_path: Path) -> None:
 
     def fail(folder: Path) -> None:
         inside.set()
-        assert waits.wait(10)
+        waits.wait()
         raise OSError(errno.ENOSPC, "full")
 
     @contextmanager
@@ -175,9 +175,9 @@ def test_who_waits_for_one_that_fails_makes_it(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="full"):
             Store(tmp_path).stage(STAGE, fail)
 
-    thread = threading.Thread(target=first)
+    thread = threading.Thread(target=first, daemon=True)
     thread.start()
-    assert inside.wait(10)
+    inside.wait()
     place = Store(tmp_path, waiting).stage(STAGE, make("second"))
     thread.join()
     assert content(place)["model"] == "second"
@@ -185,7 +185,7 @@ def test_who_waits_for_one_that_fails_makes_it(tmp_path: Path) -> None:
 
 
 RACE = """
-import sys, time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,8 +193,8 @@ from vitrap.experiment.store import Stage, Store
 def make(folder):
     for part in range(20):
         (folder / str(part)).write_text(sys.argv[2])
-while time.time() < float(sys.argv[3]):
-    pass
+print("ready", flush=True)
+sys.stdin.readline()
 for number in range(40):
     place = Store(Path(sys.argv[1])).stage(Stage("clean", {"n": number}), make)
     assert {(place / str(part)).read_text() for part in range(20)} in ({"a"}, {"b"}), place
@@ -202,9 +202,15 @@ for number in range(40):
 
 
 def test_two_processes_may_make_the_same_stages_at_once(tmp_path: Path) -> None:
-    start = str(time.time() + 2)
-    racers = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), who, start]) for who in "ab"]
-    assert [racer.wait(60) for racer in racers] == [0, 0]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), who], **pipes) for who in "ab"]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    for racer in racers:
+        racer.communicate()
+    assert [racer.returncode for racer in racers] == [0, 0]
     stages = list((tmp_path / "stages").iterdir())
     assert len(stages) == 40
     assert hidden(tmp_path) == []
