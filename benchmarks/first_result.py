@@ -13,7 +13,7 @@ from benchmarks.compare import Figure, Scale, alternate
 from benchmarks.training import Bare, streams
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.spec import load_spec
-from vitrap.models.vit import ViT
+from vitrap.models.classifier import Classifier
 
 TRAININGS = 3  # surrogate, victim, clean twin
 WITHIN = 90.0  # seconds, on two cores
@@ -39,5 +39,5 @@ def trainings(plan: Plan) -> None:
     data = plan.world.train
     for seed in range(TRAININGS):
         model, chances = plan.victim.build(seed), streams("cpu")
-        assert isinstance(model, ViT)
+        assert isinstance(model, Classifier)
         Bare(model, plan.spec.recipe).train(data.pixels, data.labels, chances.order, chances.augmentation)

@@ -25,7 +25,7 @@ from vitrap.data.poison import poison_set
 from vitrap.data.sources import open_data
 from vitrap.experiment.plan import Network
 from vitrap.experiment.sweep import cores
-from vitrap.models.vit import Architecture, ViT
+from vitrap.models.classifier import Architecture, Classifier
 from vitrap.train.arithmetic import usual
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
@@ -123,10 +123,10 @@ def vit_b(small: bool) -> Architecture:
     return Architecture("vit_base_patch16_224", 224, CLASSES)
 
 
-def build(architecture: Architecture, seed: int, device: str) -> ViT:
+def build(architecture: Architecture, seed: int, device: str) -> Classifier:
     """The network with fresh weights."""
     model = Network(architecture).build(seed, device)
-    assert isinstance(model, ViT)
+    assert isinstance(model, Classifier)
     return model
 
 

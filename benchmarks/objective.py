@@ -9,7 +9,7 @@ from benchmarks.compare import Figure, Scale, in_turns
 from benchmarks.subjects import image_set, network
 from benchmarks.training import streams
 from vitrap.attacks.megatron import Megatron
-from vitrap.contracts import Access, ImageSet, Objective
+from vitrap.contracts import Access, ImageSet, Implant, Objective
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
@@ -35,11 +35,11 @@ def figure(  # noqa: PLR0913 - one comparison's worth of settings
     name: str, attack: Megatron, data: ImageSet, recipe: Recipe, scale: Scale, wanted: float | None
 ) -> Figure:
     """The loop with the attack's objective, and without; both stamp the trigger in each batch."""
-    implant = attack.fit(Access(data, None, torch.Generator().manual_seed(0)))
+    implant, without = implant_of(attack, data), implant_of(replace(attack, latent=0.0, diffusion=0.0), data)
     assert implant.objective is not None
+    assert implant.poison is not None
     poisoned = implant.poison(data, torch.Generator().manual_seed(1))
     mine, other, objective = network(scale), network(scale), implant.objective
-    without = replace(attack, latent=0.0, diffusion=0.0).fit(Access(data, None, torch.Generator().manual_seed(0)))
     my_streams, other_streams = streams(scale.device), streams(scale.device)
 
     def ours(objective: Objective = objective) -> None:
@@ -50,3 +50,9 @@ def figure(  # noqa: PLR0913 - one comparison's worth of settings
 
     note = f"{scale.steps} steps of {scale.batch}, {int(poisoned.poisoned.sum())} of {len(data)} images poisoned"
     return Figure("objective", name, *in_turns(ours, plain, scale), at_most=wanted, note=note)
+
+
+def implant_of(attack: Megatron, data: ImageSet) -> Implant:
+    """The attack on a set, with a random stream of its own."""
+    access = Access(data, None, torch.Generator().manual_seed(0))
+    return attack.implant(access, attack.fit(access))

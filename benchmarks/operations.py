@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare import repeat, seconds
 from vitrap.experiment.plan import Network
+from vitrap.models.classifier import Architecture
 from vitrap.models.observe import eager_attention
-from vitrap.models.vit import Architecture
 
 LEAST = 0.05
 """Seconds that a turn of matrix products lasts at least."""

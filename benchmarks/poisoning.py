@@ -29,11 +29,12 @@ def figures(scale: Scale) -> Iterator[Figure]:
     rows = torch.arange(len(data), device=data.device)
     for name, build in PLAIN.items():
         attack = registry.get("attacks", name)()
-        implant = attack.fit(Access(data, model if attack.needs_surrogate else None, torch.Generator()))
+        access = Access(data, model if attack.needs_surrogate else None, torch.Generator())
+        trigger, goal = attack.fit(access).in_training, attack.goal_for(data.n_classes)
         stamp = build(attack, model)
 
-        def ours(implant: Any = implant, kind: Any = attack.labels) -> ImageSet:
-            return poison_set(data, rows, implant.trigger, implant.goal, kind, BATCH)
+        def ours(trigger: Any = trigger, goal: Any = goal, kind: Any = attack.labels) -> ImageSet:
+            return poison_set(data, rows, trigger, goal, kind, BATCH)
 
         def plain(stamp: Stamp = stamp) -> Tensor:
             return plain_poison(data.pixels, rows, stamp)

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.compare import Figure, Scale, Work, alternate
 from benchmarks.subjects import NAME
 from benchmarks.training import decay_groups, schedule, streams
-from vitrap.contracts import ImageSet
+from vitrap.contracts import ImageSet, Objective
 from vitrap.experiment.plan import Network
-from vitrap.models.vit import Architecture, ViT
-from vitrap.train.loop import next_batch, train
+from vitrap.models.classifier import Architecture, Classifier
+from vitrap.train.loop import cross_entropy, next_batch, train
 from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
 
@@ -113,10 +113,10 @@ def in_memory(path: Path, device: str) -> ImageSet:
     return ImageSet(pixels, numbers % CLASSES, numbers, CLASSES, SIZE).to(device)
 
 
-def network(device: str) -> ViT:
+def network(device: str) -> Classifier:
     """The small ViT, as it is before training."""
     model = Network(Architecture(NAME, SIZE, CLASSES, NETWORK)).build(0, device)
-    assert isinstance(model, ViT)
+    assert isinstance(model, Classifier)
     return model
 
 
@@ -127,11 +127,11 @@ def epoch(data: ImageSet, recipe: Recipe) -> None:
 
 def batches(data: ImageSet, recipe: Recipe) -> None:
     """Make all batches of an epoch."""
-    chances, known = streams(str(data.device)), data.poisoned.cpu()
+    chances, known = streams(str(data.device)), data.marks()
     order = torch.randperm(len(data), generator=chances.order).split(recipe.batch_size)
     with prefetched(data, order) as coming:
         for rows, pixels in coming:
-            next_batch(data, rows, known[rows], recipe, chances.augmentation, None, pixels)
+            next_batch(data, rows, known, recipe, chances, Objective(cross_entropy), pixels)
 
 
 def from_disk(path: Path, rows: Sequence[Tensor], batch: int, ours: bool) -> None:

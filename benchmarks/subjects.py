@@ -7,7 +7,7 @@ from torch.nn import functional
 from benchmarks.compare import Scale
 from vitrap.contracts import ImageSet
 from vitrap.experiment.plan import Network
-from vitrap.models.vit import Architecture, ViT
+from vitrap.models.classifier import Architecture, Classifier
 
 SIZE = 32
 CLASSES = 10
@@ -28,13 +28,13 @@ def images(n: int, device: str) -> Tensor:
     return image_set(n, device).pixels.float() / 255
 
 
-def network(scale: Scale) -> ViT:
+def network(scale: Scale) -> Classifier:
     """The ViT, as it is before training."""
     model = Network(Architecture(NAME, SIZE, CLASSES, dict(scale.network))).build(0, scale.device)
-    assert isinstance(model, ViT)
+    assert isinstance(model, Classifier)
     return model
 
 
-def surrogate(scale: Scale) -> ViT:
+def surrogate(scale: Scale) -> Classifier:
     """The ViT as a run hands it to an attack: ready and frozen."""
     return network(scale).eval().requires_grad_(False)

@@ -22,13 +22,13 @@ from torch.nn import functional
 
 from benchmarks.compare import Figure, Scale, in_turns
 from benchmarks.subjects import image_set
-from vitrap.contracts import ImageSet, Objective
+from vitrap.contracts import Batch, ImageSet
 from vitrap.experiment.plan import Network
 from vitrap.experiment.sweep import cores
-from vitrap.models.vit import Architecture
+from vitrap.models.classifier import Architecture
 from vitrap.train.arithmetic import usual
-from vitrap.train.combine import Combination
-from vitrap.train.loop import cross_entropy, descend, make_optimiser, next_batch, smoothed
+from vitrap.train.loop import Streams as Chances
+from vitrap.train.loop import make_learner, next_batch, plain_step
 from vitrap.train.recipe import Recipe
 
 MODELS = 4
@@ -83,18 +83,19 @@ class Trainee:
         self.model = Network(network).build(seed, data.device).train()
         self.data, self.recipe = data, Recipe(batch_size=BATCH)
         self.order = torch.Generator().manual_seed(seed)
-        self.chances = torch.Generator(data.device).manual_seed(seed)
-        self.poisoned = data.poisoned.cpu()
-        self.combination = Combination(Objective(cross_entropy), list(self.model.parameters()), self.order)
-        self.optimiser = make_optimiser(self.model, self.recipe)
+        augmentation = torch.Generator(data.device).manual_seed(seed)
+        self.chances = Chances(self.order, augmentation, self.order, self.order)
+        self.marks = data.marks()
+        arithmetic = usual("auto", data.device)
+        self.learner = make_learner(self.model, self.recipe, None, self.order, arithmetic)
 
     def step(self) -> None:
         """As the training loop does it."""
-        rows = draw(self.data, self.recipe, self.order)
-        batch = next_batch(self.data, rows, self.poisoned[rows], self.recipe, self.chances, None)
-        with usual("auto", self.data.device).autocast(self.data.device):
-            terms = cross_entropy(self.model, batch, smoothed(0.0))
-        descend(self.optimiser, self.combination, terms, self.recipe.clip)
+        plain_step(self.learner, self.batch(draw(self.data, self.recipe, self.order)))
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The images of `rows`, as the training loop makes them."""
+        return next_batch(self.data, rows, self.marks, self.recipe, self.chances, self.learner.objective)
 
 
 def draw(data: ImageSet, recipe: Recipe, order: torch.Generator) -> Tensor:
@@ -146,9 +147,9 @@ class Stack:
         self.weights, self.buffers = stack_module_state(models)
         self.skeleton = models[0].to("meta")
         first, self.steps, self.count = trainees.all[0], trainees.steps, len(models)
-        self.data, self.recipe, self.poisoned, self.chances = first.data, first.recipe, first.poisoned, first.chances
+        self.data, self.recipe, self.batch = first.data, first.recipe, first.batch
         self.orders = [trainee.order.clone_state() for trainee in trainees.all]
-        self.optimiser = stacked_optimiser(first.optimiser, first.model, self.weights)
+        self.optimiser = stacked_optimiser(first.learner.optimiser, first.model, self.weights)
         arithmetic = usual("auto", self.data.device)
         on_cpu = self.data.device.type == "cpu"  # where vmap has no rule for fused attention
         self.arithmetic = replace(arithmetic, attention="eager") if on_cpu else arithmetic
@@ -162,7 +163,7 @@ class Stack:
     def step(self) -> None:
         """One step of every model, each with a batch of its own."""
         rows = torch.cat([draw(self.data, self.recipe, order) for order in self.orders])
-        batch = next_batch(self.data, rows, self.poisoned[rows], self.recipe, self.chances, None)
+        batch = self.batch(rows)
         with self.arithmetic.autocast(self.data.device):
             each = batch.images.unflatten(0, (self.count, -1))
             logits = vmap(self._logits, randomness="different")(self.weights, self.buffers, each)

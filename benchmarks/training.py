@@ -17,7 +17,7 @@ from torch.nn import functional
 from benchmarks.compare import Figure, Scale, in_turns
 from benchmarks.subjects import image_set, network
 from vitrap.contracts import ImageSet
-from vitrap.models.vit import ViT
+from vitrap.models.classifier import Classifier
 from vitrap.train.loop import Streams, train
 from vitrap.train.recipe import Recipe
 
@@ -59,13 +59,13 @@ def figure(name: str, data: ImageSet, recipe: Recipe, scale: Scale, wanted: floa
 def streams(device: str) -> Streams:
     """Order and augmentation, the same at each call."""
     order, projection = torch.Generator().manual_seed(1), torch.Generator().manual_seed(3)
-    return Streams(order, torch.Generator(device).manual_seed(2), projection)
+    return Streams(order, torch.Generator(device).manual_seed(2), projection, torch.Generator())
 
 
 class Bare:
     """A bare training loop."""
 
-    def __init__(self, model: ViT, recipe: Recipe) -> None:
+    def __init__(self, model: Classifier, recipe: Recipe) -> None:
         self.body, self.mean, self.std, self.recipe = model.body, model.mean, model.std, recipe
 
     def train(self, pixels: Tensor, labels: Tensor, order: torch.Generator, chances: torch.Generator) -> float:

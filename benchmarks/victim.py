@@ -12,14 +12,15 @@ import torch
 from benchmarks.compare import seconds
 from benchmarks.gpu_rows import Bench, Found, Row, build, vit_s
 from benchmarks.training import streams
-from vitrap.attacks.ageb import Ageb
-from vitrap.contracts import Access, ImageSet, Implant
+from vitrap.attacks.ageb import Ageb, Erosion
+from vitrap.contracts import AllToOne, ImageSet
+from vitrap.data.poison import Poison
 from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
-from vitrap.experiment.measure import predict, triggered
+from vitrap.experiment.predict import predict, triggered
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.metrics.interval import Rate
-from vitrap.models.vit import ViT
+from vitrap.models.classifier import Classifier
 from vitrap.train.arithmetic import Arithmetic, usual
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
@@ -63,14 +64,14 @@ class Cell:
         world: CIFAR-10 without a hold-out, on the device.
         recipe: of the victim; its epochs are settled by `choose_epochs`.
         way: how the victim is trained.
-        implant: AGEB with the trained surrogate.
+        trigger: AGEB's with the trained surrogate.
     """
 
     bench: Bench
     world: World
     recipe: Recipe = field(init=False)
     way: Arithmetic = field(init=False)
-    implant: Implant = field(init=False)
+    trigger: Erosion = field(init=False)
 
     def __post_init__(self) -> None:
         batch = 100 if self.bench.small else 500  # divides the set, so that one compilation serves every step
@@ -78,7 +79,7 @@ class Cell:
         self.recipe = replace(usually, label_smoothing=0.1, crop=4, flip=True, jitter=0.5)
         self.way = usual("bf16", self.world.train.device)
 
-    def train(self, seed: int, recipe: Recipe, way: Arithmetic, data: ImageSet) -> tuple[ViT, float]:
+    def train(self, seed: int, recipe: Recipe, way: Arithmetic, data: ImageSet) -> tuple[Classifier, float]:
         """A ViT-S, and the seconds that its training took."""
         model = build(vit_s(7, self.bench.small), seed, self.bench.device)
         chances = streams(self.bench.device)
@@ -89,7 +90,7 @@ class Cell:
         recipe = replace(self.recipe, epochs=1 if self.bench.small else 15)
         model, took = self.train(1, recipe, self.way, self.world.train)
         surrogate = model.eval().requires_grad_(False)
-        self.implant = Ageb().fit(Access(self.world.train, surrogate, torch.Generator().manual_seed(1)))
+        self.trigger = Erosion(surrogate, Ageb())
         return Found("accuracy", "surrogate", {"seconds": took, "epochs": recipe.epochs}, note="not in the 4 minutes")
 
     def choose_epochs(self) -> Found:
@@ -113,12 +114,13 @@ class Cell:
     def make_victim(self) -> Found:
         """Poison, train, then measure on the whole test set, once."""
         made: list[ImageSet] = []
-        chance = torch.Generator().manual_seed(0)
-        poisoning = seconds(lambda: made.append(self.implant.poison(self.world.train, chance)), self.bench.device)
+        chance, goal = torch.Generator().manual_seed(0), AllToOne(Ageb().target)
+        poison = Poison(self.trigger, goal, Ageb().poison_rate, "dirty")
+        poisoning = seconds(lambda: made.append(poison(self.world.train, chance)), self.bench.device)
         victim, training = self.train(0, self.recipe, self.way, made[0])
-        test, goal, took = self.world.test, self.implant.goal, poisoning + training
+        test, took = self.world.test, poisoning + training
         cda = clean_accuracy(predict(victim, test, self.way), test.labels)
-        fired = triggered(test, self.implant.trigger)
+        fired = triggered(test, self.trigger)
         asr = attack_success(predict(victim, fired, self.way), test.labels, goal)
         kept = self.bench.judged(cda.value >= WANTED and took <= WITHIN)
         note = f"{self.recipe.epochs} epochs, one seed; CDA {shown(cda)}, ASR {shown(asr)}"

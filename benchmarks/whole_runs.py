@@ -55,7 +55,7 @@ def watch(kept: Path) -> None:
     from torch import nn
 
     from vitrap.cli.main import process
-    from vitrap.models.vit import ViT
+    from vitrap.models.classifier import Classifier
 
     seconds: dict[str, float] = {}
     inside = False
@@ -76,7 +76,7 @@ def watch(kept: Path) -> None:
 
         setattr(owner, name, timed)
 
-    for owner, name in ((ViT, "forward"), (nn.functional, "cross_entropy")):
+    for owner, name in ((Classifier, "forward"), (nn.functional, "cross_entropy")):
         time_calls(owner, name, "forward")
     for owner, name in ((torch.Tensor, "backward"), (torch.autograd, "backward"), (torch.autograd, "grad")):
         time_calls(owner, name, "backward")

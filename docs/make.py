@@ -54,9 +54,11 @@ def defences() -> str:
         kind = registry.get("defences", name)
         card = kind.card
         paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.title
-        needs = {"training set": kind.needs_train, "token attention": kind.needs_attention}
-        wanted = ", ".join(thing for thing, needed in needs.items() if needed)
-        rows.append(f"| `{name}` | {paper}, {card.venue} {card.year} | {kind.kind} | {wanted} |")
+        for each in registry.settings(kind):
+            setting = f", `setting={each.setting}`" if hasattr(each, "setting") else ""
+            needs = {"training set": each.needs_train, "token attention": each.needs_attention}
+            wanted = ", ".join(thing for thing, needed in needs.items() if needed)
+            rows.append(f"| `{name}`{setting} | {paper}, {card.venue} {card.year} | {each.kind} | {wanted} |")
     return "\n".join(rows)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from vitrap.data.sources import World, open_data
-from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.models.classifier import Architecture, Classifier, open_model
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -51,15 +51,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_vit() -> Callable[..., ViT]:
+def tiny_vit() -> Callable[..., Classifier]:
     """Builds a tiny ViT whose weights are far from their start, so that its attention is not flat."""
 
     def build(
         name: str = "vit_tiny_patch16_224", *, size: int = 16, n_classes: int = 10, seed: int = 0, **overrides: Any
-    ) -> ViT:
+    ) -> Classifier:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            model = open_vit(Architecture(name, size, n_classes, {**TINY, **overrides}))
+            model = open_model(Architecture(name, size, n_classes, {**TINY, **overrides}))
             for weight in model.parameters():
                 weight.add_(torch.randn_like(weight), alpha=0.3)
         return model

@@ -5,7 +5,9 @@ sample that it must catch, and where it makes an exception, one that it must let
 """
 
 import ast
+import io
 import re
+import tokenize
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 FILE_LINES = 400
-ROOM_FILE_LINES = {"attacks": 250, "defences": 250}
-FUNCTION_LINES = 60  # from `def` to the last line, docstring included
+CODE_LINES = {"attacks": 200, "defences": 200}  # docstrings, comments, imports and blank lines do not count
+FUNCTION_LINES = 45  # of code, from `def` to the last line
 TWIN_STATEMENTS = 5
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base", "manager", "managers"}
 PRINTING = {"print", "rich.print", "sys.stdout.write"}
@@ -87,6 +89,19 @@ class Source:
     def at(self, node: ast.AST, complaint: str) -> str:
         return f"{self.path}:{getattr(node, 'lineno', 1)}: {complaint}"
 
+    @cached_property
+    def code(self) -> set[int]:
+        """Numbers of the lines that hold code: no docstring, comment, import or blank line."""
+        silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
+        lines = {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)}
+        for node in ast.walk(self.tree):
+            value = node.value if isinstance(node, ast.Expr) else None
+            text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+            if text or isinstance(node, ast.Import | ast.ImportFrom):
+                lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        return lines
+
     def calls(self) -> Iterator[tuple[str, ast.Call]]:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Call):
@@ -103,17 +118,19 @@ Rule = Callable[[Sequence[Source]], Iterator[str]]
 
 def files_are_short(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
-        room = PurePosixPath(source.path).parts[1]
-        limit = ROOM_FILE_LINES.get(room, FILE_LINES)
-        if (lines := len(source.text.splitlines())) > limit:
-            yield f"{source.path}: {lines} lines, the limit is {limit}"
+        if (lines := len(source.text.splitlines())) > FILE_LINES:
+            yield f"{source.path}: {lines} lines, the limit is {FILE_LINES}"
+        limit = CODE_LINES.get(PurePosixPath(source.path).parts[1])
+        if limit and (lines := len(source.code)) > limit:
+            yield f"{source.path}: {lines} lines of code, the limit is {limit}"
 
 
 def functions_are_short(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
         for node in source.functions():
-            if (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > FUNCTION_LINES:
-                yield source.at(node, f"{node.name} has {lines} lines, the limit is {FUNCTION_LINES}")
+            whole = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            if (lines := len(source.code.intersection(whole))) > FUNCTION_LINES:
+                yield source.at(node, f"{node.name} has {lines} lines of code, the limit is {FUNCTION_LINES}")
 
 
 def names_say_something(sources: Sequence[Source]) -> Iterator[str]:
@@ -162,6 +179,14 @@ def only_the_cli_prints(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
         if not source.path.startswith("vitrap/cli/"):
             yield from (source.at(node, name) for name, node in source.calls() if name in PRINTING)
+
+
+def defences_train_on_the_common_floor(sources: Sequence[Source]) -> Iterator[str]:
+    """No optimiser, and so no training loop, of a defence's own."""
+    for source in sources:
+        if source.path.startswith("vitrap/defences/"):
+            own = (call for call in source.calls() if call[0].startswith("torch.optim"))
+            yield from (source.at(node, f"{name}: train with vitrap.train.tuning") for name, node in own)
 
 
 def no_seed_is_global(sources: Sequence[Source]) -> Iterator[str]:
@@ -231,7 +256,7 @@ def function(lines: int, name: str = "f") -> str:
 
 CAUGHT: list[tuple[Rule, dict[str, str]]] = [
     (files_are_short, {"train/loop.py": "x = 1\n" * (FILE_LINES + 1)}),
-    (files_are_short, {"attacks/badnets.py": "x = 1\n" * (ROOM_FILE_LINES["attacks"] + 1)}),
+    (files_are_short, {"attacks/badnets.py": "x = 1\n" * (CODE_LINES["attacks"] + 1)}),
     (functions_are_short, {"a.py": function(FUNCTION_LINES + 1)}),
     (functions_are_short, {"a.py": "async " + function(FUNCTION_LINES + 1)}),
     (names_say_something, {"data/utils.py": ""}),
@@ -244,6 +269,8 @@ CAUGHT: list[tuple[Rule, dict[str, str]]] = [
     (bodies_stand_once, {"a.py": "\n".join(f'def {n}(x):\n    "{n}"\n' + "    x()\n" * 5 for n in "fg")}),
     (only_the_cli_prints, {"data/images.py": "def f(x):\n    print(x)"}),
     (only_the_cli_prints, {"report/page.py": "from rich import print\nprint(1)"}),
+    (defences_train_on_the_common_floor, {"defences/a.py": "import torch\ntorch.optim.SGD([w], lr=1)"}),
+    (defences_train_on_the_common_floor, {"defences/a.py": "from torch.optim import Adam as A\nA([w])"}),
     (no_seed_is_global, {"a.py": "import torch\ntorch.manual_seed(0)"}),
     (no_seed_is_global, {"a.py": "import numpy as np\nnp.random.seed(0)"}),
     (no_seed_is_global, {"a.py": "from random import seed as s\ns(0)"}),
@@ -262,12 +289,14 @@ CAUGHT: list[tuple[Rule, dict[str, str]]] = [
 ]
 
 ALLOWED: list[tuple[Rule, dict[str, str]]] = [
-    (files_are_short, {"attacks/badnets.py": "x = 1\n" * ROOM_FILE_LINES["attacks"]}),
+    (files_are_short, {"attacks/badnets.py": "x = 1\n" * CODE_LINES["attacks"]}),
+    (files_are_short, {"attacks/badnets.py": '"""A\n\npaper.\n"""\n\n# why\n' + "x = 1\n" * CODE_LINES["attacks"]}),
     (functions_are_short, {"a.py": function(FUNCTION_LINES)}),
     (names_say_something, {"metrics/base_rates.py": ""}),
     (imports_have_no_cycle, {"r/__init__.py": "from .a import A", "r/a.py": "import vitrap.b", "b.py": ""}),
     (bodies_stand_once, {"a.py": function(5, "f") + function(5, "g")}),
     (only_the_cli_prints, {"cli/main.py": "print(1)", "report/page.py": "console.print(1)"}),
+    (defences_train_on_the_common_floor, {"attacks/a.py": "import torch\ntorch.optim.SGD([w], lr=1)"}),
     (no_seed_is_global, {"a.py": "import torch\nwith torch.random.fork_rng():\n    torch.manual_seed(0)"}),
     (no_seed_is_global, {"a.py": "import torch\ntorch.Generator().manual_seed(0)\ng.manual_seed(0)"}),
     (classes_do_not_inherit, {"a.py": "import typing\nclass A(typing.Protocol): ...\nclass B(A): ..."}),

@@ -135,7 +135,8 @@ def test_a_suspect_is_what_it_was_given() -> None:
 
 
 def test_a_suspect_holds_nothing_of_the_attacker() -> None:
-    assert [f.name for f in fields(Suspect)] == ["model", "clean", "n_classes", "generator", "train"]
+    names = [f.name for f in fields(Suspect)]
+    assert names == ["model", "clean", "n_classes", "generator", "train", "compute", "retrain"]
 
 
 def test_one_clean_image_is_enough_and_a_class_may_be_missing() -> None:

@@ -88,7 +88,7 @@ def test_on_another_device_the_pixels_stay_and_nothing_is_read_back() -> None:
     assert there.place is mapped.place
     assert {t.device.type for t in (there.labels, there.index, there.slot, there.stamped)} == {"meta"}
     rows = torch.tensor([3, 7, 2])
-    batch = there.batch(rows, mapped.poisoned[rows], pixels=there.gather(rows))
+    batch = there.batch(rows, mapped.marks(), pixels=there.gather(rows))
     assert (batch.images.device.type, batch.images.shape) == ("meta", (3, 3, 12, 12))
     assert batch.poisoned.shape == (2,)
     assert there.images(rows, bare=True).device.type == "meta"
@@ -100,7 +100,7 @@ def test_on_a_gpu_batches_are_made_of_host_pixels_without_waiting() -> None:
     resident, mapped = pair(12)
     here, there = resident.to("cuda"), mapped.to("cuda")
     rows = torch.tensor([3, 7, 2])
-    known, pixels = mapped.poisoned[rows], there.gather(rows)
+    known, pixels = mapped.marks(), there.gather(rows)
     assert pixels.is_pinned()
     assert torch.cuda.memory_allocated() < there.pixels.numel() * 100
     torch.cuda.set_sync_debug_mode("error")

@@ -29,8 +29,8 @@ from vitrap.contracts import AllToOne, Batch, Criterion, Images, Objective
 from vitrap.data.poison import choose_rows, poison_set
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.models.attention import seen_blocks, token_attention
+from vitrap.models.classifier import Architecture, open_model
 from vitrap.models.observe import observe, read_tokens, token_layout, transformer
-from vitrap.models.vit import Architecture, open_vit
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
@@ -184,7 +184,7 @@ def one_seed(world: vitrap.World, seed: int) -> dict[str, Any]:
     for pooled in (False, True):
         overrides = {**NETWORK, **(POOLED if pooled else {})}
         with ambient(seed, "weights"):
-            bases[pooled] = open_vit(Architecture("vit_tiny_patch16_224", SIDE, world.train.n_classes, overrides))
+            bases[pooled] = open_model(Architecture("vit_tiny_patch16_224", SIDE, world.train.n_classes, overrides))
         train(bases[pooled], world.train, FIRST, training_streams(seed, world.train.device))
     rows = choose_rows(world.train.labels, RATE, goal, "dirty", stream(seed, "poison"))
     for name, arm in ARMS.items():

@@ -14,7 +14,7 @@ import vitrap
 from vitrap.attacks.megatron import Masked
 from vitrap.contracts import AllToOne
 from vitrap.experiment.grid import load_sweep
-from vitrap.experiment.measure import predict, triggered
+from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.run import run_folder
 from vitrap.metrics.accuracy import attack_success
 from vitrap.train.arithmetic import usual

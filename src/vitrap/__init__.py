@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vitrap.experiment.run import open_run as open_run
     from vitrap.experiment.run import poison as poison
     from vitrap.experiment.run import run as run
+    from vitrap.experiment.scores import read_scores as read_scores
     from vitrap.experiment.spec import Spec as Spec
     from vitrap.experiment.spec import load_defence as load_defence
     from vitrap.experiment.spec import load_spec as load_spec
@@ -44,6 +45,7 @@ _HOMES = {
     "open_data": "vitrap.data.sources",
     "open_run": "vitrap.experiment.run",
     "poison": "vitrap.experiment.run",
+    "read_scores": "vitrap.experiment.scores",
     "run": "vitrap.experiment.run",
     "sweep": "vitrap.experiment.sweep",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "open_data",
     "open_run",
     "poison",
+    "read_scores",
     "run",
     "sweep",
     "tensors",

@@ -33,22 +33,25 @@ class Batch:
     Attributes:
         images: augmented, triggers included.
         labels: what training is told.
-        poisoned: positions of the images that carry the trigger.
-        clean: positions of the others. How many there are of each is known without waiting for the device.
+        poisoned: positions of the poisoned images. How many there are is known without waiting for the device.
+        clean: positions of all others.
+        covers: positions, among the clean ones, of the covers: images that carry a trigger but count as no poison.
     """
 
     images: Images
     labels: Int64[Tensor, " b"]
     poisoned: Int64[Tensor, " p"]
     clean: Int64[Tensor, " q"]
+    covers: Int64[Tensor, " r"]
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """A whole data set as 8-bit pixels: in memory, on one device, or mapped from a file.
 
-    Poisoned images are a second tensor at working size: the clean pixels stay shared between a set and its
-    poisoned copy, and only what a trigger touched is stored at the working resolution.
+    What a trigger touched is a second tensor at working size: the clean pixels stay shared between a set and its
+    poisoned copy. Not all of it counts as poison: covers carry a trigger, too, and are there so that the model learns
+    what not to answer to.
 
     Attributes:
         pixels: the clean images at native size; of a mapped set all that the file holds, on the host, `k h w c` there.
@@ -56,8 +59,9 @@ class ImageSet:
         index: each image's position in the set it was first read from.
         n_classes: number of classes, whether or not each is present.
         size: working resolution in pixels: what `images` returns and triggers see.
-        slot: row in `stamped` of each poisoned image, -1 for a clean one; None where all are clean.
-        stamped: the poisoned images at working size.
+        slot: row in `stamped` of each image that a trigger touched, -1 for others; None where it touched none.
+        stamped: the images that a trigger touched, at working size.
+        cover: which of `stamped` are covers; None where all are poison.
         groups: images of one group show the same thing (a GTSRB track); None where unknown.
         classes: names of the classes, () where unknown.
         place: of a mapped set, each image's row in `pixels`, on the host; None where `pixels` holds image for image.
@@ -70,6 +74,7 @@ class ImageSet:
     size: int
     slot: Int64[Tensor, " n"] | None = None
     stamped: UInt8[Tensor, "m c s s"] | None = None
+    cover: Bool[Tensor, " m"] | None = None
     groups: Int64[Tensor, " n"] | None = None
     classes: tuple[str, ...] = ()
     place: Int64[Tensor, " n"] | None = None
@@ -92,7 +97,18 @@ class ImageSet:
 
     @property
     def poisoned(self) -> Bool[Tensor, " n"]:
-        """Which images carry the trigger."""
+        """Which images are poison."""
+        return self._touched & ~self.covers
+
+    @property
+    def covers(self) -> Bool[Tensor, " n"]:
+        """Which images carry a trigger without being poison."""
+        if self.slot is None or self.cover is None or not len(self.cover):
+            return torch.zeros_like(self.labels, dtype=torch.bool)
+        return self._touched & self.cover[self.slot.clamp(min=0)]
+
+    @property
+    def _touched(self) -> Bool[Tensor, " n"]:
         return torch.zeros_like(self.labels, dtype=torch.bool) if self.slot is None else self.slot >= 0
 
     def images(self, rows: Int64[Tensor, " b"], bare: bool = False, pixels: Gathered | None = None) -> Images:
@@ -136,22 +152,28 @@ class ImageSet:
     def batch(
         self,
         rows: Int64[Tensor, " b"],
-        poisoned: Bool[Tensor, " b"] | None = None,
+        marks: "Marks | None" = None,
         bare: bool = False,
         pixels: Gathered | None = None,
     ) -> Batch:
-        """Images and labels of `rows`, and which of them are poisoned.
+        """Images and labels of `rows`, and which of them are poisoned or covers.
 
         Args:
             rows: on any device.
-            poisoned: `self.poisoned[rows]`, on the CPU; None to fetch it, which waits for the device.
+            marks: `self.marks()`; None to fetch them, which waits for the device.
             bare: leave the triggers out.
             pixels: of a mapped set, `self.gather(rows)`; None to gather them now.
         """
-        known = self.poisoned[rows].cpu() if poisoned is None else poisoned
-        places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in (known, ~known))
+        known, there = marks or self.marks(), rows.cpu()
+        poisoned, covers = known.poisoned[there], known.covers[there]
+        masks = (poisoned, ~poisoned, covers)
+        places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in masks)
         labels = self.labels[rows.to(self.device, non_blocking=True)]
         return Batch(self.images(rows, bare, pixels), labels, *places)
+
+    def marks(self) -> "Marks":
+        """Which images are poisoned, and which are covers, on the CPU: fetched once, so that no batch waits for it."""
+        return Marks(self.poisoned.cpu(), self.covers.cpu())
 
     def rows(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
         """All row numbers in order, a batch at a time."""
@@ -174,17 +196,38 @@ class ImageSet:
         )
 
     def stamp(
-        self, rows: Int64[Tensor, " m"], stamped: UInt8[Tensor, "m c s s"], labels: Int64[Tensor, " m"]
+        self,
+        rows: Int64[Tensor, " m"],
+        stamped: UInt8[Tensor, "m c s s"],
+        labels: Int64[Tensor, " m"],
+        cover: bool = False,
     ) -> "ImageSet":
-        """A copy in which the images of `rows` are replaced by `stamped` and carry `labels`."""
-        slot = torch.full_like(self.labels, -1)
-        slot[rows] = torch.arange(len(rows), device=self.device)
+        """A copy in which the images of `rows` are replaced by `stamped` and carry `labels`; the set may have others.
+
+        Args:
+            rows: which images, without repeats.
+            stamped: what they become, at working size.
+            labels: what they are called.
+            cover: they count as no poison.
+
+        Raises:
+            ValueError: an image of `rows` carries a trigger already, which would be lost.
+        """
+        if self._touched[rows].any():
+            raise ValueError("an image carries a trigger already; stamp each image once")
+        slot = torch.full_like(self.labels, -1) if self.slot is None else self.slot.clone()
+        before = 0 if self.stamped is None else len(self.stamped)
+        slot[rows] = torch.arange(before, before + len(rows), device=self.device)
         relabelled = self.labels.clone()
         relabelled[rows] = labels
-        return replace(self, labels=relabelled, slot=slot, stamped=stamped)
+        marks = torch.full((len(rows),), cover, device=self.device)
+        if self.stamped is not None:
+            earlier = torch.zeros(before, dtype=torch.bool, device=self.device) if self.cover is None else self.cover
+            stamped, marks = torch.cat([self.stamped, stamped]), torch.cat([earlier, marks])
+        return replace(self, labels=relabelled, slot=slot, stamped=stamped, cover=marks)
 
     def unmarked(self) -> "ImageSet":
-        """The set as it looks from outside: the same images at working size, and no mask of the poisoned ones.
+        """The set as it looks from outside: the same images at working size, and no mask of poison or covers.
 
         Those of a mapped set, or more than the memory limit, are mapped from a scratch file.
         """
@@ -199,13 +242,21 @@ class ImageSet:
         for rows in self.rows(CHUNK):
             pixels[rows.to(pixels.device)] = to_bytes(self.images(rows)).to(pixels.device)
         place = torch.arange(n) if mapped else None
-        return replace(self, pixels=pixels, slot=None, stamped=None, place=place)
+        return replace(self, pixels=pixels, slot=None, stamped=None, cover=None, place=place)
 
     def to(self, device: torch.device | str) -> "ImageSet":
         """The set on another device; the pixels of a mapped set stay on the host."""
         stays = () if self.place is None else ("pixels", "place")
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor) and k not in stays}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Which images of a set are poisoned, and which are covers, on the CPU."""
+
+    poisoned: Bool[Tensor, " n"]
+    covers: Bool[Tensor, " n"]
 
 
 def pixels_limit(device: torch.device) -> int:

@@ -24,6 +24,7 @@ class Param:
         odd: whether only odd numbers are allowed.
         choices: the strings allowed, () for any.
         file: whether the value may name a file, whose content then counts, not its name.
+        data: whether the value names a data set, whose content then counts, not its name: the attacker's other images.
     """
 
     doc: str
@@ -36,6 +37,7 @@ class Param:
     odd: bool = False
     choices: tuple[str, ...] = ()
     file: bool = False
+    data: bool = False
 
     def range(self) -> str:
         """The allowed values in words: "" where anything goes."""

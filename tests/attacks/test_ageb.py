@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vitrap.attacks.ageb import (
     ROUTES,
@@ -18,21 +20,24 @@ from vitrap.attacks.ageb import (
     Route,
     attention_gradient,
     attention_slope,
+    feature_gradient,
     gradient_at_score,
     own_class_loss,
     pixel_gradient,
     read_tokens,
 )
-from vitrap.contracts import Access, AllToOne
+from vitrap.contracts import Access, AllToOne, Fitted
 from vitrap.data.sources import World
 from vitrap.errors import UserError
+from vitrap.models.classifier import Architecture, Classifier, open_model
+from vitrap.models.maps import last_map
 from vitrap.models.observe import TokenLayout, observe, token_layout
-from vitrap.models.vit import ViT
 from vitrap.tensors.colour import brightness, saturation
+from vitrap.tensors.morphology import element
 from vitrap.tensors.patches import tokens_to_pixels
 from vitrap.tensors.pixels import hashed_noise
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 STEP = 1e-5
 
 
@@ -41,7 +46,7 @@ def drawn(n: int = 2, size: int = 16, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def exact(tiny_vit: Build) -> ViT:
+def exact(tiny_vit: Build) -> Classifier:
     """A tiny surrogate in double precision: 5 tokens of 16 px images."""
     return tiny_vit(patch_size=8, n_classes=4).double()
 
@@ -50,7 +55,7 @@ def losses(logits: Tensor, classes: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, classes, reduction="none")
 
 
-def with_attention(model: ViT, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def with_attention(model: Classifier, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Logits with the softmax attention of the last block replaced."""
     attention: Any = model.body.blocks[-1].attn
     attention.fused_attn = False
@@ -68,7 +73,7 @@ def one_hot_steps(shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def attention_differences(model: ViT, image: Tensor, maps: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+def attention_differences(model: Classifier, image: Tensor, maps: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
     """dL at each entry of `maps` (of one image), by central differences; `read` turns them into attention."""
     own = model(image).argmax(1)
     steps = one_hot_steps(maps.shape)
@@ -80,7 +85,7 @@ def attention_differences(model: ViT, image: Tensor, maps: Tensor, read: Callabl
     return ((up - down) / (2 * STEP)).view(maps.shape)
 
 
-def scores(model: ViT, images: Tensor) -> Tensor:
+def scores(model: Classifier, images: Tensor) -> Tensor:
     """Pre-softmax scores of the last block, from its queries and keys."""
     entered: list[Tensor] = []
     attention: Any = model.body.blocks[-1].attn
@@ -95,7 +100,7 @@ def scores(model: ViT, images: Tensor) -> Tensor:
 # Step 1: the attention gradient
 
 
-def test_the_attention_gradient_is_that_of_finite_differences(exact: ViT) -> None:
+def test_the_attention_gradient_is_that_of_finite_differences(exact: Classifier) -> None:
     images = drawn().double()
     attention, slope = attention_gradient(exact, images)
     assert attention.shape == slope.shape == (2, 2, 5, 5)
@@ -106,12 +111,12 @@ def test_the_attention_gradient_is_that_of_finite_differences(exact: ViT) -> Non
         torch.testing.assert_close(slope[number], found, atol=1e-7, rtol=1e-5)
 
 
-def test_the_attention_is_the_softmax_of_the_scores(exact: ViT) -> None:
+def test_the_attention_is_the_softmax_of_the_scores(exact: Classifier) -> None:
     images = drawn().double()
     torch.testing.assert_close(attention_gradient(exact, images)[0], scores(exact, images).softmax(-1))
 
 
-def test_the_score_gradient_is_autograds_and_that_of_finite_differences(exact: ViT) -> None:
+def test_the_score_gradient_is_autograds_and_that_of_finite_differences(exact: Classifier) -> None:
     images = drawn().double()
     found = gradient_at_score(*attention_gradient(exact, images))
     at_score = scores(exact, images).requires_grad_()
@@ -158,7 +163,7 @@ def test_the_pixel_route_is_that_of_finite_differences(tiny_vit: Build, size: in
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_batch_mates_do_not_matter_to_the_gradient(exact: ViT, route: Route) -> None:
+def test_batch_mates_do_not_matter_to_the_gradient(exact: Classifier, route: Route) -> None:
     trigger, images = Erosion(exact, Ageb(route=route)), drawn(3).double()
     together = trigger.gradient(images)
     for number in range(3):
@@ -175,7 +180,7 @@ def test_read_tokens_on_made_maps() -> None:
     assert pooled.tolist() == [[[852.0, 853.0, 854.0, 855.0]]]
 
 
-def test_the_absolute_value_is_taken_before_the_mean_over_heads(exact: ViT) -> None:
+def test_the_absolute_value_is_taken_before_the_mean_over_heads(exact: Classifier) -> None:
     images = drawn().double()
     attention, slope = attention_gradient(exact, images)
     rows = (slope * attention * (1 - attention))[:, :, 0, 1:]
@@ -396,15 +401,104 @@ def test_the_views_are_the_map_over_its_maximum_and_the_mask(tiny_vit: Build, se
 def test_fitting_hands_on_the_surrogate_and_the_settings(tiny_vit: Build, digits_world: World) -> None:
     surrogate, settings = tiny_vit(), Ageb(target=7, poison_rate=0.2, tau=0.5)
     train = digits_world.train.take(torch.arange(50))
-    implant = settings.fit(Access(train, surrogate, torch.Generator().manual_seed(0)))
-    assert implant.trigger == Erosion(surrogate, settings)
-    assert implant.goal == AllToOne(7)
-    poisoned = implant.poison(train, torch.Generator().manual_seed(1))
+    access = Access(train, surrogate, torch.Generator().manual_seed(0))
+    fitted = settings.fit(access)
+    assert fitted == Fitted(Erosion(surrogate, settings))
+    assert settings.goal_for(10) == AllToOne(7)
+    poison = settings.implant(access, fitted).poison
+    assert poison is not None
+    poisoned = poison(train, torch.Generator().manual_seed(1))
     rows = poisoned.poisoned.nonzero().squeeze(1)
     assert len(rows) == 10
     assert poisoned.labels[rows].eq(7).all()
-    wanted = implant.trigger(train.images(rows))
+    wanted = fitted.in_training(train.images(rows))
     torch.testing.assert_close(poisoned.images(rows), wanted, atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+def test_another_surrogate_at_test_time_leaves_the_poison_alone(tiny_vit: Build, digits_world: World) -> None:
+    first, second, settings = tiny_vit(seed=1), tiny_vit(seed=2), Ageb(poison_rate=0.2)
+    train = digits_world.train.take(torch.arange(50))
+    access = Access(train, first, torch.Generator(), test_surrogate=second)
+    fitted = settings.fit(access)
+    assert fitted == Fitted(Erosion(second, settings), stored=Erosion(first, settings))
+    one, other = (settings.implant(access, made).poison for made in (fitted, Fitted(Erosion(first, settings))))
+    assert one is not None
+    assert other is not None
+    stored = [poison(train, torch.Generator().manual_seed(1)).stamped for poison in (one, other)]
+    assert stored[0] is not None
+    assert torch.equal(stored[0], stored[1])
+
+
+OTHERS = {
+    "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 2], "window_size": 4},
+    "xcit_nano_12_p16_224": {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_without_attention_the_last_feature_map_takes_its_place(name: str, tiny_vit: Build) -> None:
+    """The gradient is that of the loss with respect to what the stage puts out, by torch itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = open_model(Architecture(name, 32, 5, OTHERS[name])).requires_grad_(False)
+    images, settings = drawn(2, 32), Ageb(tau=0.5)
+    settings.check_surrogate(model, images)
+    layer = last_map(model, images)
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    hook = layer.module.register_forward_hook(keep)
+    own = images.clone().requires_grad_()
+    logits = model(own)
+    functional.cross_entropy(logits, logits.argmax(1), reduction="sum").backward()
+    hook.remove()
+    assert kept[0].grad is not None
+    wanted = layer.to_map(kept[0].grad).abs().mean(1)
+    assert min(wanted.shape[1:]) >= 4
+    torch.testing.assert_close(feature_gradient(model, images), wanted)
+    trigger = Erosion(model, settings)
+    torch.testing.assert_close(trigger.gradient(images), tokens_to_pixels(wanted, (32, 32), "bilinear"))
+    assert trigger.mask(images).any((1, 2)).all()
+
+
+def test_a_surrogate_without_a_map_that_is_large_enough_is_refused(tiny_vit: Build) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.Linear(16, 5)).eval()
+    with pytest.raises(UserError, match="no stage with a map of at least 4 x 4 at 16 px"):
+        Ageb().check_surrogate(model, drawn(1, 16))
+    with pytest.raises(UserError, match="no plain token attention"):
+        Ageb(route="pixel").check_surrogate(model, drawn(1, 16))
+    Ageb(route="pixel").check_surrogate(tiny_vit(), drawn(1, 16))
+
+
+@pytest.mark.parametrize("operation", ["erosion", "dilation", "opening", "closing"])
+def test_each_operation_against_scipy(tiny_vit: Build, operation: Any) -> None:
+    """Selected pixels hold scipy's result where nothing else is done to them."""
+    oracle = getattr(ndimage, f"grey_{operation}")
+    settings = Ageb(operation=operation, alpha=0.0, signal=0.0, adjust=False, shape="cross", size=3, tau=0.5)
+    trigger, images = Erosion(tiny_vit(), settings), drawn(2)
+    footprint = element("cross", 3).numpy()
+    whole = torch.stack(
+        [
+            torch.stack([torch.from_numpy(morphed(oracle, c.numpy(), footprint, operation)) for c in image])
+            for image in images
+        ]
+    )
+    mask = trigger.mask(images)
+    torch.testing.assert_close(trigger(images), torch.where(mask[:, None], whole, images), atol=1e-6, rtol=0)
+
+
+def morphed(oracle: Any, channel: Any, footprint: Any, operation: str) -> Any:
+    """By scipy, whose opening and closing treat the border once for both steps, by their two steps."""
+    erosion, dilation = ndimage.grey_erosion, ndimage.grey_dilation
+    steps = {"opening": (erosion, dilation), "closing": (dilation, erosion)}.get(operation, (oracle,))
+    for step in steps:
+        channel = step(channel, footprint=footprint, mode="nearest")
+    return channel
 
 
 @pytest.mark.parametrize(

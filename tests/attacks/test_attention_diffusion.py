@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from vitrap.attacks.megatron import diffusion_loss
+from vitrap.models.classifier import Classifier
 from vitrap.models.observe import observe, token_layout, transformer
-from vitrap.models.vit import ViT
 from vitrap.tensors.rollout import rollout, weighted_heads
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 TINY = 1e-12
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 SEEDS = pytest.mark.parametrize("seed", range(20))
@@ -261,7 +261,7 @@ def test_5_the_mean_over_heads_hides_one_of_them(heads: int) -> None:
 
 
 @contextmanager
-def attending(model: ViT, rows: list[int], columns: list[int], blocks: list[int]) -> Iterator[None]:
+def attending(model: Classifier, rows: list[int], columns: list[int], blocks: list[int]) -> Iterator[None]:
     """Within the block, `rows` of all heads of `blocks` spread their attention over `columns` alone."""
 
     def only(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:

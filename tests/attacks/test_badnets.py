@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vitrap.attacks.badnets import BadNets, Patch
-from vitrap.contracts import Access, AllToOne
+from vitrap.contracts import Access, AllToAll, AllToOne, Fitted, SourceToTarget
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 
@@ -36,10 +36,13 @@ def test_the_patch_by_hand(size: int, margin: int, rows: list[str], value: float
 def test_the_trigger_is_the_settings_patch(digits_world: World) -> None:
     train = digits_world.train.take(torch.arange(50))
     access = Access(train, None, torch.Generator().manual_seed(0))
-    implant = BadNets(target=3, size=2, margin=1, value=0.5, poison_rate=0.2).fit(access)
-    assert implant.trigger == Patch(2, 1, 0.5)
-    assert implant.goal == AllToOne(3)
-    poisoned = implant.poison(train, torch.Generator().manual_seed(0))
+    attack = BadNets(target=3, size=2, margin=1, value=0.5, poison_rate=0.2)
+    fitted = attack.fit(access)
+    assert fitted == Fitted(Patch(2, 1, 0.5))
+    assert attack.goal_for(10) == AllToOne(3)
+    poison = attack.implant(access, fitted).poison
+    assert poison is not None
+    poisoned = poison(train, torch.Generator().manual_seed(0))
     rows = poisoned.poisoned.nonzero().squeeze(1)
     assert len(rows) == 10
     assert poisoned.labels[rows].eq(3).all()
@@ -61,7 +64,25 @@ def test_a_patch_must_lie_within_the_image(digits_world: World, size: int, margi
     attack = BadNets(size=size, margin=margin)
     if fits:
         black = torch.zeros(1, 3, 16, 16)
-        assert attack.fit(access).trigger(black).sum() == 3 * size**2
+        assert attack.fit(access).in_training(black).sum() == 3 * size**2
     else:
         with pytest.raises(UserError, match=f"size = {size} with .*margin = {margin} does not fit on images of 16 px"):
             attack.fit(access)
+
+
+def test_the_papers_goals(digits_world: World) -> None:
+    """The next class for each image, and one class for the images of another."""
+    train, access = digits_world.train, Access(digits_world.train, None, torch.Generator())
+    for attack, goal in (
+        (BadNets(goal="all-to-all", poison_rate=0.1), AllToAll(10)),
+        (BadNets(goal="source-to-target", target=7, source=1, poison_rate=0.05), SourceToTarget(1, 7)),
+    ):
+        assert attack.goal_for(10) == goal
+        poison = attack.implant(access, attack.fit(access)).poison
+        assert poison is not None
+        poisoned = poison(train, torch.Generator().manual_seed(0))
+        rows = poisoned.poisoned
+        assert int(rows.sum()) == round(attack.poison_rate * len(train))
+        wanted = (train.labels + 1) % 10 if attack.goal == "all-to-all" else torch.full_like(train.labels, 7)
+        assert torch.equal(poisoned.labels, torch.where(rows, wanted, train.labels))
+        assert attack.source is None or train.labels[rows].eq(1).all()

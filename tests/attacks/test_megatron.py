@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,17 +13,34 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.attacks.megatron import LEFT_OUT, Losses, Megatron, diffusion_loss, latent_loss, optimise
-from vitrap.contracts import Access, Batch, Implant
+from vitrap.attacks.megatron import LEFT_OUT, Losses, Megatron, area, box, diffusion_loss, latent_loss, optimise
+from vitrap.contracts import Access, Batch, ImageSet, Implant, Objective, Trigger
 from vitrap.data.masked import Masked
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.models.attention import mass_by_block, seen_blocks, token_attention
+from vitrap.models.classifier import Classifier
 from vitrap.models.observe import observe, token_layout
-from vitrap.models.vit import ViT
 from vitrap.tensors.patches import tokens_touched
 
-Fit = Callable[..., Implant]
+
+@dataclass(frozen=True)
+class Made:
+    """The trigger of a fit, and how it gets into the victim."""
+
+    trigger: Trigger
+    implant: Implant
+
+    @property
+    def objective(self) -> Objective | None:
+        return self.implant.objective
+
+    def poison(self, train: ImageSet, g: torch.Generator) -> ImageSet:
+        assert self.implant.poison is not None
+        return self.implant.poison(train, g)
+
+
+Fit = Callable[..., Made]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -31,13 +48,15 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture
-def fit(tiny_vit: Callable[..., ViT], digits_world: World) -> Fit:
+def fit(tiny_vit: Callable[..., Classifier], digits_world: World) -> Fit:
     train = digits_world.train.take(torch.arange(120))
 
-    def build(surrogate: ViT | None = None, **settings: Any) -> Implant:
+    def build(surrogate: Classifier | None = None, **settings: Any) -> Made:
         attack = Megatron(**settings)
         own = surrogate or (tiny_vit(seed=1).requires_grad_(False) if attack.needs_surrogate else None)
-        return attack.fit(Access(train, own, generator(5)))
+        access = Access(train, own, generator(5))
+        fitted = attack.fit(access)
+        return Made(fitted.in_training, attack.implant(replace(access, surrogate=None), fitted))
 
     return build
 
@@ -88,7 +107,7 @@ def test_latent_loss_by_hand() -> None:
 
 
 def test_the_losses_are_those_of_the_models_own_attention(
-    losses: Callable[..., Losses], tiny_vit: Callable[..., ViT], images: Tensor
+    losses: Callable[..., Losses], tiny_vit: Callable[..., Classifier], images: Tensor
 ) -> None:
     """Both terms again, from hooks of this test's own."""
     model, own = tiny_vit(), losses(layers="last", batch=1)
@@ -108,7 +127,7 @@ def test_the_losses_are_those_of_the_models_own_attention(
 
 
 def test_all_layers_are_the_mean_over_layers(
-    losses: Callable[..., Losses], tiny_vit: Callable[..., ViT], images: Tensor
+    losses: Callable[..., Losses], tiny_vit: Callable[..., Classifier], images: Tensor
 ) -> None:
     model = tiny_vit()
     each = []
@@ -126,7 +145,7 @@ def test_all_layers_are_the_mean_over_layers(
 @pytest.mark.parametrize("through", ["last", "rollout", "gradient"])
 @pytest.mark.parametrize("combine", ["fixed", "projected"])
 def test_in_training_each_loss_moves_the_weights(
-    through: str, combine: str, fit: Fit, tiny_vit: Callable[..., ViT], digits_world: World
+    through: str, combine: str, fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
 ) -> None:
     implant, model = fit(attention=through, combine=combine, discard=0.5), tiny_vit().train()
     assert implant.objective is not None
@@ -142,7 +161,7 @@ def test_in_training_each_loss_moves_the_weights(
 
 @pytest.mark.parametrize("through", ["last", "rollout", "gradient"])
 def test_on_a_surrogate_each_loss_moves_the_pattern(
-    through: str, losses: Callable[..., Losses], tiny_vit: Callable[..., ViT], images: Tensor
+    through: str, losses: Callable[..., Losses], tiny_vit: Callable[..., Classifier], images: Tensor
 ) -> None:
     own, surrogate = losses(attention=through, discard=0.5), tiny_vit().requires_grad_(False)
     for name in ("latent", "diffusion"):
@@ -154,7 +173,7 @@ def test_on_a_surrogate_each_loss_moves_the_pattern(
 
 
 def test_the_gradient_at_the_pattern_is_that_of_finite_differences(
-    losses: Callable[..., Losses], tiny_vit: Callable[..., ViT], images: Tensor
+    losses: Callable[..., Losses], tiny_vit: Callable[..., Classifier], images: Tensor
 ) -> None:
     own, surrogate = losses(batch=1, attention="rollout"), tiny_vit().requires_grad_(False)
 
@@ -172,7 +191,7 @@ def test_the_gradient_at_the_pattern_is_that_of_finite_differences(
             assert found.item() == pytest.approx(slope[place].item(), rel=0.05, abs=2e-4)
 
 
-def poisoned_batch(implant: Implant, world: World) -> Batch:
+def poisoned_batch(implant: Made, world: World) -> Batch:
     poisoned = implant.poison(world.train.take(torch.arange(120)), generator())
     rows = torch.cat([poisoned.poisoned.nonzero().squeeze(1)[:4], (~poisoned.poisoned).nonzero().squeeze(1)[:6]])
     return poisoned.batch(rows)
@@ -181,7 +200,9 @@ def poisoned_batch(implant: Implant, world: World) -> Batch:
 # ---- who pays for attention maps
 
 
-def test_clean_images_stay_on_fused_attention(fit: Fit, tiny_vit: Callable[..., ViT], digits_world: World) -> None:
+def test_clean_images_stay_on_fused_attention(
+    fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
+) -> None:
     implant, model = fit(attention="rollout", latent=0.0), tiny_vit().train()
     passes: list[tuple[int, list[bool]]] = []
     blocks: Any = model.body.blocks
@@ -193,7 +214,9 @@ def test_clean_images_stay_on_fused_attention(fit: Fit, tiny_vit: Callable[..., 
     assert passes == [(4, [False, False]), (6, [True, True])]
 
 
-def test_cross_entropy_is_that_of_the_whole_batch(fit: Fit, tiny_vit: Callable[..., ViT], digits_world: World) -> None:
+def test_cross_entropy_is_that_of_the_whole_batch(
+    fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
+) -> None:
     implant, model = fit(), tiny_vit()
     batch = poisoned_batch(implant, digits_world)
     assert implant.objective is not None
@@ -204,7 +227,9 @@ def test_cross_entropy_is_that_of_the_whole_batch(fit: Fit, tiny_vit: Callable[.
 
 
 @pytest.mark.parametrize("part", ["poisoned", "clean"])
-def test_a_batch_of_one_kind_alone(part: str, fit: Fit, tiny_vit: Callable[..., ViT], digits_world: World) -> None:
+def test_a_batch_of_one_kind_alone(
+    part: str, fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
+) -> None:
     implant, model = fit(), tiny_vit()
     whole = poisoned_batch(implant, digits_world)
     rows, empty = getattr(whole, part), torch.empty(0, dtype=torch.int64)
@@ -215,7 +240,9 @@ def test_a_batch_of_one_kind_alone(part: str, fit: Fit, tiny_vit: Callable[..., 
     assert set(terms) == ({"cross_entropy", "latent", "diffusion"} if part == "poisoned" else {"cross_entropy"})
 
 
-def test_a_loss_without_a_weight_is_not_computed(fit: Fit, tiny_vit: Callable[..., ViT], digits_world: World) -> None:
+def test_a_loss_without_a_weight_is_not_computed(
+    fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
+) -> None:
     implant = fit(latent=0.0, diffusion=0.0)
     assert implant.objective is not None
     assert implant.objective.weights == {}
@@ -235,7 +262,7 @@ def test_target_images_are_drawn_anew_or_always_the_first(losses: Callable[..., 
 
 @pytest.mark.parametrize("settings", [{}, {"attention": "rollout", "place": "hashed", "size": 64.0}, {"batch": 1}])
 def test_a_step_reads_no_value_of_a_tensor(
-    settings: dict[str, Any], fit: Fit, tiny_vit: Callable[..., ViT], digits_world: World
+    settings: dict[str, Any], fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
 ) -> None:
     """Reading one would make the host wait for a GPU."""
     implant, model = fit(**settings), tiny_vit().train()
@@ -262,8 +289,8 @@ def test_a_step_reads_no_value_of_a_tensor(
 def test_d_at_224_px_is_what_a_box_of_24_px_touches() -> None:
     """16 px at (10, 10) with margin 4: rows and columns 6 to 30, tokens 0 (0 to 16) and 1 (16 to 32) each way."""
     attack = Megatron()
-    assert attack.area(224) == (6, 6, 30, 30)
-    inside = tokens_touched(attack.area(224), 224, (14, 14))
+    assert area(attack, 224) == (6, 6, 30, 30)
+    inside = tokens_touched(area(attack, 224), 224, (14, 14))
     wanted = torch.zeros(14, 14, dtype=torch.bool)
     wanted[:2, :2] = True
     assert torch.equal(inside, wanted)
@@ -272,31 +299,31 @@ def test_d_at_224_px_is_what_a_box_of_24_px_touches() -> None:
 def test_d_at_32_px_is_scaled() -> None:
     """6 / 7 to 30 / 7 px: with patch 4 tokens 0 (0 to 4) and 1 (4 to 8); unscaled it would be [6, 30], 7 x 7 tokens."""
     attack = Megatron()
-    assert attack.area(32) == pytest.approx([6 / 7, 6 / 7, 30 / 7, 30 / 7])
-    assert tokens_touched(attack.area(32), 32, (8, 8)).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert tokens_touched(attack.area(32), 32, (4, 4)).nonzero().tolist() == [[0, 0]]
+    assert area(attack, 32) == pytest.approx([6 / 7, 6 / 7, 30 / 7, 30 / 7])
+    assert tokens_touched(area(attack, 32), 32, (8, 8)).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert tokens_touched(area(attack, 32), 32, (4, 4)).nonzero().tolist() == [[0, 0]]
     unscaled = Megatron(scaled=False)
-    assert unscaled.area(32) == (6, 6, 30, 30)
-    assert tokens_touched(unscaled.area(32), 32, (8, 8)).sum() == 49
+    assert area(unscaled, 32) == (6, 6, 30, 30)
+    assert tokens_touched(area(unscaled, 32), 32, (8, 8)).sum() == 49
 
 
 def test_d_reaches_every_token_that_it_touches_and_no_neighbour() -> None:
     attack = Megatron(size=4, top=8, left=12, margin=0, scaled=False)
-    assert tokens_touched(attack.area(32), 32, (8, 8)).nonzero().tolist() == [[2, 3]]
+    assert tokens_touched(area(attack, 32), 32, (8, 8)).nonzero().tolist() == [[2, 3]]
     wider = replace(attack, margin=0.5)
-    assert tokens_touched(wider.area(32), 32, (8, 8)).nonzero().tolist() == [
+    assert tokens_touched(area(wider, 32), 32, (8, 8)).nonzero().tolist() == [
         [r, c] for r in (1, 2, 3) for c in (2, 3, 4)
     ]
 
 
 @pytest.mark.parametrize(
-    ("size", "cell", "box"), [(224, 2, (16, 10, 10)), (32, 2, (2, 1, 1)), (32, 4, (4, 1, 1)), (64, 1, (5, 3, 3))]
+    ("size", "cell", "wanted"), [(224, 2, (16, 10, 10)), (32, 2, (2, 1, 1)), (32, 4, (4, 1, 1)), (64, 1, (5, 3, 3))]
 )
-def test_the_box_is_rounded_and_never_smaller_than_the_cell(size: int, cell: int, box: tuple[int, int, int]) -> None:
-    assert Megatron(cell=cell).box(size) == box
+def test_the_box_is_rounded_and_never_smaller_than_the_cell(size: int, cell: int, wanted: tuple[int, int, int]) -> None:
+    assert box(Megatron(cell=cell), size) == wanted
 
 
-def test_rows_are_those_that_the_head_reads(tiny_vit: Callable[..., ViT], images: Tensor) -> None:
+def test_rows_are_those_that_the_head_reads(tiny_vit: Callable[..., Classifier], images: Tensor) -> None:
     model = tiny_vit(global_pool="avg", class_token=False, fc_norm=False)
     layout = token_layout(model)
     with observe(model, seen_blocks("last", 2)) as seen:
@@ -306,7 +333,7 @@ def test_rows_are_those_that_the_head_reads(tiny_vit: Callable[..., ViT], images
     assert torch.allclose(found.sum(1), torch.ones(len(images)), atol=1e-5)
 
 
-def test_gradient_rollout_explains_the_target(tiny_vit: Callable[..., ViT], images: Tensor) -> None:
+def test_gradient_rollout_explains_the_target(tiny_vit: Callable[..., Classifier], images: Tensor) -> None:
     """Against the products written out, with the gradient of the target's logit."""
     model = tiny_vit()
     with observe(model, (0, 1)) as seen:
@@ -320,10 +347,12 @@ def test_gradient_rollout_explains_the_target(tiny_vit: Callable[..., ViT], imag
     assert torch.allclose(found, flow[:, 0, 1:], atol=1e-5)
 
 
-def test_examine_reports_d_and_its_share_of_attention(fit: Fit, tiny_vit: Callable[..., ViT], images: Tensor) -> None:
+def test_examine_reports_d_and_its_share_of_attention(
+    fit: Fit, tiny_vit: Callable[..., Classifier], images: Tensor
+) -> None:
     model, implant = tiny_vit(patch_size=2), fit()
-    assert implant.examine is not None
-    found = implant.examine(model, images)
+    assert implant.implant.examine is not None
+    found = implant.implant.examine(model, images)
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[:2, :2] = True
     masses = mass_by_block(model, images, inside)
@@ -333,7 +362,7 @@ def test_examine_reports_d_and_its_share_of_attention(fit: Fit, tiny_vit: Callab
         "attention in D, block 1": masses[0].mean().item(),
         "attention in D, block 2": masses[1].mean().item(),
     }
-    assert implant.examine(nn.Flatten(), images) == {}
+    assert implant.implant.examine(nn.Flatten(), images) == {}
     everywhere = mass_by_block(model, images, torch.ones(8, 8, dtype=torch.bool))
     assert all(0.5 < mass.mean() < 1 for mass in everywhere)  # the class token keeps the rest
 
@@ -418,7 +447,7 @@ def test_clean_label_leaves_every_label_and_poisons_the_target_class_alone(fit: 
 
 
 def test_optimising_lowers_the_losses_and_stays_in_range(
-    losses: Callable[..., Losses], tiny_vit: Callable[..., ViT], digits_world: World
+    losses: Callable[..., Losses], tiny_vit: Callable[..., Classifier], digits_world: World
 ) -> None:
     train = digits_world.train.take(torch.arange(120))
     surrogate = tiny_vit(seed=1).requires_grad_(False)
@@ -438,17 +467,6 @@ def test_optimising_lowers_the_losses_and_stays_in_range(
     assert total(found) < total(start) - 0.01
 
 
-def test_an_earlier_trigger_is_taken_as_it_is(fit: Fit, digits_world: World, tiny_vit: Callable[..., ViT]) -> None:
-    train, attack = digits_world.train.take(torch.arange(120)), Megatron(setting="clean-label", steps=2)
-    assert attack.optimises
-    assert not Megatron().optimises
-    earlier = fit(setting="clean-label", steps=2).trigger
-    never = nn.Identity()  # would fail if it were looked at
-    again = attack.fit(Access(train, never, generator(5), earlier))
-    assert torch.equal(again.trigger.pattern, earlier.pattern)  # type: ignore[attr-defined]
-    assert again.poison(train, generator()).stamped is not None
-
-
 def test_a_pattern_optimised_in_the_training_setting(fit: Fit) -> None:
     plain, shaped = fit(), fit(steps=3)
     assert shaped.objective is not None
@@ -459,10 +477,14 @@ def test_the_attack_leaves_no_objective_to_one_who_only_poisons(fit: Fit) -> Non
     assert fit(setting="clean-label", steps=1).objective is None
 
 
-def test_the_trigger_is_stamped_after_augmentation(fit: Fit) -> None:
-    implant = fit()
+def test_the_trigger_is_stamped_after_augmentation(fit: Fit, digits_world: World) -> None:
+    implant, batch = fit(), poisoned_batch(fit(), digits_world)
+    bare = replace(batch, images=torch.full_like(batch.images, 0.25))
     assert implant.objective is not None
-    assert implant.objective.stamp is implant.trigger
+    assert implant.objective.prepare is not None
+    found = implant.objective.prepare(bare, generator()).images
+    assert torch.equal(found[bare.poisoned], implant.trigger(bare.images[bare.poisoned]))
+    assert torch.equal(found[bare.clean], bare.images[bare.clean])
 
 
 # ---- what is refused
@@ -505,7 +527,7 @@ def test_values_that_do_not_fit_are_refused(settings: dict[str, Any], message: s
         Megatron(**settings)
 
 
-def test_a_victim_that_drops_tokens_is_refused(tiny_vit: Callable[..., ViT]) -> None:
+def test_a_victim_that_drops_tokens_is_refused(tiny_vit: Callable[..., Classifier]) -> None:
     with pytest.raises(UserError, match="drops tokens in training"):
         Megatron().check_victim(tiny_vit(patch_drop_rate=0.5))
     Megatron().check_victim(tiny_vit())

@@ -15,7 +15,7 @@ from benchmarks import gpu, gpu_rows, victim
 from benchmarks.gpu_rows import Bench, Case, Found, Row
 from benchmarks.operations import Waits, best_rate, counted, matrix_rate, training_operations
 from vitrap.experiment.plan import Network
-from vitrap.models.vit import Architecture
+from vitrap.models.classifier import Architecture
 from vitrap.train import loop
 
 BENCH = Bench("cpu", small=True, until=float("inf"))
@@ -79,13 +79,13 @@ def test_waits_are_seen_and_the_loops_own_mask_is_not_one() -> None:
 
 def test_the_loop_does_not_wait_and_one_that_does_is_found() -> None:
     assert (gpu_rows.waiting(BENCH).values["operations"], gpu_rows.waiting(BENCH).met) == (0, True)
-    descend = loop.descend
+    descend = loop.Learner.descend
 
-    def peeking(*args: object) -> None:
-        descend(*args)
+    def peeking(learner: loop.Learner, terms: loop.Terms) -> None:
+        descend(learner, terms)
         torch.ones(()).item()
 
-    with patch.object(loop, "descend", peeking):
+    with patch.object(loop.Learner, "descend", peeking):
         found = gpu_rows.waiting(BENCH)
     assert (found.values["operations"], found.met) == (7, False)
 

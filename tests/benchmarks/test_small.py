@@ -19,7 +19,7 @@ from benchmarks.subjects import images, surrogate
 from vitrap import registry
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.cli.main import app
-from vitrap.models.vit import Architecture
+from vitrap.models.classifier import Architecture
 
 TINY = Scale(
     images=20,

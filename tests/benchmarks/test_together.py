@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import together
 from benchmarks.compare import QUICK
 from benchmarks.together import Stack, Trainees, clip_each, crew
-from vitrap.models.vit import Architecture
+from vitrap.models.classifier import Architecture
 
 NETWORK = Architecture("vit_tiny_patch16_224", 16, 10, {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2})
 SCALE = replace(QUICK, steps=3)
@@ -37,7 +37,7 @@ def test_stacked_models_end_where_each_ends_alone() -> None:
 
 def test_decay_is_for_the_same_weights() -> None:
     alone = Trainees(NETWORK, range(2), SCALE)
-    stack, single = Stack(alone), alone.all[0].optimiser.param_groups
+    stack, single = Stack(alone), alone.all[0].learner.optimiser.param_groups
     for group, stacked in zip(single, stack.optimiser.param_groups, strict=True):
         assert group["weight_decay"] == stacked["weight_decay"]
         assert [(2, *w.shape) for w in group["params"]] == [w.shape for w in stacked["params"]]

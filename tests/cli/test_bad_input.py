@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.cli.conftest import TINY, Said, vitrap
 from vitrap.data.cache import Arrays, write_folder
-from vitrap.models.vit import Architecture, open_vit, save_vit
+from vitrap.models.classifier import Architecture, open_model, save_model
 
 
 def refused(said: Said, *parts: str) -> None:
@@ -68,17 +68,22 @@ def bad(call, tmp_path: Path) -> Callable[..., None]:
             'attack.name=megatron attack.setting="clean-label" attack.poison_rate=1.5',
             ["attack.poison_rate = 1.5", "(0, 1]"],
         ),
-        ("attack.name=megatron model.name=swin_tiny_patch4_window7_224", ["no plain token attention", "take one of"]),
+        ("attack.name=megatron model.name=xcit_nano_12_p16_224", ["no plain token attention", "take one of"]),
         ("attack.size=0", ["attack.size = 0", "odd"]),
         ("attack.size=-3", ["attack.size = -3", ">= 1"]),
         ("model.patch_size=5", ["patch_size = 5", "image size 16", "divisor"]),
         ("model.patch_size=0", ["patch_size = 0", "divisor"]),
         ("model.num_heads=3", ["num_heads = 3"]),
         ("surrogate.patch_size=7", ["patch_size = 7", "divisor"]),
-        ("surrogate.name=swin_tiny_patch4_window7_224", ["swin_tiny_patch4_window7_224", "vit, deit"]),
-        ("model.name=swin_tiny_patch4_window7_224", ["swin_tiny_patch4_window7_224", "vit, deit"]),
-        ("surrogate.name=cait_xxs24_224", ["cait_xxs24_224", "vit, deit"]),
-        ("surrogate.name=resnet18", ["resnet18", "vit, deit"]),
+        ("model.name=swin_tiny_patch4_window7_224", ["unknown key 'model.depth'", "did you mean 'model.depths'"]),
+        ("surrogate.name=cait_xxs24_224", ["cait_xxs24_224", "4 x 4 at 16 px", "raise data.size"]),
+        ("surrogate.name=resnet18 attack.route=pixel", ["resnet18", "no plain token attention", "vit, deit"]),
+        ("attack.name=badnets test_surrogate.depth=2", ["badnets", "no surrogate at test time", "[test_surrogate]"]),
+        ("attack.name=badnets attack.source=2", ["source = 2", "all-to-one", "leave it out"]),
+        ("attack.name=badnets attack.goal=source-to-target", ["source = None", "other than the target"]),
+        ("attack.name=badnets attack.goal=all-to-all attack.target=4", ["target = 4", "all-to-all", "leave it out"]),
+        ("attack.name=badnets attack.goal=all-to-nobody", ["goal = 'all-to-nobody'", "all-to-one"]),
+        ("attack.name=badnets attack.goal=source-to-target attack.source=11", ["attack.source = 11", "0 to 9"]),
         ("data.limit=3", ["data.limit = 3", "at least 10"]),
         ("data.size=0", ["data.size = 0", ">= 1"]),
         ("data.holdout=0.9999", ["data.holdout = 0.9999"]),
@@ -164,7 +169,7 @@ def test_data_that_was_not_prepared(bad, tmp_path: Path, monkeypatch: pytest.Mon
 
 def whole(folder: Path, classes: int = 10, size: int = 16) -> Path:
     overrides = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    save_vit(open_vit(Architecture("vit_tiny_patch16_224", size, classes, overrides)), folder / "x.safetensors")
+    save_model(open_model(Architecture("vit_tiny_patch16_224", size, classes, overrides)), folder / "x.safetensors")
     return folder / "x.safetensors"
 
 

@@ -17,9 +17,10 @@ from tests.cli.conftest import TINY, Said, command, vitrap
 from vitrap import __version__, registry
 from vitrap.attacks.ageb import Ageb
 from vitrap.cli import console
-from vitrap.cli.main import ELSEWHERE, FAMILIES
+from vitrap.cli.main import ELSEWHERE
 from vitrap.data.cache import DATASETS
 from vitrap.experiment.record import Record
+from vitrap.models.families import listed
 
 Call = Callable[..., Said]
 
@@ -34,7 +35,7 @@ def test_the_version() -> None:
     [
         ("attacks", registry.names("attacks")),
         ("defences", registry.names("defences")),
-        ("models", FAMILIES),
+        ("models", listed()),
         ("data", DATASETS | ELSEWHERE),
     ],
 )

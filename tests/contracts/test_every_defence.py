@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -30,12 +30,14 @@ from vitrap.contracts import (
     Repaired,
     Screen,
     Suspect,
+    undeclared,
 )
 from vitrap.data.sources import World
 from vitrap.errors import UserError
+from vitrap.models.classifier import Classifier
 from vitrap.models.observe import features, head_layer, transformer
-from vitrap.models.vit import ViT
 from vitrap.params import Param
+from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import Streams, train
 from vitrap.train.recipe import Recipe
 
@@ -44,6 +46,7 @@ MISSING = 3
 """The class that is missing where one is."""
 KINDS: dict[OutcomeKind, type[Any]] = {"screen": Screen, "repair": Repaired, "filter": Flagged, "judgement": Judged}
 STANDS = ("paper", "code", "field", "assumed")
+HALF = Arithmetic("bf16", "eager")
 
 
 def kind_of(name: str) -> type[Any]:
@@ -117,8 +120,9 @@ def said(outcome: Any, images: Tensor) -> list[Tensor]:
             return [outcome.model(images), *outcome.model.state_dict().values()]
     if isinstance(outcome, Flagged):
         return [outcome.score, outcome.flagged]
-    suspected = -1 if outcome.suspected is None else outcome.suspected
-    return [torch.tensor([outcome.score, outcome.threshold, suspected], dtype=torch.float64)]
+    by_class = [] if outcome.by_class is None else [outcome.by_class]
+    numbers = [outcome.score, outcome.threshold, *outcome.suspected]
+    return [torch.tensor(numbers, dtype=torch.float64), *by_class]
 
 
 def assert_same(one: Outcome, other: Outcome, images: Tensor) -> None:
@@ -155,8 +159,13 @@ def assert_sound(outcome: Any, bench: Bench, train: ImageSet | None = None) -> N
         assert isinstance(outcome.threshold, float)
         assert math.isfinite(outcome.score)
         assert math.isfinite(outcome.threshold)
-        assert outcome.suspected is None or outcome.suspected in range(N_CLASSES)
-        assert outcome.suspected is None or type(outcome.suspected) is int
+        assert type(outcome.suspected) is tuple
+        assert all(type(suspected) is int and suspected in range(N_CLASSES) for suspected in outcome.suspected)
+        assert len(set(outcome.suspected)) == len(outcome.suspected), "it names a class twice"
+        if outcome.by_class is not None:
+            assert outcome.by_class.shape == (N_CLASSES,)
+            assert outcome.by_class.is_floating_point()
+            assert outcome.by_class.isfinite().all()
 
 
 def refusal(work: Callable[[], object]) -> str:
@@ -221,6 +230,7 @@ def global_state() -> list[Any]:
         (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
         (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
     ]
 
 
@@ -328,11 +338,32 @@ def attention_is_asked_for_only_where_it_is_needed(bench: Bench) -> None:
     assert "attention" in refusal(lambda: bench.apply(model=bench.cnn))
 
 
-def it_works_where_the_caller_computes_in_bf16(bench: Bench) -> None:
+def it_works_where_the_suspect_computes_in_bf16(bench: Bench) -> None:
+    outcome = bench.apply(compute=HALF)
     with torch.autocast("cpu", torch.bfloat16):
-        outcome = bench.apply()
         assert_sound(outcome, bench)
     json.dumps({**outcome.report}, allow_nan=False)
+
+
+def it_computes_as_the_suspect_does(bench: Bench) -> None:
+    """Every forward pass of its own, of the model or of a copy."""
+    passes: list[bool] = []
+    model = copy.deepcopy(bench.model)
+    model.register_forward_pre_hook(lambda module, args: passes.append(torch.is_autocast_enabled("cpu")))
+    bench.apply(model=model, compute=HALF)
+    assert all(passes), "a forward pass outside of suspect.computing()"
+
+
+# What it says of itself
+
+
+def its_version_is_a_positive_whole_number(bench: Bench) -> None:
+    assert type(bench.defence.version) is int
+    assert bench.defence.version > 0
+
+
+def it_has_no_attribute_that_no_contract_knows(bench: Bench) -> None:
+    assert undeclared(type(bench.defence)) == []
 
 
 def a_clean_model_survives(bench: Bench) -> None:
@@ -361,9 +392,48 @@ class Plain:
     work: Callable[[Suspect], Any]
     needs_train: bool = False
     needs_attention: bool = False
+    version: int = 1
+    card: Card = Card("Plain", "nobody", "nowhere", 2024)
 
     def apply(self, suspect: Suspect) -> Any:
         return self.work(suspect)
+
+
+@dataclass(frozen=True)
+class Misspelt:
+    """A defence with a power that nobody will ever ask for."""
+
+    work: Callable[[Suspect], Any]
+    kind: ClassVar[OutcomeKind] = "screen"
+    needs_train: ClassVar[bool] = False
+    needs_attentions: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+
+    def apply(self, suspect: Suspect) -> Any:
+        return self.work(suspect)
+
+
+@dataclass(frozen=True)
+class Either:
+    """A defence whose kind and needs are a setting's business."""
+
+    sifts: bool = False
+    honest: bool = True
+    version: ClassVar[int] = 2
+    needs_attention: ClassVar[bool] = False
+    card: ClassVar[Card] = Card("Either", "nobody", "nowhere", 2024)
+
+    @property
+    def kind(self) -> OutcomeKind:
+        return "filter" if self.sifts else "screen"
+
+    @property
+    def needs_train(self) -> bool:
+        return self.sifts
+
+    def apply(self, suspect: Suspect) -> Outcome:
+        return sift(suspect) if self.sifts == self.honest else screen(suspect)
 
 
 class Through(nn.Module):
@@ -409,23 +479,34 @@ def wrap(suspect: Suspect) -> Repaired:
 
 def sift(suspect: Suspect) -> Flagged:
     """The images of the longest features."""
-    score = features(suspect.model, everything(suspect.training_set("plain"))).norm(dim=1)
+    images = everything(suspect.training_set("plain"))
+    with suspect.computing():
+        score = features(suspect.model, images).norm(dim=1)
     return Flagged(score, score > score.quantile(0.9))
 
 
 @torch.no_grad()
 def judge(suspect: Suspect) -> Judged:
-    """The greatest mean logit."""
-    mean = suspect.model(everything(suspect.clean)).float().mean(0)
-    return Judged(mean.max().item(), 2.0, int(mean.argmax()))
+    """The greatest mean logit, and the two classes with the greatest."""
+    with suspect.computing():
+        mean = suspect.model(everything(suspect.clean)).float().mean(0)
+    return Judged(mean.max().item(), 2.0, tuple(mean.topk(2).indices.tolist()), mean)
 
 
-PLAIN: dict[str, Plain] = {
+@torch.no_grad()
+def judge_plainly(suspect: Suspect) -> Judged:
+    """As if the suspect computed in fp32."""
+    return Judged(suspect.model(everything(suspect.clean)).max().item(), 2.0)
+
+
+PLAIN: dict[str, Any] = {
     "screen": Plain("screen", screen),
     "repair": Plain("repair", repair),
     "wrapper": Plain("repair", wrap, needs_attention=True),
     "filter": Plain("filter", sift, needs_train=True),
     "judgement": Plain("judgement", judge),
+    "either, a screen": Either(),
+    "either, a filter": Either(sifts=True),
 }
 
 
@@ -603,7 +684,8 @@ def forget(suspect: Suspect) -> Repaired:
 @torch.no_grad()
 def judge_with_numpy(suspect: Suspect) -> Judged:
     """Which has no bf16."""
-    return Judged(float(suspect.model(everything(suspect.clean)).numpy().max()), 2.0)
+    with suspect.computing():
+        return Judged(float(suspect.model(everything(suspect.clean)).numpy().max()), 2.0)
 
 
 def graph(scores: Tensor, images: Tensor) -> Tensor:
@@ -631,6 +713,8 @@ BROKEN: list[tuple[Rule, str, Broken]] = [
     (global_state_stays, "screen", at_each_call(lambda suspect: torch.rand(1))),
     (global_state_stays, "judgement", first(lambda suspect: np.random.rand())),  # noqa: NPY002
     (global_state_stays, "judgement", first(lambda suspect: torch.set_grad_enabled(False))),
+    (global_state_stays, "screen", first(lambda suspect: torch.set_autocast_enabled("cpu", True))),
+    (global_state_stays, "screen", at_each_call(lambda suspect: torch.set_autocast_dtype("cpu", torch.float16))),
     (only_the_generator_decides, "screen", working(unseeded)),
     (only_the_generator_decides, "judgement", counting),
     (only_the_generator_decides, "repair", counting),
@@ -654,8 +738,15 @@ BROKEN: list[tuple[Rule, str, Broken]] = [
     (outcome_is_sound, "filter", then(score=lambda outcome, suspect: graph(outcome.score, outcome.score))),
     (outcome_is_sound, "judgement", then(score=lambda outcome, suspect: math.nan)),
     (outcome_is_sound, "judgement", then(threshold=lambda outcome, suspect: math.inf)),
-    (outcome_is_sound, "judgement", then(suspected=lambda outcome, suspect: N_CLASSES)),
-    (outcome_is_sound, "judgement", then(suspected=lambda outcome, suspect: -1)),
+    (outcome_is_sound, "screen", lambda bench: replace(bench, defence=Either(honest=False))),
+    (outcome_is_sound, "filter", lambda bench: replace(bench, defence=Either(sifts=True, honest=False))),
+    (outcome_is_sound, "judgement", then(suspected=lambda outcome, suspect: (N_CLASSES,))),
+    (outcome_is_sound, "judgement", then(suspected=lambda outcome, suspect: (3, -1))),
+    (outcome_is_sound, "judgement", then(suspected=lambda outcome, suspect: (3, 3))),
+    (outcome_is_sound, "judgement", then(suspected=lambda outcome, suspect: (True,))),
+    (outcome_is_sound, "judgement", then(by_class=lambda outcome, suspect: outcome.by_class[1:])),
+    (outcome_is_sound, "judgement", then(by_class=lambda outcome, suspect: outcome.by_class / 0)),
+    (outcome_is_sound, "judgement", then(by_class=lambda outcome, suspect: outcome.by_class.long())),
     (report_can_be_kept, "screen", then(report=lambda outcome, suspect: {"share": math.nan})),
     (report_can_be_kept, "filter", then(report=lambda outcome, suspect: {"share": torch.ones(())})),
     (outcome_is_the_same_at_every_call, "screen", remembering),
@@ -690,7 +781,16 @@ BROKEN: list[tuple[Rule, str, Broken]] = [
     (attention_is_asked_for_only_where_it_is_needed, "screen", working(need_attention)),
     (attention_is_asked_for_only_where_it_is_needed, "screen", claims(needs_attention=True)),
     (attention_is_asked_for_only_where_it_is_needed, "wrapper", working(wrap_wordy)),
-    (it_works_where_the_caller_computes_in_bf16, "judgement", working(judge_with_numpy)),
+    (it_works_where_the_suspect_computes_in_bf16, "judgement", working(judge_with_numpy)),
+    (it_computes_as_the_suspect_does, "judgement", working(judge_plainly)),
+    (its_version_is_a_positive_whole_number, "screen", claims(version=0)),
+    (its_version_is_a_positive_whole_number, "screen", claims(version=True)),
+    (its_version_is_a_positive_whole_number, "screen", claims(version="1")),
+    (
+        it_has_no_attribute_that_no_contract_knows,
+        "screen",
+        lambda bench: replace(bench, defence=Misspelt(bench.defence.work)),
+    ),
     (a_clean_model_survives, "repair", working(forget)),
     (a_clean_model_survives, "filter", then(flagged=lambda outcome, suspect: outcome.score > 0)),
 ]
@@ -700,13 +800,13 @@ each_defence = pytest.mark.parametrize("name", DEFENCES)
 
 def trained(model: nn.Module, world: World, epochs: int) -> nn.Module:
     """With most of the digits right, after a second or two."""
-    streams = Streams(*map(generator, range(3)))
+    streams = Streams(*map(generator, range(4)))
     train(model, world.train, Recipe(epochs=epochs, batch_size=32, lr=1e-2), streams)
     return model
 
 
 @pytest.fixture(scope="module")
-def victim(tiny_vit: Callable[..., ViT], digits_world: World) -> nn.Module:
+def victim(tiny_vit: Callable[..., Classifier], digits_world: World) -> nn.Module:
     return trained(tiny_vit(), digits_world, 10)
 
 
@@ -757,8 +857,12 @@ def test_a_plain_defence_keeps(rule: Rule, kind: str, bench_for: Callable[[str, 
 @pytest.mark.parametrize(("rule", "kind", "broken"), BROKEN, ids=label)
 def test_rule_catches(rule: Rule, kind: str, broken: Broken, bench_for: Callable[[str, Any], Bench]) -> None:
     bench = broken(bench_for("plain", PLAIN[kind]))
-    with torch.enable_grad(), pytest.raises((AssertionError, TypeError, ValueError, RuntimeError)):
-        rule(bench)
+    try:
+        with torch.enable_grad(), pytest.raises((AssertionError, TypeError, ValueError, RuntimeError)):
+            rule(bench)
+    finally:
+        torch.set_autocast_enabled("cpu", False)
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
 
 
 def test_every_rule_is_held() -> None:
@@ -795,7 +899,7 @@ def test_it_is_a_frozen_record(name: str) -> None:
     kind = kind_of(name)
     assert is_dataclass(kind)
     defence = kind(**DEFENCES[name])
-    for setting in ("card", *(f.name for f in fields(defence))):
+    for setting in ("card", "version", *(f.name for f in fields(defence))):
         with pytest.raises(FrozenInstanceError):
             setattr(defence, setting, None)
     assert defence == kind(**DEFENCES[name])

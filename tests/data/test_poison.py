@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrap.contracts import AllToOne, ImageSet, Labels
-from vitrap.data.poison import Poison, choose_rows, poison_set
+from vitrap.contracts import AllToAll, AllToOne, Goal, ImageSet, Labels, SourceToTarget
+from vitrap.data.poison import Covers, Poison, choose_rows, poison_set, stamp_anew
 from vitrap.errors import UserError
 
 
@@ -77,8 +77,8 @@ def test_every_candidate_is_drawn_sometimes() -> None:
         (-0.1, 0, "clean", "poison_rate = -0.1 is out of range"),
         (1.1, 0, "dirty", "poison_rate = 1.1 is out of range"),
         (float("nan"), 0, "dirty", "poison_rate = nan is out of range"),
-        (0.7, 0, "dirty", "asks for 42 of the training images, but only 40 are outside the target class"),
-        (0.1, 7, "clean", "asks for 1 of the training images, but only 0 are of the target class"),
+        (0.7, 0, "dirty", "asks for 42 of the training images, but only 40 may be poisoned with dirty labels"),
+        (0.1, 7, "clean", "asks for 1 of the training images, but only 0 may be poisoned with clean labels"),
     ],
 )
 def test_a_rate_that_cannot_be(rate: float, target: int, kind: Labels, message: str) -> None:
@@ -132,7 +132,89 @@ def test_a_trigger_that_leaves_the_range_is_held_in_it() -> None:
     assert found.images(torch.tensor([3])).eq(1).all()
 
 
-def test_poisoning_twice_is_refused() -> None:
+def test_an_image_is_poisoned_once() -> None:
     once = poison_set(made(), torch.tensor([1]), brighten, AllToOne(0), "dirty")
-    with pytest.raises(ValueError, match="poisoned already"):
-        poison_set(once, torch.tensor([2]), brighten, AllToOne(0), "dirty")
+    with pytest.raises(ValueError, match="carries a trigger already"):
+        poison_set(once, torch.tensor([2, 1]), brighten, AllToOne(0), "dirty")
+
+
+def darken(images: Tensor) -> Tensor:
+    return images / 2
+
+
+def test_a_set_poisoned_in_two_parts_is_the_set_poisoned_at_once() -> None:
+    rows = torch.tensor([1, 5, 8])
+    whole = poison_set(made(), rows, brighten, AllToOne(0), "dirty")
+    parts = made()
+    for row in rows.flip(0):
+        parts = poison_set(parts, row[None], brighten, AllToOne(0), "dirty")
+    everything = torch.arange(60)
+    assert torch.equal(parts.images(everything), whole.images(everything))
+    assert torch.equal(parts.labels, whole.labels)
+    assert torch.equal(parts.poisoned, whole.poisoned)
+
+
+def test_covers_carry_their_trigger_keep_their_label_and_count_as_no_poison() -> None:
+    train, goal = made(), AllToOne(1)
+    found = Poison(brighten, goal, 0.2, "dirty", Covers(darken, 0.3))(train, generator())
+    plain = Poison(brighten, goal, 0.2, "dirty")(train, generator())
+    assert torch.equal(found.poisoned, plain.poisoned), "covers move the poison"
+    assert int(found.covers.sum()) == 18
+    assert not (found.covers & found.poisoned).any()
+    assert torch.equal(found.labels[found.covers], train.labels[found.covers])
+    rows = found.covers.nonzero().squeeze(1)
+    halves = (darken(train.images(rows)) * 255).round() / 255
+    assert torch.equal(found.images(rows), halves)
+    others = (~(found.covers | found.poisoned)).nonzero().squeeze(1)
+    assert torch.equal(found.images(others), train.images(others))
+    batch = found.batch(torch.arange(60))
+    assert torch.equal(batch.covers, rows)
+    assert torch.equal(batch.poisoned, found.poisoned.nonzero().squeeze(1))
+    assert set(batch.covers.tolist()) <= set(batch.clean.tolist())
+    outside = found.unmarked()
+    assert not (outside.covers | outside.poisoned).any()
+    assert torch.equal(outside.images(torch.arange(60)), found.images(torch.arange(60)))
+
+
+def test_covers_are_stamped_anew_where_the_attack_says_how() -> None:
+    poisoned = Poison(brighten, AllToOne(1), 0.2, "dirty", Covers(darken, 0.3))(made(), generator())
+    batch = poisoned.batch(torch.arange(60), bare=True)
+    both, alone = (stamp_anew(brighten, cover)(batch, generator()).images for cover in (darken, None))
+    wanted = batch.images.clone()
+    wanted[batch.poisoned] = brighten(batch.images[batch.poisoned])
+    assert torch.equal(alone, wanted)
+    wanted[batch.covers] = darken(batch.images[batch.covers])
+    assert torch.equal(both, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (0.9, "cover_rate = 0.9 asks for 54 of the training images, but poison leaves 48"),
+        (0.0, r"cover_rate = 0.0 is out of range: it must be in \(0, 1\]"),
+    ],
+)
+def test_a_cover_rate_that_cannot_be(rate: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Poison(brighten, AllToOne(1), 0.2, "dirty", Covers(darken, rate))(made(), generator())
+
+
+@pytest.mark.parametrize(
+    ("goal", "kind", "classes"),
+    [
+        (AllToOne(1), "dirty", {0, 2}),
+        (AllToOne(1), "clean", {1}),
+        (AllToAll(3), "dirty", {0, 1, 2}),
+        (SourceToTarget(2, 0), "dirty", {2}),
+        (SourceToTarget(2, 0), "clean", {0}),
+    ],
+)
+def test_a_goal_says_which_images_may_be_poisoned(goal: Goal, kind: Labels, classes: set[int]) -> None:
+    labels = torch.arange(120) % 3
+    drawn = choose_rows(labels, 0.3, goal, kind, generator())
+    assert set(labels[drawn].tolist()) == classes
+
+
+def test_all_to_all_has_no_use_for_clean_labels() -> None:
+    with pytest.raises(UserError, match="only 0 may be poisoned with clean labels"):
+        choose_rows(made().labels, 0.1, AllToAll(3), "clean", generator())

@@ -20,10 +20,10 @@ from vitrap.defences.attention_block import (
 )
 from vitrap.errors import UserError
 from vitrap.models.attention import MAPPED
+from vitrap.models.classifier import Classifier
 from vitrap.models.observe import token_layout
-from vitrap.models.vit import ViT
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {}),
     "vit, registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
@@ -59,7 +59,7 @@ def one_clean(size: int = 16) -> ImageSet:
 
 
 @torch.no_grad()
-def looks_at_white(model: ViT) -> ViT:
+def looks_at_white(model: Classifier) -> Classifier:
     """One layer whose class token looks at white patches, and whose class 1 grows with what it sees there.
 
     Channel 0 of a token is 0 for a black patch and 2 for a white one; the class token is 1 in channel 2. Its query
@@ -85,7 +85,7 @@ def looks_at_white(model: ViT) -> ViT:
 
 
 @pytest.fixture
-def white_seer(tiny_vit: Build) -> ViT:
+def white_seer(tiny_vit: Build) -> Classifier:
     model = tiny_vit(depth=1, num_heads=1)
     assert model.mean.flatten().tolist() == model.std.flatten().tolist() == [0.5] * 3
     return looks_at_white(model)
@@ -93,7 +93,9 @@ def white_seer(tiny_vit: Build) -> ViT:
 
 @pytest.mark.parametrize("row", range(4))
 @pytest.mark.parametrize("column", range(4))
-def test_the_patch_that_the_model_looks_at_is_black_and_nothing_else(white_seer: ViT, row: int, column: int) -> None:
+def test_the_patch_that_the_model_looks_at_is_black_and_nothing_else(
+    white_seer: Classifier, row: int, column: int
+) -> None:
     images = 0.2 * drawn()
     inside = torch.zeros(16, 16, dtype=torch.bool)
     inside[row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] = True
@@ -107,7 +109,7 @@ def test_the_patch_that_the_model_looks_at_is_black_and_nothing_else(white_seer:
 # The heat map
 
 
-def own_maps(model: ViT, images: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def own_maps(model: Classifier, images: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Attention of all blocks and the gradient of the own class's logit there, by hooks of the test's own."""
     maps: list[Tensor] = []
 

@@ -24,9 +24,9 @@ from vitrap.defences.patch_process import (
     to_patches,
 )
 from vitrap.errors import UserError
-from vitrap.models.vit import ViT
+from vitrap.models.classifier import Classifier
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {}),
     "vit, registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
@@ -60,7 +60,7 @@ def screened(model: nn.Module, clean: ImageSet, seed: int = 0, **settings: Any) 
 
 
 @contextmanager
-def embedding_changed(model: ViT, change: Callable[[Tensor], Tensor]) -> Any:
+def embedding_changed(model: Classifier, change: Callable[[Tensor], Tensor]) -> Any:
     """What the patch embedding gives, before anything is added to it, changed."""
     embedding: Any = model.body.patch_embed
     hook = embedding.register_forward_hook(lambda module, args, output: change(output))
@@ -250,7 +250,7 @@ def test_both_is_the_pair_of_thresholds() -> None:
 class Trojan(nn.Module):
     """Class 9 where any patch is white all over; else by left against right where `ordered`, else always 0."""
 
-    def __init__(self, vit: ViT, ordered: bool) -> None:
+    def __init__(self, vit: Classifier, ordered: bool) -> None:
         super().__init__()
         self.vit, self.ordered = vit, ordered  # the first only says how images are taken apart
         self.eval()

@@ -15,12 +15,13 @@ from torch import nn
 
 from vitrap import registry
 from vitrap.attacks.badnets import BadNets
-from vitrap.contracts import Access, ImageSet
+from vitrap.contracts import Access, ImageSet, Objective
 from vitrap.data.sources import World
+from vitrap.experiment.named import Named
+from vitrap.experiment.network import Network
 from vitrap.experiment.outcomes import Case, measure_defence
-from vitrap.experiment.plan import Network
 from vitrap.experiment.streams import stream, training_streams
-from vitrap.models.vit import Architecture
+from vitrap.models.classifier import Architecture
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
@@ -82,16 +83,31 @@ def case() -> Case:
     world = World(
         colours(800, 0), colours(400, 1), colours(50, 2), colours(100, 3), colours(200, 4), "colours", "0" * 64
     )
-    implant = BadNets(size=4, poison_rate=0.05).fit(Access(world.train, None, torch.Generator()))
+    attack, access = BadNets(size=4, poison_rate=0.05), Access(world.train, None, torch.Generator())
+    fitted = attack.fit(access)
+    poison = attack.implant(access, fitted).poison
+    assert fitted.trigger is not None
+    assert poison is not None
 
-    def fit(data: ImageSet) -> nn.Module:
+    def fit(data: ImageSet, objective: Objective | None = None, epochs: int | None = None) -> nn.Module:
         model = Network(Architecture("vit_tiny_patch16_224", 16, 10, SMALL)).build(0)
-        recipe = Recipe(epochs=10, batch_size=32, lr=3e-3)
-        train(model, data, recipe, training_streams(0, torch.device("cpu")))
+        recipe = Recipe(epochs=epochs or 10, batch_size=32, lr=3e-3)
+        train(model, data, recipe, training_streams(0, torch.device("cpu")), objective)
         return model.requires_grad_(False)
 
-    poisoned = implant.poison(world.train, stream(0, "poison"))
-    return Case(fit(poisoned), fit(world.train), implant, world, 0, Arithmetic(), fit)
+    poisoned = poison(world.train, stream(0, "poison"))
+    return Case(
+        fit(poisoned),
+        fit(world.train),
+        trigger=fitted.trigger,
+        goal=attack.goal_for(10),
+        poison=lambda: poisoned,
+        world=world,
+        seed=0,
+        arithmetic=Arithmetic(),
+        retrain=fit,
+        train_kept=fit,
+    )
 
 
 def test_the_backdoor_is_in_and_the_twin_has_none(case: Case) -> None:
@@ -104,7 +120,7 @@ def test_the_backdoor_is_in_and_the_twin_has_none(case: Case) -> None:
 @pytest.mark.parametrize("name", PLANTED)
 def test_it_is_caught_and_a_clean_model_left_in_peace(name: str, case: Case) -> None:
     settings, caught = PLANTED[name]
-    row = measure_defence(name, registry.get("defences", name)(**settings), case, lambda: None)
+    row, _ = measure_defence(Named(name, registry.get("defences", name)(**settings)), case, lambda: None)
     told = {k: v for k, v in row.items() if k not in ("report", "seconds")}
     assert caught(row), told
     assert QUIET[row["kind"]](row), told

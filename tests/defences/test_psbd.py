@@ -12,10 +12,10 @@ from vitrap.contracts import ImageSet, Suspect
 from vitrap.data.sources import World
 from vitrap.defences.psbd import FORMS, Form, Psbd, chosen, prediction_shift_uncertainty, sample, shift_ratios, shifts
 from vitrap.errors import UserError
+from vitrap.models.classifier import Classifier
 from vitrap.models.dropout import WHERE, Where, dropout, dropout_masks, dropout_noise
-from vitrap.models.vit import ViT
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -37,7 +37,7 @@ def suspect(
 
 
 @torch.no_grad()
-def passes_by_loop(model: ViT, image: Tensor, where: Where, masks: Tensor) -> np.ndarray:
+def passes_by_loop(model: Classifier, image: Tensor, where: Where, masks: Tensor) -> np.ndarray:
     """Probabilities of one image, one pass at a time."""
     found = []
     for mask in masks:

@@ -1,6 +1,7 @@
 """SAGE: maps and losses against values by hand, the teacher without a gradient, the learning rate's two conditions."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,18 @@ from vitrap.defences.sage import (
     distillation,
     even,
     losses,
+    mean_losses,
+    recipe,
     shall_lower,
     token_map,
 )
 from vitrap.errors import UserError
+from vitrap.models.classifier import Classifier
 from vitrap.models.observe import token_layout
-from vitrap.models.vit import ViT
-from vitrap.train.arithmetic import usual
-from vitrap.train.loop import smoothed
+from vitrap.train.arithmetic import Arithmetic
+from vitrap.train.loop import Epoch, smoothed
 
-Build = Callable[..., ViT]
-CPU = torch.device("cpu")
+Build = Callable[..., Classifier]
 QUICK = {"epochs": 2, "every": 1, "lr": 0.001}
 
 
@@ -52,13 +54,13 @@ def repair(model: nn.Module, clean: ImageSet, seed: int = 0, **settings: Any) ->
     return weights(Sage(**{**QUICK, **settings}).apply(suspect(model, clean, seed=seed)).model)
 
 
-def terms(model: ViT, clean: ImageSet, **settings: Any) -> dict[str, Tensor]:
-    batch = clean.batch(torch.arange(len(clean)), torch.zeros(len(clean), dtype=torch.bool))
+def terms(model: Classifier, clean: ImageSet, **settings: Any) -> dict[str, Tensor]:
+    batch = clean.batch(torch.arange(len(clean)))
     blocks = even(len(body(model).blocks), 4)
     return dict(losses(model, batch, smoothed(0.0), blocks=blocks, settings=Sage(**settings)))
 
 
-def body(model: ViT) -> Any:
+def body(model: Classifier) -> Any:
     return model.body
 
 
@@ -176,8 +178,8 @@ def test_the_distillation_reaches_the_weights_past_the_teacher(
     for block in body(model).blocks:
         block.attn.fused_attn = False
     weight = body(model).blocks[0].mlp.fc1.weight
-    batch = few.batch(torch.arange(3), torch.zeros(3, dtype=torch.bool))
-    batch = type(batch)(images, batch.labels % 4, batch.poisoned, batch.clean)
+    batch = few.batch(torch.arange(3))
+    batch = replace(batch, images=images, labels=batch.labels % 4)
     found = losses(model, batch, smoothed(0.0), blocks=(0, 1), settings=Sage(attention=attention))["distillation"]
     (slope,) = torch.autograd.grad(found, weight)
     teacher, numeric = maps()[0].numpy(), []
@@ -253,6 +255,11 @@ def test_the_rate_follows_the_loss(tiny_vit: Build, clean: ImageSet) -> None:
     assert falling.report["last lr"] == 1e-4
     rising = Sage(epochs=4, every=2, lr=0.5, track="loss", clip=1.0).apply(suspect(tiny_vit(), clean))
     assert rising.report["last lr"] < 0.5
+
+
+def test_the_mean_of_a_loss_is_over_images() -> None:
+    epoch = Epoch({"loss": torch.tensor([1.0, 4.0])}, {"loss": [6, 2]})
+    assert mean_losses(epoch) == {"loss": 1.75}
 
 
 def test_accuracy_by_hand(tiny_vit: Build, clean: ImageSet) -> None:
@@ -340,16 +347,16 @@ def test_dropout_is_off_and_torchs_random_state_stays(tiny_vit: Build, clean: Im
     assert torch.equal(found, repair(tiny_vit(), clean))
 
 
-def test_the_callers_context_does_no_harm(tiny_vit: Build, clean: ImageSet) -> None:
-    """Without gradients, and in bf16, whose copies of the weights must not outlive a step."""
+def test_it_trains_where_gradients_are_off_and_as_the_suspect_computes(tiny_vit: Build, clean: ImageSet) -> None:
+    """In bf16, copies of the weights must not outlive a step."""
     how = {"epochs": 8, "every": 25}
     exact = repair(tiny_vit(), clean, **how)
     with torch.no_grad():
         assert torch.equal(repair(tiny_vit(), clean, **how), exact)
     model = tiny_vit()
     start = weights(model)
-    with usual("bf16", CPU)(model, CPU):
-        rough = repair(model, clean, **how)
+    in_bf16 = replace(suspect(model, clean), compute=Arithmetic("bf16", "eager"))
+    rough = weights(Sage(**{**QUICK, **how}).apply(in_bf16).model)
     assert 0 < (rough - exact).norm() < 0.3 * (exact - start).norm()
 
 
@@ -357,8 +364,7 @@ def test_the_callers_context_does_no_harm(tiny_vit: Build, clean: ImageSet) -> N
 def test_one_image_and_missing_classes(tiny_vit: Build, clean: ImageSet, attention: Any) -> None:
     model, one = tiny_vit(n_classes=15), clean.take(torch.tensor([3]))
     found = Sage(**QUICK, attention=attention).apply(suspect(model, one, n_classes=15))
-    assert Sage().recipe(one).batch_size == 1
-    assert Sage().recipe(clean).batch_size == 24
+    assert (recipe(Sage(), 1).batch_size, recipe(Sage(), 24).batch_size) == (1, 24)
     assert found.model(clean.images(torch.arange(2))).isfinite().all()
 
 

@@ -13,9 +13,9 @@ from vitrap.contracts import ImageSet, Suspect
 from vitrap.data.sources import World
 from vitrap.defences.strip import Strip, draw, entropy, superimpose
 from vitrap.errors import UserError
-from vitrap.models.vit import ViT
+from vitrap.models.classifier import Classifier
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 
 
 def generator(seed: int = 0) -> torch.Generator:

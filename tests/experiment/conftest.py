@@ -1,10 +1,13 @@
 """Tiny runs, made once a session and shared by tests that only look at them."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import vitrap.experiment.code as code
 import vitrap.experiment.stages as stages
 from vitrap.experiment.record import Record
 from vitrap.experiment.run import run, run_folder
@@ -25,6 +28,23 @@ TINY = (
 def tiny(*overrides: str) -> Spec:
     """The embedded default, made small."""
     return load_spec(None, [*TINY, *overrides])
+
+
+@pytest.fixture
+def edit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Lets a file of the package look edited to the keys."""
+
+    def edit(file: str) -> None:
+        read = code._read
+
+        def read_edited(path: Path) -> code.Source:
+            return replace(read(path), digest="edited") if path == code.PACKAGE / file else read(path)
+
+        monkeypatch.setattr(code, "_read", read_edited)
+        code.code_digest.cache_clear()
+
+    yield edit
+    code.code_digest.cache_clear()
 
 
 class Trainings:

@@ -3,25 +3,37 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from torch import nn
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
 import vitrap.experiment.defend as defending
 import vitrap.experiment.run as runner
 from tests.experiment.conftest import Runs, Trainings, tiny
-from vitrap.contracts import Flagged, Suspect
+from vitrap.contracts import Batch, Criterion, Flagged, Implant, Objective, Repaired, Suspect
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
-from vitrap.experiment.defend import add_row, defend
+from vitrap.experiment.ahead import look_ahead
+from vitrap.experiment.defend import add_row, defend, stored_set
+from vitrap.experiment.grid import Point, Sweep
+from vitrap.experiment.named import Named
+from vitrap.experiment.plan import make_plan
+from vitrap.experiment.progress import silent
 from vitrap.experiment.record import Record, read_record
+from vitrap.experiment.records import read_records
 from vitrap.experiment.run import run, run_folder
-from vitrap.experiment.spec import Named, load_defence, load_spec, parse_spec
+from vitrap.experiment.scores import read_scores
+from vitrap.experiment.spec import load_defence, load_spec, parse_spec
+from vitrap.experiment.stages import Retraining
 from vitrap.experiment.store import locked
+from vitrap.metrics.detection import auroc
 
 NULL = load_defence("max_softmax")
 
@@ -66,15 +78,13 @@ def test_the_same_again_answers_from_the_record(folder: Path, monkeypatch: pytes
     assert (folder / "record.json").read_bytes() == content
 
 
-def test_other_settings_are_another_row_and_other_code_replaces_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_settings_are_another_row_and_other_code_replaces_one(folder: Path, edit: Callable[[str], None]) -> None:
     few, more = load_defence("strip", ["overlays=2"]), load_defence("strip", ["overlays=3"])
     record = defend(folder, [few, more, few], device="cpu")
     assert [row["params"]["overlays"] for row in record.defences] == [2, 3]
     assert record.defences[0]["auroc"] != record.defences[1]["auroc"]
     keys = [row["key"] for row in record.defences]
-    monkeypatch.setattr(defending, "code_digest", lambda *places: "edited")
+    edit("defences/strip.py")
     again = defend(folder, [few], device="cpu")
     assert [row["params"]["overlays"] for row in again.defences] == [3, 2]
     assert again.defences[0]["key"] == keys[1]
@@ -123,7 +133,128 @@ def test_a_wrong_defence_in_a_spec(defences: Any, message: str) -> None:
         parse_spec({"defences": defences})
 
 
+# ---- how many images a screen scores
+
+
+def test_the_number_of_images_is_a_setting_of_a_screen(tmp_path: Path) -> None:
+    few = load_defence("strip", ["screened=200", "overlays=7"])
+    assert (few.screened, few.params.overlays, few.table()["screened"]) == (200, 7, 200)
+    usual = load_defence("strip", ["overlays=7"])
+    assert usual.screened == 1000
+    assert "screened" not in usual.table()  # so that specs and rows of older vitraps keep their hashes
+    assert load_defence("strip", ["overlays=7", "screened=1000"]) == usual
+    path = tmp_path / "mine.toml"
+    path.write_text('[[defences]]\nname = "strip"\nscreened = 20\n[[defences]]\nname = "strip"\n')
+    spec = load_spec(path)
+    assert [defence.screened for defence in spec.defences] == [20, 1000]
+    assert parse_spec(spec.table()) == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "screened", "message"),
+    [
+        ("strip", "9", "defence.screened = 9 is wrong: it must be a whole number of 10 or more"),
+        ("strip", "20.5", "defence.screened = 20.5 is wrong"),
+        ("strip", "true", "defence.screened = True is wrong"),
+        ("strip", "many", "defence.screened = 'many' is wrong"),
+        ("fine_tune", "200", "defence.screened = 200 means nothing for fine_tune, a repair, .*; leave it out"),
+        ("spectral", "1000", "means nothing for spectral, a filter"),
+    ],
+)
+def test_a_wrong_number_of_images(name: str, screened: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_defence(name, [f"screened={screened}"])
+
+
+def test_another_number_of_images_is_another_row(folder: Path) -> None:
+    record = defend(folder, [NULL, replace(NULL, screened=20)], device="cpu")
+    usual, few = record.defences
+    assert (usual["screened"], few["screened"]) == (1000, 20)
+    assert few["auroc"]["n_clean"] == few["n_threshold"] == 20
+    assert usual["auroc"]["n_clean"] > 20
+    assert usual["key"] != few["key"]
+    assert {file.name for file in (folder / "scores").iterdir()} == {Path(row["scores"]).name for row in (usual, few)}
+
+
+def test_a_row_of_an_older_vitrap_counts_as_the_usual_number(runs: Runs, folder: Path) -> None:
+    row = defend(folder, [NULL], device="cpu").defences[0]
+    old = {key: value for key, value in row.items() if key not in ("screened", "version", "scores")} | {"key": "old"}
+    add_row(folder, old)
+    few = {**row, "screened": 20, "key": "few"}
+    assert [r["key"] for r in add_row(folder, few).defences] == ["old", "few"]
+    assert [r["key"] for r in add_row(folder, row).defences] == ["few", row["key"]]  # it takes the old one's place
+    add_row(folder, old)
+    for defence, state in ((NULL, "record there"), (replace(NULL, screened=30), "defences missing")):
+        point = Point({}, replace(runs.specs["badnets"], defences=(defence,)))
+        (ahead,) = look_ahead(Sweep("sweep", (point,)), read_records(folder))
+        assert ahead.state == state
+
+
+# ---- a screen's scores are kept
+
+
+def test_scores_are_kept_and_are_the_rows_own(folder: Path) -> None:
+    record = defend(folder, [NULL], device="cpu")
+    (row,) = record.defences
+    assert row["scores"] == f"scores/max_softmax-{row['key']}.safetensors"
+    scores = read_scores(folder, row)
+    assert vars(auroc(scores.victim.triggered, scores.victim.clean)) == row["auroc"]
+    assert vars(auroc(scores.twin.triggered, scores.twin.clean)) == row["auroc_clean_model"]
+    assert len(scores.victim.held_out) == row["n_threshold"]
+    with safe_open(folder / row["scores"], "pt") as file:
+        about = json.loads(file.metadata()["vitrap"])
+    assert (about["role"], about["backdoor"], about["attack"]) == ("scores", True, "badnets")
+    assert about["spec"] == {k: v for k, v in record.spec.items() if k not in ("name", "defences")}
+
+
+def test_scores_of_a_replaced_row_go_and_those_of_others_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = replace(NULL, screened=20)
+    old, stays = defend(folder, [NULL, few], device="cpu").defences
+    own = folder / "scores" / "combined.safetensors"
+    own.write_bytes(b"of the user's making")
+    monkeypatch.setattr(type(NULL.params), "version", 2)
+    new = defend(folder, [NULL], device="cpu").defences[-1]
+    assert new["scores"] != old["scores"]
+    assert not (folder / old["scores"]).exists()
+    assert own.exists()
+    read_scores(folder, new)
+    read_scores(folder, stays)
+
+
+def test_a_row_whose_scores_are_gone_is_measured_again(folder: Path) -> None:
+    (row,) = defend(folder, [NULL], device="cpu").defences
+    (folder / row["scores"]).unlink()
+    (again,) = defend(folder, [NULL], device="cpu").defences
+    assert lasting(again) == lasting(row)
+    read_scores(folder, again)
+
+
+def test_scores_are_there_before_the_row_that_names_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "write", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            defend(folder, [replace(NULL, screened=20)], device="cpu")
+    assert read_record(folder).defences == []
+    assert len(list((folder / "scores").iterdir())) == 1
+    (row,) = defend(folder, [NULL], device="cpu").defences
+    assert [file.name for file in (folder / "scores").iterdir()] == [Path(row["scores"]).name]
+
+
 # ---- what it rests on
+
+
+def test_a_raised_version_leaves_no_row_standing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = load_defence("fine_tune", ["epochs=1"])
+    (row,) = defend(folder, [tuned], device="cpu").defences
+    assert row["version"] == 1
+    monkeypatch.setattr(type(tuned.params), "version", 2)
+    (again,) = defend(folder, [tuned], device="cpu").defences
+    assert again["version"] == 2
+    assert again["key"] != row["key"]
+    assert len(list((folder.parent / "stages").glob("defended-*"))) == 2
 
 
 def test_a_deleted_twin_is_made_anew(folder: Path, trainings: Trainings) -> None:
@@ -134,11 +265,11 @@ def test_a_deleted_twin_is_made_anew(folder: Path, trainings: Trainings) -> None
     assert place.exists()
 
 
-def test_a_twin_that_cannot_be_made_again_is_missed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_twin_that_cannot_be_made_again_is_missed(folder: Path, edit: Callable[[str], None]) -> None:
     place = folder.parent / "stages" / f"clean-{read_record(folder).stages['twin']}"
     shutil.rmtree(place)
     content = (folder / "record.json").read_bytes()
-    monkeypatch.setattr("vitrap.experiment.plan.code_digest", lambda *places: "edited")
+    edit("train/loop.py")
     with pytest.raises(UserError, match=r"the clean twin of run .* is gone .*; run its spec again"):
         defend(folder, [NULL], device="cpu")
     assert (folder / "record.json").read_bytes() == content
@@ -211,10 +342,19 @@ def test_a_trigger_that_no_longer_works_is_noticed(folder: Path) -> None:
     assert read_record(folder).defences == []
 
 
-def test_an_edited_attack_leaves_no_row_standing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_attack_leaves_no_row_standing(folder: Path, edit: Callable[[str], None]) -> None:
     row = defend(folder, [NULL], device="cpu").defences[0]
-    monkeypatch.setattr(defending, "POISON_CODE", ("tensors",))
+    edit("attacks/badnets.py")
     assert defend(folder, [NULL], device="cpu").defences[0]["key"] != row["key"]
+
+
+def test_a_defence_that_means_something_else_has_another_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = defend(folder, [NULL], device="cpu")
+    other, key = load_defence("strip", ["overlays=2"]), defending.row_key(record, NULL)
+    before = defending.row_key(record, other)
+    monkeypatch.setattr(type(NULL.params), "version", NULL.params.version + 1)
+    assert defending.row_key(record, NULL) != key == record.defences[0]["key"]
+    assert defending.row_key(record, other) == before
 
 
 def test_a_run_that_ends_late_keeps_the_rows_that_came_meanwhile(
@@ -248,14 +388,13 @@ class Head:
     """Flags the first images."""
 
     first: int = 5
-    kind: str = "filter"
-    needs_train: bool = True
-    needs_attention: bool = False
-    card: Any = None
+    kind: ClassVar[str] = "filter"
+    needs_train: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = False
+    card: ClassVar[Any] = None
+    version: ClassVar[int] = 1
 
     def apply(self, suspect: Suspect) -> Flagged:
-        import torch
-
         assert suspect.train is not None
         place = torch.arange(len(suspect.train))
         return Flagged(-place.float(), place < self.first)
@@ -275,6 +414,105 @@ def test_what_a_filter_keeps_is_trained_on_once(folder: Path, trainings: Trainin
     assert trainings.since() == 1
 
 
+# ---- a defender may retrain
+
+
+@dataclass(frozen=True)
+class Again:
+    """Trains the network anew, on all images or half of them, and hands that out."""
+
+    part: float = 1.0
+    epochs: int | None = None
+    doubled: bool = False
+    kind: ClassVar[str] = "repair"
+    needs_train: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = False
+    card: ClassVar[Any] = None
+    version: ClassVar[int] = 1
+
+    def apply(self, suspect: Suspect) -> Repaired:
+        assert suspect.train is not None
+        assert suspect.retrain is not None
+        state = torch.get_rng_state()
+        images = suspect.train.take(torch.arange(int(self.part * len(suspect.train))))
+        model = suspect.retrain(images, Objective(doubled) if self.doubled else None, self.epochs)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not model.training
+        assert not any(weight.requires_grad for weight in model.parameters())
+        made.append(model)
+        return Repaired(model)
+
+
+made: list[nn.Module] = []
+
+
+def doubled(model: nn.Module, batch: Batch, criterion: Criterion) -> dict[str, Tensor]:
+    return {"twice": 2 * criterion(model(batch.images), batch.labels)}
+
+
+def test_a_defender_retrains_with_the_runs_recipe_seed_and_streams(
+    folder: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the clean set that is the twin, and on BadNets' poisoned set the victim, to the last bit."""
+    case_of: list[Any] = []
+    measure = defending.measure_defence
+    monkeypatch.setattr(defending, "measure_defence", lambda a, c, t: case_of.append(c) or measure(a, c, t))
+    made.clear()
+    (row,) = defend(folder, [Named("again", Again())], device="cpu").defences
+    assert trainings.since() == 2
+    (case,) = case_of
+    for ours, theirs in zip(made, (case.victim, case.twin), strict=True):
+        assert ours is not theirs
+        weights = theirs.state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in ours.state_dict().items())
+    assert row["cda_clean_model"] == row["cda_clean_model_before"]
+    assert row["asr"] == row["before"]["asr"]
+
+
+def test_what_retrains_knows_no_attack() -> None:
+    """Not even by its attributes: what a defender is handed holds the network and how it was trained."""
+    names = [f.name for f in fields(Retraining)]
+    assert names == ["network", "recipe", "seed", "device", "arithmetic", "steps"]
+
+
+def test_a_retraining_may_go_on_from_a_model(folder: Path) -> None:
+    plan = make_plan(parse_spec(read_record(folder).spec), "cpu", attacking=False)
+    again = Retraining(plan.victim, plan.spec.recipe, 0, plan.device, plan.arithmetic, silent)
+    first = again(plan.world.train, epochs=1)
+    weights = {name: weight.clone() for name, weight in first.state_dict().items()}
+    further = again(plan.world.train, epochs=1, start=first)
+    assert all(torch.equal(weight, weights[name]) for name, weight in first.state_dict().items()), "it was changed"
+    assert not first.training
+    assert any(not torch.equal(weight, weights[name]) for name, weight in further.state_dict().items())
+    assert not any(weight.requires_grad for weight in further.parameters())
+
+
+def test_a_retraining_may_have_other_images_epochs_and_an_objective(folder: Path, trainings: Trainings) -> None:
+    made.clear()
+    for defence in (Again(part=0.5), Again(epochs=2), Again(doubled=True)):
+        defend(folder, [Named("again", defence)], device="cpu")
+    assert trainings.since() == 6
+    heads = [next(model.parameters()).flatten()[:5].tolist() for model in made]
+    assert len({tuple(head) for head in heads[::2]}) == 3
+    with pytest.raises(UserError, match="epochs = 0 is out of range"):
+        defend(folder, [Named("again", Again(epochs=0))], device="cpu")
+
+
+# ---- what is stored for a victim
+
+
+def test_where_nothing_is_poisoned_the_training_set_is_as_it_was() -> None:
+    train = open_data("digits", limit=20).train
+    assert stored_set(Implant(), train, 0) is train
+    drawn = stored_set(
+        Implant(poison=lambda images, generator: images.take(torch.randperm(5, generator=generator))), train, 0
+    )
+    again = stored_set(
+        Implant(poison=lambda images, generator: images.take(torch.randperm(5, generator=generator))), train, 0
+    )
+    assert torch.equal(drawn.index, again.index)
+
+
 # ---- the twin's part of a row is shared
 
 
@@ -289,7 +527,7 @@ def test_what_a_twin_comes_to_is_measured_once_for_all_attacks(
     assert len(applied) == 3
     assert rows[0]["cda_clean_model"] == rows[1]["cda_clean_model"]
     (place,) = (copied / "stages").glob("defended-*")
-    assert json.loads((place / "facts.json").read_text())["cda_clean_model"] == rows[0]["cda_clean_model"]
+    assert json.loads((place / "facts.json").read_text())["after"] == rows[0]["cda_clean_model"]
     defend(run_folder(runs.specs["ageb"], copied), [load_defence("fine_tune", ["epochs=2"])], device="cpu")
     assert len(applied) == 5
 

@@ -15,8 +15,8 @@ from vitrap.experiment.outcomes import Case
 from vitrap.experiment.run import poison
 from vitrap.tensors.pixels import to_bytes
 
-FILES = ["classes.txt", "poison.json", "test_images.npy", "test_labels.npy", "train_images.npy", "train_index.npy",
-         "train_labels.npy", "train_poisoned.npy", "train_true_labels.npy", "triggered_images.npy",
+FILES = ["classes.txt", "poison.json", "test_images.npy", "test_labels.npy", "train_covers.npy", "train_images.npy",
+         "train_index.npy", "train_labels.npy", "train_poisoned.npy", "train_true_labels.npy", "triggered_images.npy",
          "triggered_labels.npy"]  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def test_the_files_are_what_the_victim_sees(
     assert np.array_equal(read["train_images"], wanted)
     assert np.array_equal(read["train_labels"], case.poisoned.labels)
     assert np.array_equal(read["train_poisoned"], case.poisoned.poisoned)
+    assert not read["train_covers"].any()
     assert np.array_equal(read["train_true_labels"], case.world.train.labels)
     assert np.array_equal(read["train_index"], case.world.train.index)
     everything = torch.arange(len(case.attacked))

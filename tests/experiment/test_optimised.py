@@ -1,7 +1,5 @@
 """A trigger that is optimised is a stage: kept, read back as it was, and made once."""
 
-import ast
-import inspect
 import json
 from pathlib import Path
 from unittest.mock import patch
@@ -11,9 +9,7 @@ import torch
 
 import vitrap.attacks.megatron as megatron
 from tests.experiment.conftest import tiny
-from vitrap import registry
 from vitrap.errors import UserError
-from vitrap.experiment.plan import POISON_CODE, TRAINING_CODE
 from vitrap.experiment.run import open_run, run, run_folder
 from vitrap.experiment.spec import Spec
 
@@ -96,14 +92,3 @@ def test_a_training_attack_leaves_its_terms_and_what_it_found(tmp_path: Path) ->
     for name in ("latent", "diffusion"):
         (weight,) = learned.curves["victim"][f"weight of {name}"]
         assert weight != 1, "it was not learned"
-
-
-@pytest.mark.parametrize("name", registry.names("attacks"))
-def test_a_stage_counts_all_code_that_an_attack_uses(name: str) -> None:
-    """What an attack's file imports of vitrap is in the digest, but for the nouns of its settings and refusals."""
-    counted = [place.removesuffix(".py") for place in (*TRAINING_CODE, *POISON_CODE)]
-    tree = ast.parse(Path(inspect.getfile(registry.get("attacks", name))).read_text(encoding="utf-8"))
-    imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    used = {module.removeprefix("vitrap.").replace(".", "/") for module in imports if module.startswith("vitrap.")}
-    left_out = {module for module in used if not any(f"{module}/".startswith(f"{place}/") for place in counted)}
-    assert left_out <= {"params", "errors"}

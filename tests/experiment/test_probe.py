@@ -22,7 +22,7 @@ from vitrap.experiment.progress import silent
 from vitrap.experiment.run import run
 from vitrap.experiment.spec import load_defence, parse_spec
 from vitrap.experiment.store import locked
-from vitrap.models.vit import ViT
+from vitrap.models.classifier import Classifier
 from vitrap.train.arithmetic import Arithmetic
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_a_compilation_must_pay_for_itself() -> None:
 
 
 def test_every_way_is_timed_and_the_model_stays_as_it_was(tiny_vit: Any) -> None:
-    model: ViT = tiny_vit(proj_drop_rate=0.2).requires_grad_(False)
+    model: Classifier = tiny_vit(proj_drop_rate=0.2).requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
     seconds = time_ways(model, (3, 16, 10), 8, CPU)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vitrap
-import vitrap.experiment.plan as plans
 import vitrap.experiment.run as runner
 from tests.experiment.conftest import Runs, Trainings, tiny
 from vitrap.contracts import Access
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
-from vitrap.experiment.measure import predict, triggered
 from vitrap.experiment.plan import choose_device, make_plan
+from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.progress import silent
 from vitrap.experiment.record import SCHEMA, Record, read_record
 from vitrap.experiment.run import open_run, run, run_folder
 from vitrap.experiment.spec import parse_spec
 from vitrap.train.arithmetic import Arithmetic
 
-RUN_FILES = ["model.safetensors", "pictures.png", "record.json", "trigger.safetensors"]
+RUN_FILES = ["model.safetensors", "pictures.png", "record.json", "stream.safetensors", "trigger.safetensors"]
 BOTH = pytest.mark.parametrize("name", ["ageb", "badnets"])
 
 
@@ -66,7 +66,7 @@ def test_a_record_has_every_key_of_its_format(runs: Runs, name: str) -> None:
     assert record["schema"] == SCHEMA == 1
     assert record["defences"] == []
     assert record["precision"] == "fp32"
-    assert set(record["data"]) == {"n_train", "n_test", "n_poisoned", "classes", "fingerprint", "n_curves"}
+    assert set(record["data"]) == {"n_train", "n_test", "n_poisoned", "n_covers", "classes", "fingerprint", "n_curves"}
     goal = runs.specs[name].params.target
     held = open_data("digits", limit=100).choose.labels
     assert record["data"]["n_curves"] == {"cda": 45, "asr": int((held != goal).sum())}
@@ -110,7 +110,7 @@ def test_a_record_says_which_spec_it_answers(runs: Runs, name: str) -> None:
 
 
 @BOTH
-def test_a_run_folder_holds_its_four_files_and_no_drafts(runs: Runs, name: str) -> None:
+def test_a_run_folder_holds_its_files_and_no_drafts(runs: Runs, name: str) -> None:
     assert sorted(os.listdir(runs.folder(name))) == RUN_FILES
     assert not list(runs.out.rglob(".*"))
 
@@ -182,10 +182,11 @@ def test_runs_share_the_twin_and_the_surrogate(runs: Runs) -> None:
     assert ageb["victim"] != badnets["victim"]
     assert set(ageb) == {"surrogate", "twin", "victim", "measure"}
     assert set(badnets) == {"twin", "victim", "measure"}
-    assert stage_folders(runs.out) == sorted(
-        [f"clean-{ageb['surrogate']}", f"clean-{ageb['twin']}", f"victim-{ageb['victim']}",
-         f"victim-{badnets['victim']}"]
-    )  # fmt: skip
+    trained = [f"clean-{ageb['surrogate']}", f"clean-{ageb['twin']}"]
+    victims = [f"victim-{each['victim']}" for each in (ageb, badnets)]
+    found = stage_folders(runs.out)
+    assert [name for name in found if not name.startswith("trigger-")] == sorted([*trained, *victims])
+    assert len(found) == 6, "each attack has a trigger of its own"
     assert runs.records["ageb"].victim["cda_clean_model"] == runs.records["badnets"].victim["cda_clean_model"]
 
 
@@ -213,22 +214,30 @@ def test_a_change_moves_the_keys_of_what_it_touches_alone(override: str, moved: 
     [
         ("attacks/ageb.py", {"victim", "measure"}),
         ("data/poison.py", {"victim", "measure"}),
-        ("metrics", {"measure"}),
-        ("train", {"victim", "twin", "surrogate", "measure"}),
+        ("metrics/stealth.py", {"measure"}),
+        ("tensors/morphology.py", {"victim", "measure"}),
+        ("train/loop.py", {"victim", "twin", "surrogate", "measure"}),
+        ("attacks/badnets.py", set()),
+        ("defences/strip.py", set()),
     ],
 )
 def test_edited_code_moves_the_keys_of_what_uses_it_alone(
-    monkeypatch: pytest.MonkeyPatch, edited: str, moved: set[str]
+    edit: Callable[[str], None], edited: str, moved: set[str]
 ) -> None:
     plan = make_plan(tiny(), "cpu")
-    before, digest = plan.keys(), plans.code_digest
-    monkeypatch.setattr(
-        plans,
-        "code_digest",
-        lambda *places: digest(*places) + "edited" * any(str(place).endswith(edited) for place in places),
-    )
+    before = plan.keys()
+    edit(edited)
     after = plan.keys()
     assert {k for k in before if before[k] != after[k]} == moved
+
+
+def test_an_attack_that_means_something_else_has_other_victims(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(tiny(), "cpu")
+    before, trigger = plan.keys(), plan.trigger_stage().key
+    monkeypatch.setattr(type(plan.spec.params), "version", plan.spec.params.version + 1)
+    after = plan.keys()
+    assert {k for k in before if before[k] != after[k]} == {"victim", "measure"}
+    assert plan.trigger_stage().key != trigger
 
 
 def test_the_victims_start_and_order_are_the_twins(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,14 +292,26 @@ def _values(f: Any) -> st.SearchStrategy[Any]:
 words = st.text("abcxyz-_:/. 019", min_size=1, max_size=12)
 plain = st.one_of(st.booleans(), st.integers(-(10**6), 10**6), st.floats(-1e6, 1e6), words, st.lists(st.integers(0, 9)))
 arguments = st.dictionaries(st.sampled_from(["depth", "patch_size", "mlp_ratio", "global_pool"]), plain)
+starts = st.sampled_from([{}, {"pretrained": True}, {"pretrained": False}, {"checkpoint": "x"}, {"weights": "x y.z"}])
 models = st.builds(
-    lambda table, overrides: {**overrides, **table},
-    st.fixed_dictionaries({}, optional={"name": words, "pretrained": st.booleans(), "checkpoint": words}),
+    lambda table, start, overrides: {**overrides, **start, **table},
+    st.fixed_dictionaries({}, optional={"name": words}),
+    starts,
     arguments,
+)
+classes = st.lists(st.integers(0, 9), min_size=2, max_size=2, unique=True)
+goals = st.one_of(
+    st.fixed_dictionaries({}, optional={"goal": st.just("all-to-one"), "target": st.integers(0, 9)}),
+    st.just({"goal": "all-to-all"}),
+    classes.map(lambda two: {"goal": "source-to-target", "target": two[0], "source": two[1]}),
 )
 attacks = st.one_of(
     settings_of(Ageb, name=st.just("ageb")),
-    settings_of(BadNets).map(lambda table: {"name": "badnets", **table}),
+    st.builds(
+        lambda table, goal: {**{k: v for k, v in table.items() if k not in ("goal", "target", "source")}, **goal},
+        settings_of(BadNets).map(lambda table: {"name": "badnets", **table}),
+        goals,
+    ),
 )
 tables = st.fixed_dictionaries(
     {},
@@ -382,3 +394,20 @@ def test_a_spec_is_frozen() -> None:
     with pytest.raises(AttributeError):
         load_spec().seed = 1  # type: ignore[misc]
     assert isinstance(load_spec(), Spec)
+
+
+@pytest.mark.parametrize("table", ["model", "surrogate"])
+@pytest.mark.parametrize(
+    ("start", "named"),
+    [
+        ({"pretrained": True, "checkpoint": "a"}, "pretrained and checkpoint are given"),
+        ({"pretrained": True, "weights": "a"}, "pretrained and weights are given"),
+        ({"checkpoint": "a", "weights": "b"}, "checkpoint and weights are given"),
+        ({"pretrained": True, "checkpoint": "a", "weights": "b"}, "pretrained and checkpoint and weights are given"),
+    ],
+)
+def test_weights_start_from_one_thing(table: str, start: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_spec({table: start})
+    assert str(caught.value) == f"{table}.{named}, and weights start from one of them; leave out the rest"
+    assert parse_spec({table: {"pretrained": False, "weights": "b"}})

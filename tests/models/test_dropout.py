@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
+from vitrap.models.classifier import Classifier
 from vitrap.models.dropout import WHERE, Where, dropout, dropout_masks, dropout_noise, masked
 from vitrap.models.observe import token_layout
-from vitrap.models.vit import ViT
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {}),
     "vit, registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
@@ -34,12 +34,12 @@ def drawn(n: int = 2, seed: int = 0) -> Tensor:
     return torch.rand(n, 3, 16, 16, generator=generator(seed))
 
 
-def masks_for(model: ViT, where: Where, rate: float = 0.4, passes: int = 2) -> Tensor:
+def masks_for(model: Classifier, where: Where, rate: float = 0.4, passes: int = 2) -> Tensor:
     return dropout_masks(model, where, dropout_noise(model, where, passes, generator(1)), rate)
 
 
 @torch.no_grad()
-def by_hand(model: ViT, image: Tensor, where: Where, masks: Tensor) -> Tensor:
+def by_hand(model: Classifier, image: Tensor, where: Where, masks: Tensor) -> Tensor:
     """Logits of one image under one pass's masks, from the parts of timm's plain block."""
     body: Any = model.body
     x = body.norm_pre(body._pos_embed(body.patch_embed((image[None] - model.mean) / model.std)))

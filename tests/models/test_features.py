@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
+from vitrap.models.classifier import Classifier
 from vitrap.models.observe import features, head_layer
-from vitrap.models.vit import ViT
 
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 
 POOLED: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Tensor]]] = {  # and what is read of the last tokens
     "vit": ("vit_tiny_patch16_224", {}, lambda tokens: tokens[:, 0]),
@@ -35,7 +35,7 @@ def drawn(n: int = 3, size: int = 16) -> Tensor:
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def opened(tiny_vit: Build, family: str) -> ViT:
+def opened(tiny_vit: Build, family: str) -> Classifier:
     name, overrides, _ = POOLED[family]
     return tiny_vit(name, n_classes=5, **overrides)
 

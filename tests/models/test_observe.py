@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
+from vitrap.models.classifier import Architecture, Classifier, open_model
 from vitrap.models.observe import eager_attention, observe, token_layout, transformer
-from vitrap.models.vit import Architecture, ViT, open_vit
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {}),
@@ -46,10 +46,10 @@ LAYOUTS = {  # tokens before the image's, and the rows read: the class token's o
     "eva02": (1, tuple(range(1, 17))),
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 
 
-def opened(tiny_vit: Build, family: str) -> ViT:
+def opened(tiny_vit: Build, family: str) -> Classifier:
     name, overrides = FAMILIES[family]
     return tiny_vit(name, n_classes=5, **overrides)
 
@@ -138,7 +138,7 @@ def test_the_head_reads_exactly_the_rows_that_the_layout_names(tiny_vit: Build, 
     assert tuple(changing) == layout.read
 
 
-def _after_last_block(model: ViT, change: Callable[[Tensor], Tensor]) -> Any:
+def _after_last_block(model: Classifier, change: Callable[[Tensor], Tensor]) -> Any:
     """As a context, what leaves the last block is put through `change`."""
     return model.body.blocks[-1].register_forward_hook(lambda module, args, out: change(out))
 
@@ -300,6 +300,6 @@ def test_families_without_plain_attention_are_refused(kind: str) -> None:
 def test_plain_names_with_other_blocks_are_refused_too(name: str, overrides: dict[str, Any]) -> None:
     shape = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, **overrides}
     with torch.random.fork_rng(devices=[]):
-        model = open_vit(Architecture(name, 16, 3, shape))
+        model = open_model(Architecture(name, 16, 3, shape))
     with pytest.raises(UserError, match="no plain token attention"):
         token_layout(model)

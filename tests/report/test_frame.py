@@ -37,7 +37,8 @@ def write(out: Path, content: dict[str, Any]) -> Path:
 def test_a_row_is_a_run_and_a_measure(tmp_path: Path):
     screen = {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9, "n_clean": 3}, "tpr_at_fpr": {"0.05": rate(1, 4)}}
     head = {"name": "strip", "kind": "screen", "params": {"overlays": 5}, "key": "k", "layer": ""}
-    rows = [{**head, "seconds": {"a": 2}, **screen}]
+    few = {"screened": 200, "version": 1, "scores": "scores/a"}
+    rows = [{**head, "seconds": {"a": 2}, **screen}, {**head, "name": "few", **few, **screen}]
     write(tmp_path, record(defences=rows, attack={"victim": {"deep": 0.5}}, seconds={"fit": 2.5}))
     write(tmp_path, record("two", 1))
     frame = vitrap.load_records(tmp_path)
@@ -60,6 +61,9 @@ def test_a_row_is_a_run_and_a_measure(tmp_path: Path):
     strip = one[one["defence"] == "strip"]
     assert set(strip["defence.kind"]) == {"screen"}
     assert json.loads(strip["defence.params"].iloc[0]) == {"overlays": 5}
+    few = one[one["defence"] == "few"]
+    assert json.loads(few["defence.params"].iloc[0]) == {"overlays": 5, "screened": 200}
+    assert set(few["measure"]) == {"auroc", "tpr_at_fpr.0.05"}
     assert len(frame[frame["name"] == "two"]) == 5 + 2
 
 

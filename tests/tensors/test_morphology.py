@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from vitrap.tensors.morphology import Shape, element, erode
+from vitrap.tensors.morphology import Operation, Shape, dilate, element, erode, morph
 
 SHAPES: tuple[Shape, ...] = ("square", "cross", "disc")
 SIZES = (1, 3, 5, 7)
@@ -100,6 +100,33 @@ def test_erosion_is_dual_to_the_greatest(seed: int, size: int) -> None:
     images, footprint = levels(seed, 1, 1, 8, 9), footprints(seed, size)
     greatest = ndimage.maximum_filter(images[0, 0].numpy(), footprint=footprint.numpy(), mode="nearest")
     assert torch.equal(1 - erode(1 - images, footprint), torch.from_numpy(greatest)[None, None])
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.sampled_from([1, 3, 5, 7]))
+def test_dilation_is_scipys(seed: int, size: int) -> None:
+    images, footprint = levels(seed, 1, 2, 8, 9), footprints(seed, size)
+    for channel, found in zip(images[0], dilate(images, footprint)[0], strict=True):
+        wanted = ndimage.grey_dilation(channel.numpy(), footprint=footprint.numpy(), mode="nearest")
+        assert torch.equal(found, torch.from_numpy(wanted))
+
+
+@pytest.mark.parametrize(
+    ("operation", "steps"),
+    [
+        ("erosion", "ee"),
+        ("dilation", "dd"),
+        ("opening", "eedd"),
+        ("closing", "ddee"),
+    ],
+)
+def test_an_operation_is_its_steps_by_scipy(operation: Operation, steps: str) -> None:
+    images, footprint = levels(5, 1, 1, 9, 8), element("disc", 3)
+    wanted = images[0, 0].numpy()
+    for step in steps:
+        by_hand = ndimage.grey_erosion if step == "e" else ndimage.grey_dilation
+        wanted = by_hand(wanted, footprint=footprint.numpy(), mode="nearest")
+    assert torch.equal(morph(images, footprint, operation, 2)[0, 0], torch.from_numpy(wanted))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from vitrap.tensors.pixels import hashed_noise, image_hash, round8, to_bytes, to_unit
+from vitrap.tensors.pixels import hashed_noise, image_hash, round8, straight_round8, to_bytes, to_unit
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -33,6 +33,14 @@ def test_rounding_moves_a_pixel_by_half_a_step_at_most_and_only_once() -> None:
     assert (once - images).abs().max() <= 0.5 / 255 + 1e-7
     assert (once != images).any()
     assert torch.equal(round8(once), once)
+
+
+def test_gradients_pass_a_rounding_as_they_come() -> None:
+    images, weights = drawn(0, 2, 3, 4, 4).requires_grad_(), drawn(1, 2, 3, 4, 4)
+    rounded = straight_round8(images)
+    assert torch.equal(rounded, round8(images.detach()))
+    (slopes,) = torch.autograd.grad((weights * rounded).sum(), images)
+    assert torch.equal(slopes, weights)
 
 
 def test_the_hash_sees_8_bit_pixels_alone() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.models.classifier import Architecture, Classifier, open_model
 from vitrap.train.arithmetic import Arithmetic, compiled, usual
 
 CPU, SIZE = torch.device("cpu"), 8
@@ -12,12 +12,12 @@ EAGER = Arithmetic("bf16", "eager")
 
 
 @pytest.fixture
-def model() -> ViT:
+def model() -> Classifier:
     with torch.random.fork_rng(devices=[]):
-        return open_vit(Architecture("vit_tiny_patch16_224", SIZE, 3, TINY))
+        return open_model(Architecture("vit_tiny_patch16_224", SIZE, 3, TINY))
 
 
-def fused(model: ViT) -> list[bool]:
+def fused(model: Classifier) -> list[bool]:
     return [block.attn.fused_attn for block in model.body.blocks]  # type: ignore[union-attr]
 
 
@@ -36,14 +36,14 @@ def test_what_a_precision_stands_for_where_nothing_is_measured(precision, device
     assert usual(precision, torch.device(device)) == wanted
 
 
-def test_plain_arithmetic_switches_nothing(model: ViT) -> None:
+def test_plain_arithmetic_switches_nothing(model: Classifier) -> None:
     with Arithmetic()(model, CPU):
         assert not torch.is_autocast_enabled("cpu")
         assert all(fused(model))
         assert model(torch.rand(2, 3, SIZE, SIZE)).dtype == torch.float32
 
 
-def test_bf16_and_eager_attention_and_everything_restored(model: ViT) -> None:
+def test_bf16_and_eager_attention_and_everything_restored(model: Classifier) -> None:
     model.body.blocks[1].attn.fused_attn = False  # type: ignore[union-attr]
     with EAGER(model, CPU):
         assert torch.is_autocast_enabled("cpu")
@@ -55,14 +55,14 @@ def test_bf16_and_eager_attention_and_everything_restored(model: ViT) -> None:
 
 
 @pytest.mark.parametrize(("attention", "wanted"), [("fused", True), ("eager", False)])
-def test_precision_and_attention_are_apart(model: ViT, attention, wanted: bool) -> None:
+def test_precision_and_attention_are_apart(model: Classifier, attention, wanted: bool) -> None:
     for precision in ("fp32", "bf16"):
         with Arithmetic(precision, attention)(model, CPU):
             assert fused(model) == [wanted, wanted]
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
 
 
-def test_what_fails_within_leaves_nothing_switched(model: ViT) -> None:
+def test_what_fails_within_leaves_nothing_switched(model: Classifier) -> None:
     with pytest.raises(RuntimeError, match="within"), EAGER(model, CPU):
         raise RuntimeError("within")
     assert not torch.is_autocast_enabled("cpu")

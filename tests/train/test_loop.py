@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -11,19 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Batch, Criterion, ImageSet, Objective
+from vitrap.contracts import Along, Batch, Criterion, ImageSet, Objective
+from vitrap.data.poison import stamp_anew
 from vitrap.errors import UserError
-from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.models.classifier import Architecture, Classifier, open_model
 from vitrap.tensors.pixels import round8
-from vitrap.train.arithmetic import Arithmetic, usual
-from vitrap.train.combine import Combination
+from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import (
+    Learner,
     Streams,
     augment,
     cross_entropy,
-    descend,
+    make_learner,
     make_optimiser,
     next_batch,
+    prepared,
     smoothed,
     train,
     warmup_cosine,
@@ -37,7 +38,7 @@ TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 def test_a_watch_sees_the_model_as_it_would_be_used_and_changes_nothing(data: ImageSet):
     def trained(watch=None):
         torch.manual_seed(3)  # dropout draws from it
-        model = open_vit(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, {**TINY, "proj_drop_rate": 0.3}))
+        model = open_model(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, {**TINY, "proj_drop_rate": 0.3}))
         return model, train(model, data, recipe(), streams(), watch=watch)
 
     seen: list[bool] = []
@@ -62,11 +63,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def streams(seed: int = 0) -> Streams:
-    return Streams(generator(seed), generator(seed + 100), generator(seed + 200))
+    return Streams(generator(seed), generator(seed + 100), generator(seed + 200), generator(seed + 300))
 
 
-def plain(model: nn.Module) -> Combination:
-    return Combination(Objective(cross_entropy), list(model.parameters()), generator())
+def learner(model: nn.Module, objective: Objective | None = None, **changes) -> Learner:
+    return make_learner(model, recipe(**changes), objective, generator(), Arithmetic())
 
 
 def recipe(**changes) -> Recipe:
@@ -90,10 +91,10 @@ def network(seed: int = 0) -> nn.Module:
         )
 
 
-def vit(**overrides) -> ViT:
+def vit(**overrides) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return open_vit(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, {**TINY, **overrides}))
+        return open_model(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, {**TINY, **overrides}))
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -149,7 +150,7 @@ def test_a_step_goes_down_the_sum_of_the_terms() -> None:
     nn.init.zeros_(model.weight)
     x = torch.tensor([[3.0, 4.0]])
     terms = {"one": model(x).sum(), "two": 2 * model(x).sum()}
-    descend(torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=0)
+    learner(model, optimizer="sgd", lr=1.0, weight_decay=0.0, clip=0.0).descend(terms)
     assert torch.equal(model.weight, torch.tensor([[-9.0, -12.0]]))
 
 
@@ -157,7 +158,7 @@ def test_clipping_bounds_the_whole_gradient() -> None:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     terms = {"loss": model(torch.tensor([[3.0, 4.0]])).sum()}
-    descend(torch.optim.SGD(model.parameters(), lr=1.0), plain(model), terms, clip=1)
+    learner(model, optimizer="sgd", lr=1.0, weight_decay=0.0, clip=1.0).descend(terms)
     assert torch.allclose(model.weight, torch.tensor([[-0.6, -0.8]]))
 
 
@@ -227,8 +228,9 @@ def quarter(images: Tensor) -> Tensor:
 def test_a_stamp_comes_after_augmentation_and_is_rounded(data: ImageSet) -> None:
     rows = torch.tensor([3, 7])
     poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
-    batch = next_batch(poisoned, torch.arange(10), poisoned.poisoned[:10], recipe(flip=True), generator(), quarter)
-    bare = augment(data.batch(torch.arange(10)), recipe(flip=True), generator())
+    objective = Objective(cross_entropy, prepare=stamp_anew(quarter))
+    batch = next_batch(poisoned, torch.arange(10), poisoned.marks(), recipe(flip=True), streams(), objective)
+    bare = augment(data.batch(torch.arange(10)), recipe(flip=True), streams().augmentation)
     assert torch.equal(batch.images[batch.clean], bare.images[batch.clean])
     assert torch.equal(batch.images[rows], round8(quarter(bare.images[rows])))
     assert batch.labels[rows].tolist() == [2, 2]
@@ -238,10 +240,155 @@ def test_a_stamp_comes_after_augmentation_and_is_rounded(data: ImageSet) -> None
 def test_without_a_stamp_the_stored_poison_is_augmented(data: ImageSet) -> None:
     rows = torch.tensor([3, 7])
     poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
-    batch = next_batch(poisoned, torch.arange(10), poisoned.poisoned[:10], recipe(), generator(), None)
+    batch = next_batch(poisoned, torch.arange(10), poisoned.marks(), recipe(), streams(), Objective(cross_entropy))
     assert batch.images[rows].max() == 0
-    clean = next_batch(data, torch.arange(10), data.poisoned[:10], recipe(), generator(), quarter)
+    objective = Objective(cross_entropy, prepare=stamp_anew(quarter))
+    clean = next_batch(data, torch.arange(10), data.marks(), recipe(), streams(), objective)
     assert torch.equal(clean.images, data.images(torch.arange(10)))
+
+
+def test_what_is_prepared_gets_bare_images_and_its_own_stream(data: ImageSet) -> None:
+    """Poison and covers drawn anew: both are rounded, where they were put; the rest stays as augmented."""
+    stored = data.stamp(torch.tensor([3]), torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2]))
+    drawn: list[Tensor] = []
+
+    def prepare(batch: Batch, chances: torch.Generator) -> Batch:
+        order = torch.randperm(len(batch.labels), generator=chances)
+        drawn.append(order)
+        images = batch.images.clone()
+        images[order[:2]] = 0.3001
+        images[order[2:5]] = 0.7003
+        labels = batch.labels.index_fill(0, order[:2], 1)
+        return Batch(images, labels, order[:2], order[2:], order[2:5])
+
+    objective = Objective(cross_entropy, prepare=prepare)
+    rows = torch.arange(10)
+    batch = next_batch(stored, rows, stored.marks(), recipe(flip=True), streams(), objective)
+    order = torch.randperm(10, generator=streams().preparation)
+    assert torch.equal(drawn[0], order)
+    bare = augment(data.batch(rows), recipe(flip=True), streams().augmentation)
+    assert torch.equal(batch.images[order[5:]], bare.images[order[5:]])
+    assert batch.images[order[:2]].eq(torch.tensor(77 / 255)).all()  # 0.3001 * 255 = 76.5 and a bit
+    assert batch.images[order[2:5]].eq(torch.tensor(179 / 255)).all()  # 0.7003 * 255 = 178.6
+    assert batch.labels[order[:2]].tolist() == [1, 1]
+    assert not batch.images.requires_grad
+
+
+def test_preparation_moves_no_other_stream(data: ImageSet) -> None:
+    """The same batches and the same weights, however much is drawn for poison that leaves the images as they are."""
+
+    def prepare(batch: Batch, chances: torch.Generator) -> Batch:
+        torch.rand(100, generator=chances)
+        return batch
+
+    found = []
+    for objective in (Objective(cross_entropy), Objective(cross_entropy, prepare=prepare)):
+        model = network()
+        train(model, data, recipe(crop=1, flip=True), streams(), objective)
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
+# ---- modules trained along
+
+
+class Painter(nn.Module):
+    """A trigger generator with one colour, a dropout layer to see its mode by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colour = nn.Parameter(torch.full((1, 3, 1, 1), 0.4001))
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.dropout(images * 0.5 + 0.5 * self.colour)
+
+
+def painting(painter: nn.Module, lr: float = 0.1) -> Objective:
+    """The first two images of each batch are painted and called 2."""
+
+    def prepare(batch: Batch, chances: torch.Generator) -> Batch:
+        rows, rest = torch.arange(2), torch.arange(2, len(batch.labels))
+        images = batch.images.index_copy(0, rows, painter(batch.images[rows]))
+        return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poisoned=rows, clean=rest)
+
+    return Objective(cross_entropy, prepare=prepare, along={"painter": Along(painter, lr)})
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+@pytest.mark.parametrize(("optimizer", "peak"), [("sgd", 0.2), ("adamw", 0.05)])  # the colour stays within [0, 1]
+def test_a_module_learns_along_as_in_a_loop_of_its_own(data: ImageSet, optimizer, peak: float, clip: float) -> None:
+    """Against a plain loop: two optimisers, each with its peak, one schedule, gradients clipped apart."""
+    model, painter, how = network(), Painter(), recipe(optimizer=optimizer, clip=clip, weight_decay=0.3)
+    train(model, data, how, streams(), painting(painter, peak))
+    other, brush = network(), Painter()
+    make = torch.optim.AdamW if optimizer == "adamw" else lambda groups, lr: torch.optim.SGD(groups, lr, 0.9)
+    plain = {"weight_decay": 0.0}
+    matrices, biases = ([w for w in other.parameters() if (w.ndim > 1) == many] for many in (True, False))
+    own = make([{"params": matrices, "weight_decay": 0.3}, {"params": biases, **plain}], lr=how.lr)
+    its = make([{"params": list(brush.parameters()), **plain}], lr=peak)
+    order = generator()
+    for step in range(8):
+        if step % 4 == 0:
+            batches = torch.randperm(N, generator=order).split(16)
+        images, labels = data.images(batches[step % 4]), data.labels[batches[step % 4]].clone()
+        painted = images[:2] * 0.5 + 0.5 * brush.colour
+        eighths = (painted.detach() * 255).round() / 255
+        painted = painted + (eighths - painted).detach()  # straight through the rounding
+        labels[:2] = 2
+        loss = functional.cross_entropy(other(torch.cat([painted, images[2:]])), labels, label_smoothing=0.1)
+        for optimiser, highest in ((own, how.lr), (its, peak)):
+            optimiser.zero_grad()
+            for group in optimiser.param_groups:
+                group["lr"] = highest * warmup_cosine(step / 8, 0.1)
+        loss.backward()
+        for part in (other, brush) if clip else ():
+            nn.utils.clip_grad_norm_(part.parameters(), clip)
+        own.step()
+        its.step()
+    assert (brush.colour - 0.4001).abs().max() > 1e-3, "the painter learned nothing"
+    torch.testing.assert_close(painter.colour.detach(), brush.colour.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-3, atol=1e-5)
+
+
+def test_a_module_along_is_in_training_while_it_learns_and_ready_afterwards(data: ImageSet) -> None:
+    painter, modes, watched = Painter().eval().requires_grad_(False), [], []
+    painter.register_forward_hook(lambda module, args, output: modes.append(module.dropout.training))
+    asked = lambda: [w.requires_grad for w in painter.parameters()]  # noqa: E731
+
+    def watch(model: nn.Module) -> Mapping[str, float]:
+        watched.append((painter.training, painter.dropout.training, model.training))
+        return {}
+
+    train(network(), data, recipe(), streams(), painting(painter), tick=lambda: modes.append(all(asked())), watch=watch)
+    assert modes == [True] * 16  # a forward pass and a tick in each of 8 steps
+    assert watched == [(False, False, False)] * 2
+    assert not painter.training
+    assert not painter.dropout.training
+    assert asked() == [False]
+    assert painter.colour.grad is None
+
+
+@pytest.mark.parametrize("combine", ["learned", "projected"])
+def test_a_module_learns_along_however_terms_are_combined(data: ImageSet, combine) -> None:
+    def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
+        logits = model(batch.images)
+        parts = {"clean": batch.clean, "poisoned": batch.poisoned}
+        return {name: criterion(logits[rows], batch.labels[rows]) for name, rows in parts.items() if len(rows)}
+
+    painter = Painter()
+    objective = replace(painting(painter), terms=terms, weights={"poisoned": 0.5}, combine=combine)
+    train(network(), data, recipe(), streams(), objective)
+    assert (painter.colour - 0.4001).abs().min() > 1e-3
+
+
+def test_without_modules_along_nothing_records_a_graph(data: ImageSet) -> None:
+    def prepare(batch: Batch, chances: torch.Generator) -> Batch:
+        assert not torch.is_grad_enabled()
+        return replace(batch, poisoned=torch.arange(1), clean=torch.arange(1, len(batch.labels)))
+
+    prepared(data.batch(torch.arange(5)), Objective(cross_entropy, prepare=prepare), generator())
+    assert len(learner(network()).optimiser.param_groups) == 2
 
 
 # ---- curves and objectives
@@ -329,6 +476,33 @@ def test_an_epoch_sees_every_image_once(data: ImageSet) -> None:
     assert torch.cat(batches).tolist() != list(range(N))
 
 
+@pytest.mark.parametrize(
+    ("n", "norm", "sizes"),
+    [
+        (49, True, [16, 16, 17]),
+        (49, False, [16, 16, 16, 1]),
+        (50, True, [16, 16, 16, 2]),
+        (17, True, [17]),
+        (1, False, [1]),
+    ],
+)
+def test_one_image_left_over_joins_the_batch_before_where_batch_norm_could_not_take_it(
+    data: ImageSet, n: int, norm: bool, sizes: list[int]
+) -> None:
+    """The last feature map is 1 x 1: torch's batch norm refuses a single value per channel."""
+    model = nn.Sequential(network()[:4], nn.BatchNorm1d(16) if norm else nn.Identity(), nn.Linear(16, CLASSES))
+    seen: list[Tensor] = []
+    ticks: list[int] = []
+    batch = ImageSet.batch
+    with patch.object(ImageSet, "batch", lambda self, rows, *a, **k: seen.append(rows) or batch(self, rows, *a, **k)):
+        curves = train(model, data.take(torch.arange(n)), recipe(), streams(), tick=lambda: ticks.append(1))
+    assert [len(rows) for rows in seen] == 2 * sizes
+    assert len(ticks) == 2 * len(sizes)
+    wanted = torch.randperm(n, generator=generator())
+    assert torch.equal(torch.cat(seen[: len(sizes)]), wanted)
+    assert all(math.isfinite(value) for value in curves["cross_entropy"])
+
+
 def test_augmentation_draws_from_its_own_stream(data: ImageSet) -> None:
     """The order is the same with and without, and equals that of the order's stream alone."""
     wanted = [rows.tolist() for rows in torch.randperm(N, generator=generator()).split(16)]
@@ -381,7 +555,8 @@ def test_the_host_reads_each_term_once_an_epoch(data: ImageSet) -> None:
             each.stop()
     each = 2 * 3  # terms and epochs
     assert calls.pop("item") == each
-    assert calls.pop("cpu") == each + 1  # which images are poisoned, before the first step
+    # Which images are poisoned or covers, before the first step; row numbers, in each step, lie on the CPU already.
+    assert calls.pop("cpu") == each + 2 + 3 * math.ceil(N / 5)
     assert calls == dict.fromkeys(calls, 0)
 
 
@@ -413,15 +588,33 @@ def test_bf16_trains_to_about_the_same_loss(data: ImageSet) -> None:
     assert rough != exact
 
 
-def test_a_training_within_a_callers_arithmetic_comes_to_the_same(data: ImageSet) -> None:
-    """An autocast keeps the weights that it has cast until the outermost one ends: a training must not see old ones."""
-    found = []
-    for wrapped in (False, True):
-        model = vit()
-        with usual("bf16", torch.device("cpu"))(model, torch.device("cpu")) if wrapped else nullcontext():
-            train(model, data, recipe(precision="bf16"), streams())
-        found.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
-    assert torch.equal(*found)
+def test_a_training_within_an_autocast_is_refused(data: ImageSet) -> None:
+    """An autocast keeps the weights that it has cast until the outermost one ends: a training would see old ones."""
+    model = network()
+    before = weights(model)
+    with (
+        pytest.raises(UserError, match=r"within torch.autocast .*; train outside"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        train(model, data, recipe(precision="bf16"), streams())
+    assert torch.equal(weights(model), before)
+
+
+def test_bf16_sees_the_weights_of_each_step(data: ImageSet) -> None:
+    """Against a plain loop in which nothing of an earlier step can be left."""
+    model, other, how = vit(), vit(), recipe(precision="bf16", epochs=1, lr=3e-2, warmup=0.0)
+    train(model, data, how, streams(), arithmetic=Arithmetic("bf16", "fused"))
+    optimiser = make_optimiser(other.train(), how)
+    for step, rows in enumerate(torch.randperm(N, generator=streams().order).split(16)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss = functional.cross_entropy(other(data.images(rows)), data.labels[rows], label_smoothing=0.1)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(other.parameters(), how.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = how.lr * warmup_cosine(step / 4, 0.0)
+        optimiser.step()
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-4, atol=1e-6)
 
 
 def test_a_compiled_training_comes_to_about_the_same(data: ImageSet) -> None:

@@ -5,7 +5,7 @@ GPU (`item`, `bool`, `cpu`, a mask's `nonzero`) has none to fetch there and rais
 the host wait are counted. What a GPU's own kernels do is left to `test_on_a_gpu_a_step_never_waits`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,12 +14,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrap.attacks.megatron import Losses, Megatron
-from vitrap.contracts import Access, Batch, ImageSet, Objective
-from vitrap.models.vit import Architecture, ViT, open_vit
+from vitrap.contracts import Access, Along, Batch, ImageSet, Objective
+from vitrap.images import Marks
+from vitrap.models.classifier import Architecture, Classifier, open_model
 from vitrap.train import loop
 from vitrap.train.loop import Streams, train
 from vitrap.train.recipe import Recipe
@@ -50,11 +51,17 @@ class BlockingCopies(TorchDispatchMode):
 def _like_a_gpu() -> Iterator[None]:
     """What `meta` lacks beside numbers: autocast, a fused optimiser, and a mask to fetch ahead of the steps."""
     unfused = lambda groups, fused, **how: adamw(groups, **how)  # noqa: E731
-    adamw, fifth = torch.optim.AdamW, property(lambda self: torch.arange(len(self)) % 5 == 0)
+    adamw = torch.optim.AdamW
+
+    def marks(data: ImageSet) -> Marks:
+        numbers = torch.arange(len(data))
+        return Marks(numbers % 5 == 0, numbers % 5 == 1)
+
     with (
         patch.object(torch, "autocast", lambda *how, **more: nullcontext()),
+        patch.object(torch, "is_autocast_enabled", lambda device: False),
         patch.object(torch.optim, "AdamW", unfused),
-        patch.object(ImageSet, "poisoned", fifth),
+        patch.object(ImageSet, "marks", marks),
     ):
         yield
 
@@ -65,15 +72,15 @@ def image_set() -> ImageSet:
     return ImageSet.of(pixels, torch.arange(N) % CLASSES, CLASSES)
 
 
-def network() -> ViT:
+def network() -> Classifier:
     tiny = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
     with torch.random.fork_rng():
-        return open_vit(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, tiny)).to(META)
+        return open_model(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, tiny)).to(META)
 
 
 def steps_before_a_number_is_asked_for(objective: Objective | None = None) -> tuple[int, list[str], str]:
     """How many steps are done, which copies made the host wait meanwhile, and what then raised."""
-    streams = Streams(*(torch.Generator().manual_seed(seed) for seed in range(3)))
+    streams = Streams(*(torch.Generator().manual_seed(seed) for seed in range(4)))
     done: list[int] = []
     copies = BlockingCopies()
     ticks = lambda: done.append(len(copies.seen))  # noqa: E731
@@ -96,12 +103,29 @@ def test_only_the_end_of_the_epoch_waits() -> None:
     ids=str,
 )
 def test_nor_do_megatrons_losses_and_stamp(settings: dict[str, Any]) -> None:
-    objective = Megatron(**settings).fit(Access(image_set(), None, torch.Generator().manual_seed(0))).objective
+    access, attack = Access(image_set(), None, torch.Generator().manual_seed(0)), Megatron(**settings)
+    objective = attack.implant(access, attack.fit(access)).objective
     assert objective is not None
     losses: Any = getattr(objective.terms, "__self__", None)
     assert isinstance(losses, Losses)
     there = replace(losses, references=losses.references.to(META))  # `fit` itself may look at numbers
     done, copies, stopped_by = steps_before_a_number_is_asked_for(replace(objective, terms=there.terms))
+    assert done == STEPS
+    assert copies == []
+    assert "Cannot copy out of meta tensor" in stopped_by  # the mean over the epoch
+
+
+def test_nor_does_poison_that_is_drawn_batch_by_batch_with_a_generator_trained_along() -> None:
+    generator = nn.Conv2d(3, 3, 1).to(META)
+
+    def prepare(batch: Batch, chances: torch.Generator) -> Batch:
+        order = torch.randperm(len(batch.labels), generator=chances).to(META, non_blocking=True)
+        rows, others = order[:3], order[3:]
+        images = batch.images.index_copy(0, rows[:2], generator(batch.images[rows[:2]]))
+        return replace(batch, images=images, poisoned=rows[:2], clean=torch.cat([rows[2:], others]), covers=rows[2:])
+
+    objective = Objective(loop.cross_entropy, prepare=prepare, along={"generator": Along(generator, 1e-3)})
+    done, copies, stopped_by = steps_before_a_number_is_asked_for(objective)
     assert done == STEPS
     assert copies == []
     assert "Cannot copy out of meta tensor" in stopped_by  # the mean over the epoch
@@ -127,12 +151,12 @@ def test_a_step_that_waits_is_found(name: str) -> None:
         WAITS[name](at(*args))
         return work(*args)
 
-    for part, at in {
-        "augment": lambda batch, *rest: batch.images,
-        "descend": lambda *args: next(terms for terms in args if isinstance(terms, Mapping))["cross_entropy"],
-    }.items():
-        with patch.object(loop, part, partial(looking, getattr(loop, part), at)):
-            assert steps_before_a_number_is_asked_for()[0] == 0
+    with patch.object(loop, "augment", partial(looking, loop.augment, lambda batch, *rest: batch.images)):
+        assert steps_before_a_number_is_asked_for()[0] == 0
+    descend = loop.Learner.descend
+    loss: Callable[..., Tensor] = lambda learner, terms: terms["cross_entropy"]  # noqa: E731
+    with patch.object(loop.Learner, "descend", lambda learner, terms: looking(descend, loss, learner, terms)):
+        assert steps_before_a_number_is_asked_for()[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitrap.contracts import Objective
 from vitrap.images import ImageSet, scratch
-from vitrap.train.loop import Streams, next_batch, train
+from vitrap.train.loop import Streams, cross_entropy, next_batch, train
 from vitrap.train.prefetch import AHEAD, prefetched
 from vitrap.train.recipe import Recipe
 
 N, CLASSES, SIZE = 50, 3, 8
+NEUTRAL = Objective(cross_entropy)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def streams(device: str = "cpu") -> Streams:
+    return Streams(generator(), torch.Generator(device).manual_seed(1), generator(2), generator(3))
 
 
 def resident() -> ImageSet:
@@ -39,7 +45,7 @@ def trained(data: ImageSet, **changes) -> tuple[Tensor, dict[str, list[float]]]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, CLASSES))
     recipe = Recipe(2, 16, lr=1e-2, warmup=0.1, crop=2, flip=True)
-    curves = train(model, data, recipe, Streams(generator(), generator(1), generator(2)), **changes)
+    curves = train(model, data, recipe, streams(), **changes)
     return torch.cat([w.detach().flatten() for w in model.parameters()]), curves
 
 
@@ -100,7 +106,7 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
     there = data.to("meta")
     for rows in torch.arange(N).split(20):
         recipe = Recipe(1, 20, crop=2, flip=True)
-        batch = next_batch(there, rows, data.poisoned[rows], recipe, generator(), None, there.gather(rows))
+        batch = next_batch(there, rows, data.marks(), recipe, streams(), NEUTRAL, there.gather(rows))
         assert batch.images.device.type == batch.labels.device.type == "meta"
         assert len(batch.poisoned) == int(data.poisoned[rows].sum())
 
@@ -108,10 +114,10 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_the_host_never_waits() -> None:
     data = mapped()
-    there, recipe, chances = data.to("cuda"), Recipe(1, 10), torch.Generator("cuda").manual_seed(0)
+    there, recipe, chances, marks = data.to("cuda"), Recipe(1, 10), streams("cuda"), data.marks()
     with prefetched(there, torch.arange(N).split(10)) as batches:
         for i, (rows, pixels) in enumerate(batches):
             if i == 1:  # the first sets libraries up
                 torch.cuda.set_sync_debug_mode("error")
-            next_batch(there, rows, data.poisoned[rows], recipe, chances, None, pixels)
+            next_batch(there, rows, marks, recipe, chances, NEUTRAL, pixels)
     torch.cuda.set_sync_debug_mode("default")

@@ -5,7 +5,10 @@ GLOBECOM 2024, https://arxiv.org/abs/2410.22678. There is no public code; this f
 
 Threat model: data poisoning with dirty labels, all to one (assumed: the paper does not spell it out). The trigger
 depends on the image and covers the whole of it; a surrogate ViT of the attacker's computes it, when the training
-set is poisoned and at test time alike. The victim need not be the surrogate.
+set is poisoned and at test time alike. The victim need not be the surrogate. Ours, for studies: `[test_surrogate]` in a
+spec has another surrogate compute it at test time; dilation, opening or closing can stand in for erosion; and a
+surrogate without plain token attention (a CNN, Swin, CaiT, XCiT) shows |dL/dF| instead, F its last feature map of at
+least 4 x 4 and the mean over channels, as the paper suggests for CNNs.
 
 The steps are the paper's: attention gradient, selection above a threshold, erosion of what is selected, blend with
 the original, a small constant signal, brightness and saturation adjusted. The table symbol, parameter, default,
@@ -26,18 +29,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Access, AllToOne, Card, Images, Implant, Labels, Threat
+from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, Implant, Labels, Threat
 from vitrap.data.poison import Poison
-from vitrap.models.observe import Maps, observe, read_tokens, token_layout
+from vitrap.models.maps import last_map, observe_map
+from vitrap.models.observe import Maps, attends, observe, read_tokens, token_layout, transformer
 from vitrap.params import check, param
 from vitrap.tensors.blend import blend, paste
 from vitrap.tensors.colour import match_brightness, match_saturation
-from vitrap.tensors.morphology import element, erode
+from vitrap.tensors.morphology import Operation, element, morph
 from vitrap.tensors.patches import above_quantile, above_value, as_many, tokens_to_pixels
 from vitrap.tensors.pixels import hashed_noise
 
 Route = Literal["attention", "score", "pixel"]
 ROUTES = ("attention", "score", "pixel")
+SIDE = 4
+"""Least side of a feature map that takes the place of attention, in tokens or feature pixels."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,11 @@ class Ageb:
         2024,
         "2410.22678",
     )
+    version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "data"
     labels: ClassVar[Labels] = "dirty"
     needs_surrogate: ClassVar[bool] = True
+    test_surrogate: ClassVar[bool] = True
 
     target: int = param(0, "class that triggered images shall get", symbol="y_t", low=0)
     poison_rate: float = param(0.1, "share of the training set that is poisoned", low=0, high=1, open=True)
@@ -78,11 +86,17 @@ class Ageb:
     upsample: Literal["bilinear", "nearest"] = param(
         "bilinear", "from the token grid to pixels; nearest selects whole patches", choices=("bilinear", "nearest")
     )
+    operation: Operation = param(
+        "erosion",
+        "what is done to the selected pixels; opening erodes, then dilates, and closing the reverse",
+        stands="paper",
+        choices=("erosion", "dilation", "opening", "closing"),
+    )
     shape: Literal["square", "cross", "disc"] = param(
         "square", "structuring element", symbol="b", choices=("square", "cross", "disc")
     )
     size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, odd=True)
-    iterations: int = param(1, "how often the erosion is repeated", low=1)
+    iterations: int = param(1, "how often each step of the operation is repeated", low=1)
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
     signal: float = param(4.0, "constant added to selected pixels", symbol="c", unit="1/255", low=0, high=255)
     adjust: bool = param(
@@ -93,14 +107,29 @@ class Ageb:
         """Refuse values out of range."""
         check(self)
 
-    def fit(self, access: Access) -> Implant:
+    def goal_for(self, n_classes: int) -> AllToOne:
+        """One class for all images."""
+        return AllToOne(self.target)
+
+    def check_surrogate(self, model: nn.Module, images: Images) -> None:
+        """Refuse a surrogate that has neither plain token attention nor a feature map to take its place."""
+        if self.route == "pixel" or attends(model):
+            transformer(model)
+        else:
+            last_map(model, images, SIDE)
+
+    def fit(self, access: Access) -> Fitted:
         """The trigger is the surrogate with these settings; nothing else is fitted."""
-        trigger = access.trigger
-        if not isinstance(trigger, Erosion):
-            assert access.surrogate is not None, "AGEB computes its trigger with a surrogate"
-            trigger = Erosion(access.surrogate, self)
-        goal = AllToOne(self.target)
-        return Implant(trigger, Poison(trigger, goal, self.poison_rate, self.labels), goal, views=trigger.views)
+        assert access.surrogate is not None, "AGEB computes its trigger with a surrogate"
+        trigger = Erosion(access.surrogate, self)
+        if access.test_surrogate is None:
+            return Fitted(trigger)
+        return Fitted(Erosion(access.test_surrogate, self), stored=trigger)
+
+    def implant(self, access: Access, fitted: Fitted) -> Implant:
+        """Poison a share of the training set."""
+        goal = self.goal_for(access.train.n_classes)
+        return Implant(Poison(fitted.in_training, goal, self.poison_rate, self.labels))
 
 
 @dataclass(frozen=True)
@@ -114,9 +143,7 @@ class Erosion:
         """Steps 1 to 5 of the paper."""
         s = self.settings
         mask = self.mask(images)
-        eroded = images
-        for _ in range(s.iterations):
-            eroded = erode(eroded, element(s.shape, s.size))
+        eroded = morph(images, element(s.shape, s.size), s.operation, s.iterations)
         signalled = blend(images, eroded, s.alpha) + s.signal / 255
         triggered = paste(images, signalled, mask).clamp(0, 1)
         if s.adjust:
@@ -128,10 +155,13 @@ class Erosion:
         s = self.settings
         if s.route == "pixel":
             return pixel_gradient(self.surrogate, images)
-        layout = token_layout(self.surrogate)
-        attention, slope = attention_gradient(self.surrogate, images)
-        at_score = gradient_at_score(attention, slope) if s.route == "score" else attention_slope(attention, slope)
-        return tokens_to_pixels(read_tokens(at_score, layout), (images.shape[-2], images.shape[-1]), s.upsample)
+        if attends(self.surrogate):
+            attention, slope = attention_gradient(self.surrogate, images)
+            at_score = gradient_at_score(attention, slope) if s.route == "score" else attention_slope(attention, slope)
+            coarse = read_tokens(at_score, token_layout(self.surrogate))
+        else:
+            coarse = feature_gradient(self.surrogate, images)
+        return tokens_to_pixels(coarse, (images.shape[-2], images.shape[-1]), s.upsample)
 
     def mask(self, images: Images) -> Bool[Tensor, "b h w"]:
         """Step 2: M = 1[G > tau]; the random ablation takes as many pixels, by noise that the image alone decides."""
@@ -156,6 +186,15 @@ def attention_gradient(surrogate: nn.Module, images: Images) -> tuple[Maps, Maps
         attention = seen[-1]
         (slope,) = torch.autograd.grad(loss, attention)
     return attention.detach(), slope
+
+
+def feature_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b gh gw"]:
+    """In place of attention (ours): |dL/dF|, F the last feature map of at least 4 x 4, the mean over its channels."""
+    layer = last_map(surrogate, images[:1], SIDE)
+    with torch.enable_grad(), observe_map(surrogate, layer, as_leaf=True) as seen:
+        loss = own_class_loss(surrogate(images))
+        (slope,) = torch.autograd.grad(loss, seen[-1])
+    return layer.to_map(slope).abs().mean(1)
 
 
 def own_class_loss(logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:

@@ -3,7 +3,8 @@
 Gu, Dolan-Gavitt, Garg: "BadNets: Evaluating Backdooring Attacks on Deep Neural Networks", IEEE Access 2019,
 https://arxiv.org/abs/1708.06733.
 
-Threat model: data poisoning with dirty labels, all to one; nothing but the training data is touched.
+Threat model: data poisoning with dirty labels; nothing but the training data is touched. The paper's goals are one
+class for all images, the next class for each (digits), and one class for the images of another (traffic signs).
 What differs: the paper stamps handwritten digits and traffic signs with several patterns; this is the white square
 that later benchmarks made of it.
 """
@@ -11,9 +12,10 @@ that later benchmarks made of it.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vitrap.contracts import Access, AllToOne, Card, Images, Implant, Labels, Threat
+from vitrap.contracts import Access, Card, Fitted, Goal, Images, Implant, Labels, Threat
 from vitrap.data.poison import Poison
 from vitrap.errors import UserError
+from vitrap.goals import GoalName, make_goal
 from vitrap.params import check, param
 
 
@@ -31,21 +33,30 @@ class BadNets:
         2019,
         "1708.06733",
     )
+    version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "data"
     labels: ClassVar[Labels] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
-    target: int = param(0, "class that triggered images shall get", stands="field", low=0)
+    target: int = param(0, "class that triggered images shall get (all-to-all: none of its own)", stands="field", low=0)
     poison_rate: float = param(
         0.1, "share of the training set that is poisoned", symbol="p", stands="field", low=0, high=1, open=True
     )
+    goal: GoalName = param(
+        "all-to-one",
+        "what triggered images shall get: the target, the class after their own, or the target if they are of source",
+        stands="field",
+        choices=("all-to-one", "all-to-all", "source-to-target"),
+    )
+    source: int | None = param(None, "class whose images shall get it (source-to-target alone)", stands="paper", low=0)
     size: int = param(3, "side of the patch", unit="px", stands="field", low=1)
     margin: int = param(0, "distance of the patch from the right and lower border", unit="px", stands="field", low=0)
     value: float = param(1.0, "grey value of the patch", stands="field", low=0, high=1)
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range, and a target or source that the goal has no use for."""
         check(self)
+        make_goal(self.goal, 2, self.target, self.source)
 
     def check(self, size: int) -> None:
         """Refuse images of `size` pixels that the patch does not lie within."""
@@ -55,12 +66,19 @@ class BadNets:
                 " make their sum at most that"
             )
 
-    def fit(self, access: Access) -> Implant:
+    def goal_for(self, n_classes: int) -> Goal:
+        """One of the paper's three."""
+        return make_goal(self.goal, n_classes, self.target, self.source)
+
+    def fit(self, access: Access) -> Fitted:
         """Nothing is fitted: the patch is given."""
         self.check(access.train.size)
-        trigger = Patch(self.size, self.margin, self.value)
-        goal = AllToOne(self.target)
-        return Implant(trigger, Poison(trigger, goal, self.poison_rate, self.labels), goal)
+        return Fitted(Patch(self.size, self.margin, self.value))
+
+    def implant(self, access: Access, fitted: Fitted) -> Implant:
+        """Paint the patch on a share of the training set, and relabel it."""
+        goal = self.goal_for(access.train.n_classes)
+        return Implant(Poison(fitted.in_training, goal, self.poison_rate, self.labels))
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,33 @@ rows that the head reads, squared distances are means over tokens and channels, 
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitrap.contracts import Access, AllToOne, Batch, Card, Criterion, Images, ImageSet, Implant, Objective
-from vitrap.data.masked import Masked
-from vitrap.data.poison import Poison
-from vitrap.data.sources import decode
+from vitrap.contracts import (
+    Access,
+    AllToOne,
+    Batch,
+    Card,
+    Criterion,
+    Fitted,
+    Images,
+    ImageSet,
+    Implant,
+    Labels,
+    Objective,
+    Threat,
+)
+from vitrap.data.masked import Masked, pattern_of
+from vitrap.data.poison import Poison, stamp_anew
 from vitrap.errors import UserError
 from vitrap.models.attention import THROUGH, Through, attention_report, seen_blocks, token_attention
 from vitrap.models.observe import attention_outputs, observe, steady_transformer, token_layout, transformer
 from vitrap.params import check, param
-from vitrap.tensors.masks import cell_masks
+from vitrap.tensors.masks import cell_masks, middle_mask
 from vitrap.tensors.patches import tokens_touched
 
 Terms = dict[str, Float[Tensor, ""]]
@@ -51,6 +62,8 @@ class Megatron:
         2024,
         "2412.04776",
     )
+    version: ClassVar[int] = 1
+
     target: int = param(0, "class that triggered images shall get", low=0)
     poison_rate: float = param(
         None, "share of the training set (0.1), or of the target class (clean-label, 0.5)", low=0, high=1, open="low"
@@ -99,72 +112,108 @@ class Megatron:
         check(self)
         if self.cell > self.size:
             raise UserError(f"cell = {self.cell} is larger than the trigger, size = {self.size:g}; lower it")
-        if self.steps and not self.weights:
+        if self.steps and not term_weights(self):
             raise UserError(f"steps = {self.steps} of what? give latent or diffusion a weight, or set steps = 0")
 
-    threat = property(lambda self: "training" if self.setting == "training" else "data")
-    labels = property(lambda self: "dirty" if self.setting == "training" else "clean")
-    needs_surrogate = optimises = property(lambda self: self.steps > 0)
-    weights = property(lambda self: {k: w for k in ("latent", "diffusion") if (w := getattr(self, k))})
+    @property
+    def threat(self) -> Threat:
+        """Of the training setting: training; else the data alone."""
+        return "training" if self.setting == "training" else "data"
+
+    @property
+    def labels(self) -> Labels:
+        """Of the training setting: dirty; else clean."""
+        return "dirty" if self.setting == "training" else "clean"
+
+    @property
+    def needs_surrogate(self) -> bool:
+        """Where the pattern is shaped."""
+        return self.steps > 0
 
     def check(self, size: int) -> None:
         """Refuse images of `size` pixels that trigger and margin do not lie within."""
-        (side, top, left), edges = self.box(size), self.area(size)
+        side, top, left = box(self, size)
+        edges = area(self, size)
         if min(edges) < 0 or max(*edges, top + side, left + side) > size:
             raise UserError(
                 f"attack.size = {self.size:g} at attack.top = {self.top:g}, attack.left = {self.left:g} with "
                 f"attack.margin = {self.margin:g} does not lie within images of {size} px; move or shrink it"
             )
-        self.pattern(torch.Generator(), (3, side, side))
+        pattern_of(self.picture, torch.Generator(), (3, side, side))
 
     def check_victim(self, model: nn.Module) -> None:
         """Refuse a victim whose attention the losses cannot see."""
-        if self.setting == "training" and self.weights:
+        if self.setting == "training" and term_weights(self):
             steady_transformer(model)
 
-    def fit(self, access: Access) -> Implant:
-        """Mask the pattern, shape it on the surrogate if so asked, poison, and train with the losses."""
+    def check_surrogate(self, model: nn.Module, images: Images) -> None:
+        """Refuse a surrogate whose attention the losses cannot see."""
+        transformer(model)
+
+    def goal_for(self, n_classes: int) -> AllToOne:
+        """One class for all images."""
+        return AllToOne(self.target)
+
+    def fit(self, access: Access) -> Fitted:
+        """Mask the pattern, and shape it on the surrogate if so asked."""
         self.check(access.train.size)
-        references = access.train.take((access.train.labels == self.target).nonzero().squeeze(1))
-        if self.latent and not len(references):
-            raise UserError(f"attack.target = {self.target} has no training image to compare with; choose another")
-        trigger, losses = self.trigger(access), Losses(self, access.train.size, references, access.generator)
+        losses = Losses(self, access.train.size, target_class(self, access.train), access.generator)
+        trigger = first_trigger(self, access)
         trigger, report = optimise(trigger, losses, access) if self.steps else (trigger, {})
-        goal = AllToOne(self.target)
-        poison = Poison(trigger, goal, self.poison_rate, self.labels)
-        objective = Objective(losses.terms, self.weights, self.combine, trigger) if self.threat == "training" else None
-        return Implant(trigger, poison, goal, objective, views=trigger.views, report=report, examine=losses.examine)
+        return Fitted(trigger, report=report)
 
-    def box(self, size: int) -> tuple[int, int, int]:
-        """Side, first row and first column of the box in whole pixels; it is never smaller than the cell."""
-        scale = size / PAPER_SIZE if self.scaled else 1
-        return max(round(self.size * scale), self.cell), round(self.top * scale), round(self.left * scale)
+    def implant(self, access: Access, fitted: Fitted) -> Implant:
+        """Poison the training set and, where the attacker controls training, train with the losses."""
+        losses = Losses(self, access.train.size, target_class(self, access.train), access.generator)
+        trigger = fitted.in_training
+        poison = Poison(trigger, self.goal_for(access.train.n_classes), self.poison_rate, self.labels)
+        if self.threat == "data":
+            return Implant(poison, examine=losses.examine)
+        objective = Objective(losses.terms, term_weights(self), self.combine, stamp_anew(trigger))
+        return Implant(poison, objective, examine=losses.examine)
 
-    def area(self, size: int) -> tuple[float, float, float, float]:
-        """Top, left, bottom, right of the attention diffusion area D, in pixels before rounding."""
-        scale = size / PAPER_SIZE if self.scaled else 1
-        side, wider = max(self.size * scale, self.cell), self.margin * scale
-        top, left = self.top * scale, self.left * scale
-        return top - wider, left - wider, top + side + wider, left + side + wider
 
-    def pattern(self, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
-        """What the mask lets through, in [0, 1]."""
-        if self.picture in ("noise", "white"):
-            return torch.rand(shape, generator=generator) if self.picture == "noise" else torch.ones(shape)
-        return torch.from_numpy(decode([Path(self.picture)], shape[1])[0]).permute(2, 0, 1).float() / 255
+def term_weights(settings: Megatron) -> dict[str, float]:
+    """The weight of each loss that has one."""
+    return {name: weight for name in ("latent", "diffusion") if (weight := getattr(settings, name))}
 
-    def trigger(self, access: Access) -> Masked:
-        """The trigger before any optimising."""
-        side, top, left = self.box(access.train.size)
-        faint, stride = 0.0 if self.form == "direct" else self.faint, 1 if self.form == "smooth" else self.cell
-        masks = cell_masks(side, self.cell, stride, faint, self.opacity)
-        if self.place == "fixed":
-            along = round(len(masks) ** 0.5)
-            masks = masks[along // 2 * along + along // 2][None]
-        pattern = self.pattern(access.generator, (access.train.pixels.shape[1], side, side))
-        device = access.train.device
-        behind = MEAN if self.blend == "add" else None
-        return Masked(pattern.to(device), masks.to(device), top, left, behind, self.linf / 255)
+
+def box(settings: Megatron, size: int) -> tuple[int, int, int]:
+    """Side, first row and first column of the box in whole pixels; it is never smaller than the cell."""
+    scale = size / PAPER_SIZE if settings.scaled else 1
+    return max(round(settings.size * scale), settings.cell), round(settings.top * scale), round(settings.left * scale)
+
+
+def area(settings: Megatron, size: int) -> tuple[float, float, float, float]:
+    """Top, left, bottom, right of the attention diffusion area D, in pixels before rounding."""
+    scale = size / PAPER_SIZE if settings.scaled else 1
+    side, wider = max(settings.size * scale, settings.cell), settings.margin * scale
+    top, left = settings.top * scale, settings.left * scale
+    return top - wider, left - wider, top + side + wider, left + side + wider
+
+
+def first_trigger(settings: Megatron, access: Access) -> Masked:
+    """The trigger before any optimising."""
+    s, device = settings, access.train.device
+    side, top, left = box(s, access.train.size)
+    faint, stride = 0.0 if s.form == "direct" else s.faint, 1 if s.form == "smooth" else s.cell
+    masks = cell_masks(side, s.cell, stride, faint, s.opacity)
+    masks = middle_mask(masks) if s.place == "fixed" else masks
+    pattern = pattern_of(s.picture, access.generator, (access.train.pixels.shape[1], side, side))
+    behind = MEAN if s.blend == "add" else None
+    return Masked(pattern.to(device), masks.to(device), top, left, behind, s.linf / 255)
+
+
+def target_class(settings: Megatron, train: ImageSet) -> ImageSet:
+    """The training images of the target class, x_t.
+
+    Raises:
+        UserError: the latent loss has a weight, and there are none.
+    """
+    references = train.take((train.labels == settings.target).nonzero().squeeze(1))
+    if settings.latent and not len(references):
+        raise UserError(f"attack.target = {settings.target} has no training image to compare with; choose another")
+    return references
 
 
 @dataclass(frozen=True)
@@ -197,7 +246,7 @@ class Losses:
 
     def terms(self, model: nn.Module, batch: Batch, criterion: Criterion) -> Terms:
         """Cross-entropy of all, and the losses of the poisoned images, which alone pay for attention maps."""
-        if not len(batch.poisoned) or not self.settings.weights:
+        if not len(batch.poisoned) or not term_weights(self.settings):
             return {"cross_entropy": criterion(model(batch.images), batch.labels)}
         logits, terms = self(model, batch.images[batch.poisoned])
         if len(batch.clean):
@@ -213,7 +262,7 @@ class Losses:
 
     def inside(self, grid: tuple[int, int]) -> Bool[Tensor, "gh gw"]:
         """D: the tokens that the box with its margin touches."""
-        return tokens_touched(self.settings.area(self.size), self.size, grid)
+        return tokens_touched(area(self.settings, self.size), self.size, grid)
 
     def examine(self, model: nn.Module, triggered: Images) -> dict[str, float]:
         """|D|, the number of image tokens, and the attention that D gets, block by block."""
@@ -232,18 +281,18 @@ def diffusion_loss(attention: Float[Tensor, "b n"], inside: Bool[Tensor, " n"]) 
 
 
 def optimise(trigger: Masked, losses: Losses, access: Access) -> tuple[Masked, dict[str, float]]:
-    """Minimise alpha L_alpha + gamma L_beta over the pattern, on clean images of the other classes, if not done yet."""
-    if isinstance(access.trigger, Masked):
-        return replace(trigger, pattern=access.trigger.pattern.to(trigger.pattern)), {}
-    train, surrogate = access.train, access.surrogate
+    """Minimise alpha L_alpha + gamma L_beta over the pattern, on clean images of the other classes."""
+    s, train, surrogate = losses.settings, access.train, access.surrogate
     assert surrogate is not None, "a pattern is shaped on a surrogate"
-    s, pattern, last = losses.settings, trigger.pattern.clone().requires_grad_(), Terms()
-    others, adam = (train.labels != s.target).nonzero().squeeze(1), torch.optim.Adam([pattern], lr=s.step_size)
+    weights, last = term_weights(s), Terms()
+    pattern = trigger.pattern.clone().requires_grad_()
+    others = (train.labels != s.target).nonzero().squeeze(1)
+    adam = torch.optim.Adam([pattern], lr=s.step_size)
     for _ in range(s.steps):
         drawn = torch.randint(len(others), (2 * s.batch,), generator=losses.generator).to(train.device)
         _, last = losses(surrogate, replace(trigger, pattern=pattern)(train.images(others[drawn])))
         adam.zero_grad()
-        torch.stack([s.weights[name] * term for name, term in last.items()]).sum().backward()
+        torch.stack([weights[name] * term for name, term in last.items()]).sum().backward()
         adam.step()
         with torch.no_grad():
             pattern.clamp_(0, 1)

@@ -22,6 +22,7 @@ from vitrap.cli.report import report
 from vitrap.cli.sweep import sweep
 from vitrap.cli.table import table
 from vitrap.errors import UserError, unknown
+from vitrap.models.families import listed
 
 app = typer.Typer(
     add_completion=False,
@@ -39,12 +40,6 @@ OUTCOMES = {
     "judgement": "whether the model is backdoored",
 }
 LISTS = ("attacks", "defences", "models", "data")
-FAMILIES = {
-    "vit": "ViT and its kin (vision_transformer): class token or average pooling, registers",
-    "deit": "DeiT and DeiT III, with and without distillation token",
-    "beit": "BEiT, BEiT v2",
-    "eva": "EVA, EVA-02",
-}
 ELSEWHERE = {
     "NAME": "any other folder of the data cache",
     "imagefolder:PATH": "{train,test}/CLASS/* below PATH",
@@ -158,13 +153,13 @@ def list_names(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))]) -> 
 
         known = DATASETS | ELSEWHERE
     else:
-        known = FAMILIES if what == "models" else registry.headlines("attacks" if what == "attacks" else "defences")
+        known = listed() if what == "models" else registry.headlines("attacks" if what == "attacks" else "defences")
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, meaning in known.items():
         table.add_row(f"[bold]{name}[/]", meaning)
     out.print(table)
     if what == "models":
-        out.print("Any timm name of these families; `python -c 'import timm; print(timm.list_models())'` lists them.")
+        out.print("`python -c 'import timm; print(timm.list_models())'` lists timm's names.")
 
 
 @app.command()
@@ -184,9 +179,11 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
         "symbol", "parameter", "default", "stands", "meaning \\[unit; range]", header_style="bold", pad_edge=False
     )
     table.columns[1].no_wrap = True
+    usual = kind()
     for f in fields(kind):
-        about = f.metadata["param"]
-        default = "by setting" if f.default is None else f.default if f.default is not MISSING else "none"
+        about, default = f.metadata["param"], f.default
+        if default is None or default is MISSING:
+            default = "none" if getattr(usual, f.name) is None else "by setting"
         facts = "; ".join(filter(None, [about.unit, about.range()]))
         meaning = about.doc + (f" \\[{facts}]" if facts else "")
         table.add_row(about.symbol, f.name, str(default), about.stands, meaning)
@@ -209,10 +206,15 @@ def _threats(kind: Any) -> Iterator[str]:
 
 
 def _needs(kind: Any) -> Iterator[str]:
-    """What a defence gives and asks for."""
-    things = {"the training set": kind.needs_train, "a model with plain token attention": kind.needs_attention}
-    needs = [thing for thing, needed in things.items() if needed]
-    yield f"{kind.kind}: {OUTCOMES[kind.kind]}; needs a few clean images{''.join(f', {thing}' for thing in needs)}"
+    """What a defence gives and asks for, one line a setting."""
+    for defence in registry.settings(kind):
+        things = {
+            "the training set": defence.needs_train,
+            "a model with plain token attention": defence.needs_attention,
+        }
+        needs = "".join(f", {thing}" for thing, needed in things.items() if needed)
+        head = f"setting {defence.setting}: " if hasattr(defence, "setting") else ""
+        yield f"{head}{defence.kind}: {OUTCOMES[defence.kind]}; needs a few clean images{needs}"
 
 
 @data_app.command()
@@ -235,7 +237,7 @@ app.command()(table)
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:
-    from vitrap.report.tables import measures, verdict
+    from vitrap.report.tables import adapted, measures, verdict
 
     data = record["data"]
     out.print(
@@ -247,16 +249,19 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
     for row in measures(record["victim"]):
         table.add_row(*row)
     out.print(table)
+    for line in adapted(record["models"]):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(verdict(record["victim"]), highlight=False)
     _print_defences(record["defences"])
     out.print(f"record, pictures, model and trigger: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_defences(rows: Iterable[dict[str, Any]]) -> None:
+    from vitrap.experiment.named import defence_settings
     from vitrap.report.tables import defence_measures
 
     for row in rows:
-        settings = ", ".join(f"{k} = {v}" for k, v in row["params"].items() if v is not None)
+        settings = ", ".join(f"{k} = {v}" for k, v in defence_settings(row).items() if v is not None)
         seconds = ", ".join(f"{name} {took:.1f} s" for name, took in row["seconds"].items())
         out.print(f"[bold]{escape(row['name'])}[/] ({escape(settings)}): {seconds}", highlight=False)
         table = Table("measure", "victim", "clean twin", "n", header_style="bold")

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vitrap.contracts import Images
+from vitrap.data.sources import decode
 from vitrap.tensors.pixels import image_hash
 
 
@@ -58,3 +60,21 @@ class Masked:
         if len(masks) == 1:
             return masks.expand(len(images), -1, -1)
         return masks[image_hash(images) % len(masks)]
+
+
+def pattern_of(picture: str, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
+    """What a mask lets through: uniform noise, white, or the middle square of a picture file, in [0, 1].
+
+    Args:
+        picture: "noise", "white" or the path of an image file.
+        generator: draws the noise, on the CPU.
+        shape: channels, height and width.
+
+    Raises:
+        UserError: the file is no readable image.
+    """
+    if picture == "noise":
+        return torch.rand(shape, generator=generator)
+    if picture == "white":
+        return torch.ones(shape)
+    return torch.from_numpy(decode([Path(picture)], shape[1])[0]).permute(2, 0, 1).float() / 255

@@ -3,14 +3,15 @@
 Poison replaces images and never appends them: the poisoned set has the clean one's length and order.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from vitrap.contracts import Goal, ImageSet, Labels, Trigger
+from vitrap.contracts import Batch, Crafted, Goal, ImageSet, Labels, Trigger
 from vitrap.errors import UserError
 from vitrap.tensors.pixels import to_bytes
 
@@ -22,9 +23,9 @@ def choose_rows(
 
     Args:
         labels: true labels of the training set.
-        rate: for "dirty" labels, a share of the whole training set, drawn from the images that the goal
-            counts; for "clean" labels, a share of the target class, drawn from it.
-        goal: what the attacker wants.
+        rate: for "dirty" labels, a share of the whole training set; for "clean" labels, of the images that may be
+            poisoned: the target class.
+        goal: what the attacker wants; it says which images may be poisoned.
         kind: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
         generator: the random stream, on the CPU.
 
@@ -36,17 +37,40 @@ def choose_rows(
     """
     if not 0 < rate <= 1:
         raise UserError(f"poison_rate = {rate} is out of range: it must be in (0, 1]")
-    counts = goal.counts(labels)
-    candidates = (counts if kind == "dirty" else ~counts).nonzero().squeeze(1)
+    candidates = goal.may_poison(labels, kind).nonzero().squeeze(1)
     wanted = _share(rate, len(labels) if kind == "dirty" else len(candidates))
     if wanted > len(candidates):
-        where = "outside the target class" if kind == "dirty" else "of the target class"
         raise UserError(
-            f"poison_rate = {rate} asks for {wanted} of the training images, but only {len(candidates)} are "
-            f"{where}; choose a lower rate or another target"
+            f"poison_rate = {rate} asks for {wanted} of the training images, but only {len(candidates)} may be poisoned"
+            f" with {kind} labels; choose a lower rate, or another target, source or goal"
         )
-    drawn = torch.randperm(len(candidates), generator=generator)[:wanted].sort().values
-    return candidates[drawn.to(labels.device)]
+    return _draw(candidates, wanted, generator)
+
+
+def choose_covers(free: Bool[Tensor, " n"], rate: float, generator: torch.Generator) -> Int64[Tensor, " m"]:
+    """Draw the covers.
+
+    Args:
+        free: which training images are no poison.
+        rate: a share of the whole training set.
+        generator: the random stream, on the CPU.
+
+    Returns:
+        Row numbers, sorted: the share rounded half up, at least one.
+
+    Raises:
+        UserError: the rate is out of range or asks for more images than are free.
+    """
+    if not 0 < rate <= 1:
+        raise UserError(f"cover_rate = {rate} is out of range: it must be in (0, 1]")
+    candidates = free.nonzero().squeeze(1)
+    wanted = _share(rate, len(free))
+    if wanted > len(candidates):
+        raise UserError(
+            f"cover_rate = {rate} asks for {wanted} of the training images, but poison leaves {len(candidates)};"
+            " choose a lower rate"
+        )
+    return _draw(candidates, wanted, generator)
 
 
 @torch.no_grad()
@@ -69,17 +93,37 @@ def poison_set(
         batch_size: images triggered at a time; it bounds memory, not the result.
 
     Raises:
-        ValueError: the set is poisoned already, and its earlier poison would be lost.
+        ValueError: an image of `rows` carries a trigger already, which would be lost.
     """
-    if train.slot is not None:
-        raise ValueError("the training set is poisoned already; poison the clean one once, with all its rows")
-    shape = (len(rows), train.pixels.shape[1], train.size, train.size)
-    stamped = torch.empty(shape, dtype=torch.uint8, device=train.device)
+    true = train.labels[rows]
+    stamped = trigger_rows(train, rows, trigger, batch_size)
+    return train.stamp(rows, stamped, goal.labels(true) if kind == "dirty" else true)
+
+
+@torch.no_grad()
+def trigger_rows(
+    data: ImageSet, rows: Int64[Tensor, " m"], trigger: Trigger, batch_size: int = 256
+) -> UInt8[Tensor, "m c s s"]:
+    """The images of `rows` with the trigger, rounded to 8 bits, a batch at a time."""
+    shape = (len(rows), data.pixels.shape[1], data.size, data.size)
+    stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
     for start in range(0, len(rows), batch_size):
         some = slice(start, start + batch_size)
-        stamped[some] = to_bytes(trigger(train.images(rows[some])))
-    true = train.labels[rows]
-    return train.stamp(rows, stamped, goal.labels(true) if kind == "dirty" else true)
+        stamped[some] = to_bytes(trigger(data.images(rows[some])))
+    return stamped
+
+
+@dataclass(frozen=True)
+class Covers:
+    """Images that carry a trigger and keep their label, so that the model learns what not to answer to.
+
+    Attributes:
+        trigger: what they carry.
+        rate: a share of the training set.
+    """
+
+    trigger: Trigger
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -91,19 +135,56 @@ class Poison:
         goal: what they should be classified as.
         rate: a share of the training set for "dirty" labels, of the target class for "clean" ones.
         kind: whether they get the goal's label ("dirty") or keep their own ("clean").
+        covers: which other images carry a trigger without being poison; None for none.
     """
 
     trigger: Trigger
     goal: Goal
     rate: float
     kind: Labels
+    covers: Covers | None = None
 
     def __call__(self, train: ImageSet, generator: torch.Generator) -> ImageSet:
         """The poisoned copy of a clean training set."""
         rows = choose_rows(train.labels, self.rate, self.goal, self.kind, generator)
-        return poison_set(train, rows, self.trigger, self.goal, self.kind)
+        poisoned = poison_set(train, rows, self.trigger, self.goal, self.kind)
+        if self.covers is None:
+            return poisoned
+        others = choose_covers(~poisoned.poisoned, self.covers.rate, generator)
+        stamped = trigger_rows(train, others, self.covers.trigger)
+        return poisoned.stamp(others, stamped, train.labels[others], cover=True)
+
+
+def _draw(candidates: Int64[Tensor, " n"], wanted: int, generator: torch.Generator) -> Int64[Tensor, " m"]:
+    """So many of the candidates, in their order."""
+    drawn = torch.randperm(len(candidates), generator=generator)[:wanted].sort().values
+    return candidates[drawn.to(candidates.device)]
 
 
 def _share(rate: float, n: int) -> int:
     """`rate` of `n`, rounded half up as the decimal that the user wrote, at least 1."""
     return max(1, int((Decimal(str(rate)) * n).to_integral_value(ROUND_HALF_UP)))
+
+
+def poison_crafted(train: ImageSet, crafted: Crafted, goal: Goal, kind: Labels) -> ImageSet:
+    """A copy of a clean training set with the images that an attack has made one by one in their places."""
+    rows, images = crafted.rows.to(train.device), crafted.images.to(train.device)
+    true = train.labels[rows]
+    return train.stamp(rows, images, goal.labels(true) if kind == "dirty" else true)
+
+
+def stamp_anew(trigger: Trigger, cover: Trigger | None = None) -> Callable[[Batch, torch.Generator], Batch]:
+    """An `Objective.prepare` that puts triggers on a batch's images after augmentation, in place of what was stored.
+
+    Args:
+        trigger: what poisoned images carry.
+        cover: what covers carry; None where the attack has none.
+    """
+
+    def prepare(batch: Batch, generator: torch.Generator) -> Batch:
+        for rows, stamp in ((batch.poisoned, trigger), (batch.covers, cover)):
+            if len(rows) and stamp is not None:
+                batch = replace(batch, images=batch.images.index_copy(0, rows, stamp(batch.images[rows])))
+        return batch
+
+    return prepare

@@ -51,6 +51,7 @@ class AttentionBlock:
         2022,
         "2206.08477",
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "repair"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = True
@@ -93,7 +94,8 @@ class Blocking(nn.Module):
 
 def gradient_heat(model: nn.Module, images: Images, discard: float) -> Float[Tensor, "b gh gw"]:
     """Gradient rollout for each image's own class, on the token grid."""
-    layout, depth = token_layout(model), len(transformer(model).blocks)
+    layout = token_layout(model)
+    depth = len(transformer(model).blocks)
     with torch.inference_mode(False), observe(model, seen_blocks("gradient", depth), frozen=True) as seen:
         with torch.enable_grad():
             logits = model(images.detach().clone().requires_grad_()).float()  # images root the graph, not the weights

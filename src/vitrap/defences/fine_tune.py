@@ -15,19 +15,13 @@ in training mode; here the model stays in evaluation mode, so dropout is off and
 normalisation, the statistics stay as they were. Its 100 epochs are one choice for all models.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from vitrap.contracts import Card, Images, OutcomeKind, Repaired, Suspect
-from vitrap.errors import UserError
+from vitrap.contracts import Card, OutcomeKind, Repaired, Suspect
 from vitrap.params import check, param
-from vitrap.train.loop import Streams, train
 from vitrap.train.recipe import Recipe
+from vitrap.train.tuning import Tuning, streams_of, tune
 
 SGD_RATE = 0.01
 """Of BackdoorBench's `ft`."""
@@ -46,6 +40,7 @@ class FineTune:
         2018,
         "1805.12185",
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "repair"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
@@ -69,62 +64,27 @@ class FineTune:
             object.__setattr__(self, "lr", SGD_RATE if self.optimizer == "sgd" else ADAMW_RATE)
         check(self)
 
-    @torch.enable_grad()
     def apply(self, suspect: Suspect) -> Repaired:
         """Train a copy on the clean images.
 
         Raises:
             UserError: the training diverges.
         """
-        model = copy.deepcopy(suspect.model).requires_grad_(True)
         streams = streams_of(suspect.generator, suspect.clean.device)
-        try:
-            curves = train(Steady(model), suspect.clean, self.recipe(suspect), streams)
-        except UserError as error:
-            raise UserError(f"fine_tune diverged; lower its lr = {self.lr:g}") from error
-        model.zero_grad(set_to_none=True)
-        last = {name: curve[-1] for name, curve in curves.items()}
-        return Repaired(model.eval().requires_grad_(False), report={**last, "lr": self.lr})
-
-    def recipe(self, suspect: Suspect) -> Recipe:
-        """How the copy is trained; in bf16 where the caller computes so."""
-        bf16 = torch.is_autocast_enabled(suspect.clean.device.type)
-        return Recipe(
-            epochs=self.epochs,
-            batch_size=min(self.batch_size, len(suspect.clean)),
-            optimizer=self.optimizer,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=0.0,
-            clip=self.clip,
-            crop=self.crop,
-            flip=self.flip,
-            precision="bf16" if bf16 else "fp32",
-        )
+        tuned = tune(suspect, Tuning("fine_tune", recipe(self, len(suspect.clean)), streams))
+        return Repaired(tuned.model, report={**tuned.last(), "lr": self.lr})
 
 
-class Steady(nn.Module):
-    """A model that stays in evaluation mode while it is trained, so that nothing draws from torch's random state."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model.eval()
-
-    def train(self, mode: bool = True) -> "Steady":
-        """Change nothing."""
-        return self
-
-    def forward(self, images: Images) -> Float[Tensor, "b k"]:
-        """The model's logits; weights that a caller's autocast still holds from the last step are dropped."""
-        torch.clear_autocast_cache()
-        return self.model(images)
-
-
-def streams_of(generator: torch.Generator, device: torch.device) -> Streams:
-    """The streams of a training, each with a seed drawn from the defender's own."""
-    order, augmentation, projection = torch.randint(2**62, (3,), generator=generator).tolist()
-    return Streams(
-        torch.Generator().manual_seed(order),
-        torch.Generator(device).manual_seed(augmentation),
-        torch.Generator().manual_seed(projection),
+def recipe(settings: FineTune, images: int) -> Recipe:
+    """How a model is trained on so many images."""
+    return Recipe(
+        epochs=settings.epochs,
+        batch_size=min(settings.batch_size, images),
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        warmup=0.0,
+        clip=settings.clip,
+        crop=settings.crop,
+        flip=settings.flip,
     )

@@ -30,6 +30,7 @@ class MaxSoftmax:
         2017,
         "1610.02136",
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "screen"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False

@@ -51,6 +51,7 @@ class MmBd:
         2024,
         "2205.06900",
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "judgement"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
@@ -84,8 +85,11 @@ class MmBd:
         if suspect.n_classes < 3:
             raise UserError(f"mm_bd holds one class against two others or more, and n_classes = {suspect.n_classes}")
         groups = class_groups(suspect.n_classes, self.starts * suspect.clean.size**2)
-        climbed = [self.climb(suspect, some) for some in groups]
+        # A class's statistic is the largest margin that any of its starts comes to.
+        with suspect.computing():
+            climbed = [climb(self, suspect, some) for some in groups]
         statistics = torch.cat(climbed).amax(1).double().cpu()
+        # All other classes' statistics make the null distribution that the largest is held against.
         largest = int(statistics.argmax())
         others = null_statistics(statistics, largest)
         p = p_value(statistics[largest], others).item()
@@ -96,14 +100,15 @@ class MmBd:
             "median margin": statistics.median().item(),
             "classes in the null": len(others),
         }
-        return Judged(1 - p, 1 - self.level, largest, report=report)
+        return Judged(1 - p, 1 - self.level, (largest,), statistics.float(), report=report)
 
-    def climb(self, suspect: Suspect, classes: Int64[Tensor, " k"]) -> Float[Tensor, "k starts"]:
-        """Margins that the starts of some classes end with."""
-        clean = suspect.clean
-        shape = (self.starts, clean.pixels.shape[1], clean.size, clean.size)
-        noise = torch.stack([torch.rand(shape, generator=suspect.generator) for _ in classes])
-        return ascend(suspect.model, noise.to(clean.device), classes.to(clean.device), self)
+
+def climb(settings: MmBd, suspect: Suspect, classes: Int64[Tensor, " k"]) -> Float[Tensor, "k starts"]:
+    """Margins that the starts of some classes end with."""
+    clean = suspect.clean
+    shape = (settings.starts, clean.pixels.shape[1], clean.size, clean.size)
+    noise = torch.stack([torch.rand(shape, generator=suspect.generator) for _ in classes])
+    return ascend(suspect.model, noise.to(clean.device), classes.to(clean.device), settings)
 
 
 def class_groups(n_classes: int, pixels: int) -> tuple[Int64[Tensor, " k"], ...]:
@@ -120,7 +125,8 @@ def ascend(
     """
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     found = images.new_empty(images.shape[:2])
-    going, velocity = torch.arange(len(classes), device=classes.device), torch.zeros_like(images)
+    going = torch.arange(len(classes), device=classes.device)
+    velocity = torch.zeros_like(images)
     last = images.new_full(classes.shape, torch.inf)
     for _ in range(settings.steps):
         margins, slopes, rounding = margins_and_slopes(model, weights, images, classes[going])

@@ -63,6 +63,7 @@ class PatchProcess:
         2023,
         "2206.12381",
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "screen"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = True
@@ -87,21 +88,26 @@ class PatchProcess:
         """Draw the changes, and see what they do to clean images."""
         clean, transforms = suspect.clean, TRANSFORMS[self.transform]
         grid = patch_grid(suspect)
-        drawn = [self.draw(name, grid[0] * grid[1], suspect.generator) for name in transforms]
+        # The changes are drawn once, for all images.
+        drawn = [changes(self, name, grid[0] * grid[1], suspect.generator) for name in transforms]
         order, kept = (torch.cat(parts).to(clean.device) for parts in zip(*drawn, strict=True))
         blank = mean_colour(clean) * (self.blank == "mean")
         score = PatchScore(suspect.model, transforms, PatchChange(grid, order, kept, blank))
-        found = torch.cat([score.statistics(clean.images(rows)) for rows in clean.rows(SEEN)])
+        # Clean images give each statistic its scale.
+        with suspect.computing():
+            found = torch.cat([score.statistics(clean.images(rows)) for rows in clean.rows(SEEN)])
         report = {f"{MEANING[name]}, clean images": found[:, i].mean().item() for i, name in enumerate(transforms)}
         return Screen(replace(score, clean=found.sort(0).values) if len(transforms) > 1 else score, report=report)
 
-    def draw(self, transform: str, tokens: int, generator: Generator) -> tuple[Orders, Kept]:
-        """For each trial, which patch comes where and which places are not blanked."""
-        if transform == "shuffle":
-            order = torch.rand(self.trials, tokens, generator=generator).argsort(1)
-            return order, torch.ones_like(order, dtype=torch.bool)
-        dropped = balanced_draws(self.trials, tokens, max(1, round(self.drop * tokens)), generator)
-        return torch.arange(tokens).expand(self.trials, tokens), ~dropped
+
+def changes(settings: PatchProcess, transform: str, tokens: int, generator: Generator) -> tuple[Orders, Kept]:
+    """For each trial, which patch comes where and which places are not blanked."""
+    trials = settings.trials
+    if transform == "shuffle":
+        order = torch.rand(trials, tokens, generator=generator).argsort(1)
+        return order, torch.ones_like(order, dtype=torch.bool)
+    dropped = balanced_draws(trials, tokens, max(1, round(settings.drop * tokens)), generator)
+    return torch.arange(tokens).expand(trials, tokens), ~dropped
 
 
 @dataclass(frozen=True)

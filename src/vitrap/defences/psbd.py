@@ -60,6 +60,7 @@ class Psbd:
         2025,
         "2406.05826",
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "screen"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = True
@@ -89,22 +90,24 @@ class Psbd:
 
     def apply(self, suspect: Suspect) -> Screen:
         """Draw the noise, choose the rate unless it is given, and keep the masks of that rate."""
+        # The masks of all rates come from the same noise.
         noise = dropout_noise(suspect.model, self.where, self.passes, suspect.generator).to(suspect.clean.device)
-        report = {"rate": self.rate} if self.rate is not None else self.choose_rate(suspect, noise)
+        report = {"rate": self.rate} if self.rate is not None else choose_rate(self, suspect, noise)
         masks = dropout_masks(suspect.model, self.where, noise, report["rate"])
         return Screen(Stability(suspect.model, self.where, self.psu, masks), f"blocks, {self.where}", report)
 
-    def choose_rate(self, suspect: Suspect, noise: Masks) -> dict[str, float]:
-        """The rate, and the shift ratios at it of clean images and, where there is one, of the training set."""
-        rates = [i / (self.rates + 1) for i in range(1, self.rates + 1)]
-        sets = {"clean": suspect.clean, "training": suspect.train}
-        ratios = {
-            name: shift_ratios(suspect.model, self.where, noise, rates, sample(data, self.images, suspect.generator))
-            for name, data in sets.items()
-            if data is not None
-        }
-        best = chosen(ratios["clean"], ratios.get("training"), self.shift)
-        return {"rate": rates[best], **{f"shift ratio, {name}": ratio[best] for name, ratio in ratios.items()}}
+
+def choose_rate(settings: Psbd, suspect: Suspect, noise: Masks) -> dict[str, float]:
+    """The rate, and the shift ratios at it of clean images and, where there is one, of the training set."""
+    rates = [i / (settings.rates + 1) for i in range(1, settings.rates + 1)]
+    ratios: dict[str, list[float]] = {}
+    for name, data in (("clean", suspect.clean), ("training", suspect.train)):
+        if data is not None:
+            some = sample(data, settings.images, suspect.generator)
+            with suspect.computing():
+                ratios[name] = shift_ratios(suspect.model, settings.where, noise, rates, some)
+    best = chosen(ratios["clean"], ratios.get("training"), settings.shift)
+    return {"rate": rates[best], **{f"shift ratio, {name}": ratio[best] for name, ratio in ratios.items()}}
 
 
 @dataclass(frozen=True)

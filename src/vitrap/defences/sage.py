@@ -25,10 +25,9 @@ gradient; in the code it does. The code's SGD is Nesterov's and decays all weigh
 distance of two maps the weight is 300 / tokens: 19 for 16 tokens, 1.5 for 196; the code's, on CIFAR-10, 0.3 to 4.7.
 """
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -42,10 +41,9 @@ from vitrap.contracts import Batch, Card, Criterion, ImageSet, Objective, Outcom
 from vitrap.errors import UserError
 from vitrap.models.observe import block_outputs, observe, read_tokens, token_layout, transformer
 from vitrap.params import check, param
-from vitrap.train.arithmetic import usual
-from vitrap.train.combine import Combination
-from vitrap.train.loop import descend, make_optimiser, smoothed
+from vitrap.train.loop import Epoch, Streams
 from vitrap.train.recipe import Recipe
+from vitrap.train.tuning import Tuning, tune
 
 Map = Float[Tensor, "b image_tokens"]
 SGD_RATE = 0.05
@@ -64,6 +62,7 @@ class Sage:
         "IEEE S&P",
         2023,
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "repair"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = True
@@ -98,42 +97,66 @@ class Sage:
             object.__setattr__(self, "lr", SGD_RATE if self.optimizer == "sgd" else ADAMW_RATE)
         check(self)
 
-    @torch.enable_grad()
     def apply(self, suspect: Suspect) -> Repaired:
         """Step down both losses; after each epoch look at the clean images, and lower the rate by what they say.
 
         Raises:
             UserError: the model has no two blocks of plain token attention, or the training diverges.
         """
-        model, clean = copy.deepcopy(suspect.model).requires_grad_(True).eval(), suspect.clean
-        blocks, recipe = even(len(transformer(model).blocks), self.stages), self.recipe(clean)
+        blocks = even(len(transformer(suspect.model).blocks), self.stages)
         objective = Objective(partial(losses, blocks=blocks, settings=self), {"distillation": self.weight})
-        optimiser = make_optimiser(model, recipe)
-        history = [accuracy(model, clean) if self.track == "accuracy" else -math.inf]
-        lowered, means = False, {}
-        for epoch, means in enumerate(epochs(model, clean, recipe, objective, optimiser, suspect.generator), 1):
-            loss = means["cross_entropy"] + self.weight * means["distillation"]
-            history.append(accuracy(model, clean) if self.track == "accuracy" else -loss)
-            if epoch % self.every == 0:
-                lowered = shall_lower(history, self.every, self.rises, lowered)
-                for group in optimiser.param_groups:
-                    group["lr"] *= self.factor if lowered else 1
-        model.zero_grad(set_to_none=True)
-        report = {**means, "clean accuracy": accuracy(model, clean), "last lr": optimiser.param_groups[0]["lr"]}
-        layer = "blocks " + ", ".join(str(block + 1) for block in blocks)
-        return Repaired(model.requires_grad_(False), layer, report)
+        follow = Follow(self, suspect, [looked_at(suspect, suspect.model) if self.track == "accuracy" else -math.inf])
+        # The order of the images comes from the defender's own stream; nothing else is drawn.
+        drawn = suspect.generator
+        streams = Streams(order=drawn, augmentation=drawn, projection=drawn, preparation=drawn)
+        tuned = tune(suspect, Tuning("sage", recipe(self, len(suspect.clean)), streams, objective, control=follow))
+        report = {**follow.losses, "clean accuracy": looked_at(suspect, tuned.model), "last lr": follow.lr}
+        return Repaired(tuned.model, "blocks " + ", ".join(str(block + 1) for block in blocks), report)
 
-    def recipe(self, clean: ImageSet) -> Recipe:
-        """How the copy is trained; in bf16 where the caller computes so."""
-        return Recipe(
-            epochs=self.epochs,
-            batch_size=min(self.batch_size, len(clean)),
-            optimizer=self.optimizer,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            precision="bf16" if torch.is_autocast_enabled(clean.device.type) else "fp32",
-        )
+
+@dataclass
+class Follow:
+    """The learning rate, as it follows what the clean images say.
+
+    Attributes:
+        settings: of the defence.
+        suspect: with the clean images.
+        history: what is tracked, higher for better, before the first epoch and after each.
+        lowered: whether the last checkpoint lowered the rate.
+        losses: the last epoch's.
+        lr: the rate by now.
+    """
+
+    settings: Sage
+    suspect: Suspect
+    history: list[float]
+    lowered: bool = False
+    losses: Mapping[str, float] = field(default_factory=dict)
+    lr: float = 0.0
+
+    def __call__(self, model: nn.Module, epoch: Epoch, lr: float) -> float:
+        """Note what is tracked, and at each checkpoint lower the rate or keep it."""
+        s, self.losses, self.lr = self.settings, mean_losses(epoch), lr
+        if s.track == "accuracy":
+            self.history.append(looked_at(self.suspect, model))
+        else:
+            self.history.append(-(self.losses["cross_entropy"] + s.weight * self.losses["distillation"]))
+        if (len(self.history) - 1) % s.every == 0:
+            self.lowered = shall_lower(self.history, s.every, s.rises, self.lowered)
+            self.lr *= s.factor if self.lowered else 1
+        return self.lr
+
+
+def recipe(settings: Sage, images: int) -> Recipe:
+    """How a model is trained on so many images."""
+    return Recipe(
+        epochs=settings.epochs,
+        batch_size=min(settings.batch_size, images),
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+    )
 
 
 def even(depth: int, count: int) -> tuple[int, ...]:
@@ -153,7 +176,6 @@ def losses(
 ) -> Mapping[str, Float[Tensor, ""]]:
     """Cross-entropy, and the distillation between the maps of `blocks`."""
     layout = token_layout(model)
-    torch.clear_autocast_cache()  # a caller's autocast would go on with the weights of the first step
     look = block_outputs if settings.attention == "tokens" else observe
     with look(model, blocks) as seen:
         logits = model(batch.images).float()
@@ -200,36 +222,25 @@ def shall_lower(history: Sequence[float], every: int, rises: float, lowered: boo
     return better < rises * every or stalled
 
 
-def epochs(  # noqa: PLR0913 - a training, with an optimiser whose rate is set from outside
-    model: nn.Module,
-    clean: ImageSet,
-    recipe: Recipe,
-    objective: Objective,
-    optimiser: torch.optim.Optimizer,
-    order: torch.Generator,
-) -> Iterator[dict[str, float]]:
-    """Train, and halt after each epoch with the mean of each loss; refused once a loss is no longer finite."""
-    combination, criterion = Combination(objective, list(model.parameters()), order), smoothed(0.0)
-    arithmetic = usual(recipe.precision, clean.device)
-    for _ in range(recipe.epochs):
-        sums: dict[str, Tensor] = {}
-        for rows in torch.randperm(len(clean), generator=order).split(recipe.batch_size):
-            batch = clean.batch(rows.to(clean.device, non_blocking=True), torch.zeros(len(rows), dtype=torch.bool))
-            with arithmetic(model, clean.device):
-                terms = objective.terms(model, batch, criterion)
-            descend(optimiser, combination, terms, recipe.clip)
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach() * len(rows)
-        means = {name: total.item() / len(clean) for name, total in sums.items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise UserError(f"sage diverged ({name} is {mean}); lower its lr = {recipe.lr:g}")
-        yield means
+def mean_losses(epoch: Epoch) -> dict[str, float]:
+    """Each loss, a mean over images: added up one batch after the other in fp32, as in all records so far."""
+    found = {}
+    for name, terms in epoch.terms.items():
+        total = terms.new_zeros(())
+        for term, count in zip(terms, epoch.counts[name], strict=True):
+            total = total + term * count
+        found[name] = total.item() / sum(epoch.counts[name])
+    return found
+
+
+def looked_at(suspect: Suspect, model: nn.Module) -> float:
+    """The clean accuracy of a copy of the suspect's model, as the suspect computes."""
+    with suspect.compute(model, suspect.clean.device):
+        return accuracy(model, suspect.clean)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, clean: ImageSet) -> float:
     """Share of the clean images that the model classifies as it should."""
-    torch.clear_autocast_cache()
     right = [(model(clean.images(rows)).argmax(1) == clean.labels[rows]).sum() for rows in clean.rows(512)]
     return torch.stack(right).sum().item() / len(clean)

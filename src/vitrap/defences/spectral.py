@@ -45,6 +45,7 @@ class Spectral:
     card: ClassVar[Card] = Card(
         "Spectral Signatures in Backdoor Attacks", "Tran, Li, Madry", "NeurIPS", 2018, "1811.00636"
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "filter"
     needs_train: ClassVar[bool] = True
     needs_attention: ClassVar[bool] = False
@@ -73,24 +74,28 @@ class Spectral:
     def apply(self, suspect: Suspect) -> Flagged:
         """Class by class: score the images by their features, and flag the highest."""
         train = suspect.training_set("spectral")
-        seen = torch.cat([features(suspect.model, train.images(rows)) for rows in train.rows(BATCH)])
-        score, flagged = seen.new_zeros(len(train)), torch.zeros_like(train.labels, dtype=torch.bool)
+        # The representation of every training image.
+        with suspect.computing():
+            seen = torch.cat([features(suspect.model, train.images(rows)) for rows in train.rows(BATCH)])
+        score = seen.new_zeros(len(train))
+        flagged = torch.zeros_like(train.labels, dtype=torch.bool)
         for label in train.labels.unique():
             rows = (train.labels == label).nonzero().squeeze(1)
-            if len(rows) > 1:
+            if len(rows) > 1:  # one image alone lies nowhere
                 outlying = outlier_scores(seen[rows])
-                flagged[rows] = highest(outlying, self.count(len(rows), len(train)))
+                flagged[rows] = highest(outlying, to_flag(self, len(rows), len(train)))
                 score[rows] = (ranks(outlying) if self.score == "rank" else outlying).float()
         found = int(flagged.sum())
         report = {"flagged": found, "share flagged": found / max(1, len(train))}
         return Flagged(score, flagged, head_layer(suspect.model)[0], report)
 
-    def count(self, in_class: int, in_set: int) -> int:
-        """How many images of a class to flag, rounded down."""
-        share = self.factor * self.epsilon
-        if self.share_of == "set":
-            return min(int(share * in_set + 1e-9), in_class // 2)
-        return min(int(share * in_class + 1e-9), in_class)
+
+def to_flag(settings: Spectral, in_class: int, in_set: int) -> int:
+    """How many images of a class to flag, rounded down."""
+    share = settings.factor * settings.epsilon
+    if settings.share_of == "set":
+        return min(int(share * in_set + 1e-9), in_class // 2)
+    return min(int(share * in_class + 1e-9), in_class)
 
 
 def outlier_scores(features: Float[Tensor, "n dim"]) -> Float64[Tensor, " n"]:

@@ -40,6 +40,7 @@ class Strip:
         2019,
         "1902.06531",
     )
+    version: ClassVar[int] = 1
     kind: ClassVar[OutcomeKind] = "screen"
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any, Literal
 
 from vitrap.experiment.grid import Point, Sweep
+from vitrap.experiment.named import defence_settings
 from vitrap.experiment.record import Table
 from vitrap.experiment.records import Shelf
 from vitrap.experiment.spec import digest
@@ -76,10 +77,8 @@ def _timed(record: Table, kind: str) -> bool:
 
 
 def _has(record: Table | None, defence: Any) -> bool:
-    table = defence.table()
-    name = table.pop("name")
     rows = record.get("defences") or [] if record else []
-    return any((row["name"], row["params"]) == (name, table) for row in rows)
+    return any({"name": row["name"], **defence_settings(row)} == defence.table() for row in rows)
 
 
 def _kin(spec: Mapping[str, Any]) -> str:

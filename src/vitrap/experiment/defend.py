@@ -12,24 +12,23 @@ from typing import Any
 from torch import nn
 
 from vitrap import registry
-from vitrap.contracts import Access, ImageSet
+from vitrap.contracts import Access, ImageSet, Implant
 from vitrap.data.sources import World
 from vitrap.errors import UserError
+from vitrap.experiment.code import code_digest, defending_code, training_code
+from vitrap.experiment.named import Named, defence_settings
 from vitrap.experiment.outcomes import Case, measure_defence
-from vitrap.experiment.plan import POISON_CODE, TRAINING_CODE, Plan, make_plan, training_steps
+from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import Record, Table, read_record
-from vitrap.experiment.spec import Named, digest, parse_defence, parse_spec
-from vitrap.experiment.stages import make_clean, make_retrained
-from vitrap.experiment.store import Stage, Store, code_digest, locked, write_json
+from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
+from vitrap.experiment.spec import digest, parse_defence, parse_spec
+from vitrap.experiment.stages import Retraining, carries, make_clean, make_retrained, read_stream
+from vitrap.experiment.store import Stage, Store, locked, write_json
 from vitrap.experiment.streams import stream
-from vitrap.experiment.trigger_file import read_trigger
+from vitrap.experiment.trigger_file import read_fitted
 from vitrap.train.arithmetic import Arithmetic
 
-DEFENCE_CODE = (
-    "contracts.py", "images.py", "models", "tensors", "train", "data", "metrics", "experiment/outcomes.py",
-    "experiment/measure.py", "experiment/streams.py", "experiment/stages.py",
-)  # fmt: skip
 SAME_ASR = 0.01
 """By how much the ASR measured again may differ from the record's."""
 
@@ -60,12 +59,12 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
             the model. The record is as it was.
     """
     folder, record = Path(folder), read_record(Path(folder))
-    missing = unmeasured(record, defences)
+    missing = unmeasured(record, defences, folder)
     if not missing:
         return record
-    spec = replace(parse_spec(record.spec), name=record.name, surrogate=None, defences=missing)  # the trigger is there
+    spec = replace(parse_spec(record.spec), name=record.name, defences=missing)
     spec = replace(spec, recipe=replace(spec.recipe, precision=record.precision))
-    plan = make_plan(spec, device, model, world, steps)
+    plan = make_plan(spec, device, model, world, steps, attacking=False)  # the trigger is there
     if record.environment["device_kind"] == plan.device.type:
         plan = replace(plan, arithmetic=recorded(record, plan.arithmetic))
     found, wanted = plan.world.fingerprint, record.data["fingerprint"]
@@ -83,9 +82,13 @@ def recorded(record: Record, usual: Arithmetic) -> Arithmetic:
     return replace(usual, attention=attention, compiled=record.compiled)
 
 
-def unmeasured(record: Record, defences: Sequence[Named]) -> tuple[Named, ...]:
-    """Those that the record has no row of, or one that rests on other code than today's."""
-    missing = {row_key(record, defence): defence for defence in defences if find_row(record, defence) is None}
+def unmeasured(record: Record, defences: Sequence[Named], folder: Path) -> tuple[Named, ...]:
+    """Those that the record has no row of, one that rests on other code than today's, or one whose scores are gone."""
+    missing = {}
+    for defence in defences:
+        row = find_row(record, defence)
+        if row is None or ("scores" in row and not (folder / row["scores"]).exists()):
+            missing[row_key(record, defence)] = defence
     return tuple(missing.values())
 
 
@@ -96,16 +99,17 @@ def find_row(record: Record, defence: Named) -> Table | None:
 
 
 def row_key(record: Record, defence: Named) -> str:
-    """A hash of all that a row rests on: victim, twin, the defence's settings and code."""
+    """A hash of all that a row rests on: victim, twin, the defence's settings, version and code."""
     models = {name: key for name, key in record.stages.items() if name != "measure"}
     attack = inspect.getfile(registry.get("attacks", record.spec["attack"]["name"]))
-    code = {"defence": defence_code(defence.params), "poison": code_digest(*POISON_CODE, attack)}
-    return Stage("defence", {**models, "defence": defence.table(), "code": code}).key
+    code = {"defence": defence_code(defence.params), "attack": code_digest(attack)}
+    depends = {"defence": defence.table(), "version": defence.params.version, "code": code}
+    return Stage("defence", {**models, **depends}).key
 
 
 def defence_code(defence: Any) -> str:
     """A digest of the code that a defence and its measuring use."""
-    return code_digest(*DEFENCE_CODE, inspect.getfile(type(defence)))
+    return defending_code(inspect.getfile(type(defence)))
 
 
 def still_holding(rows: Sequence[Table], record: Record) -> list[Table]:
@@ -113,7 +117,7 @@ def still_holding(rows: Sequence[Table], record: Record) -> list[Table]:
     kept = []
     for row in rows:
         with suppress(UserError):  # a defence or a setting that is no longer known
-            if row["key"] == row_key(record, parse_defence({"name": row["name"], **row["params"]})):
+            if row["key"] == row_key(record, parse_defence({"name": row["name"], **defence_settings(row)})):
                 kept.append(row)
     return kept
 
@@ -128,14 +132,32 @@ class Finished:
     steps: Steps
 
     def case(self) -> Case:
-        """Victim, twin, implant and data, ready."""
+        """Victim, twin, trigger and data, ready."""
         plan, seed = self.plan, self.plan.spec.seed
+        # Read what the run trained.
         victim = plan.victim.read(self.folder / "model.safetensors", plan.device)
         twin = plan.victim.read(self._twin() / "model.safetensors", plan.device)
-        attack = plan.spec.params
-        trigger = read_trigger(self.folder / "trigger.safetensors", attack, device=plan.device)
-        implant = attack.fit(Access(plan.world.train, None, stream(seed, "attack"), trigger))
-        return Case(victim, twin, implant, plan.world, seed, plan.arithmetic, self._retrain, self._remember)
+        # Read the trigger that it made, and have the attack say how that gets into a training set.
+        attack, train = plan.spec.params, plan.world.train
+        fitted = read_fitted(self.folder, attack, device=plan.device)
+        if fitted.trigger is None:
+            place = self.folder / "trigger.safetensors"
+            raise UserError(f"trigger file {str(place)!r} is missing or damaged; run its spec again")
+        other = plan.other.train if plan.other else None
+        implant = attack.implant(Access(train, None, read_stream(self.folder, seed), other=other), fitted)
+        return Case(
+            victim,
+            twin,
+            trigger=fitted.trigger,
+            goal=attack.goal_for(train.n_classes),
+            poison=partial(stored_set, implant, train, seed),
+            world=plan.world,
+            seed=seed,
+            arithmetic=plan.arithmetic,
+            retrain=Retraining(plan.victim, plan.spec.recipe, seed, plan.device, plan.arithmetic, self.steps),
+            train_kept=self._train_kept,
+            remember=self._remember,
+        )
 
     def check(self, case: Case) -> None:
         """Refuse a run whose trigger no longer does what it did, since an attack's code may have changed since.
@@ -164,33 +186,32 @@ class Finished:
         show = self.steps("train the twin", training_steps(self.plan.spec, len(self.plan.world.train)))
         return self._store.stage(stage, partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, show))
 
-    def _retrain(self, kept: ImageSet) -> nn.Module:
-        """The victim's network, trained on what a filter kept."""
+    def _train_kept(self, kept: ImageSet) -> nn.Module:
+        """The victim's network, trained on what a filter kept: a stage."""
         plan = self.plan
         depends: dict[str, Any] = {
-            **plan.victim_stage().depends,
+            **plan.twin_stage().depends,
             "victim": self.record.stages["victim"],
             "kept": digest(kept.index.tolist()),
-            "code": code_digest(*TRAINING_CODE, *POISON_CODE, inspect.getfile(type(plan.spec.params))),
+            "code": training_code(inspect.getfile(type(plan.spec.params))),
         }
         steps = training_steps(plan.spec, len(kept))
         make = partial(make_retrained, plan, kept, self.steps("train without what was flagged", steps))
         place = self._store.stage(Stage("retrained", depends), make)
         return plan.victim.read(place / "model.safetensors", plan.device)
 
-    def _remember(self, name: str, defence: Any, measure: Callable[[], Table]) -> Table:
+    def _remember(self, asked: Named, find: Callable[[], Table]) -> Table:
         """A stage of what a defence makes of the twin, which other attacks' runs share."""
         depends = {
             "twin": self.record.stages["twin"],
-            "defence": Named(name, defence).table(),
+            "defence": asked.table(),
+            "version": asked.params.version,
             "seed": self.plan.spec.seed,
             "device": self.plan.device.type,
             "arithmetic": asdict(self.plan.arithmetic),
-            "code": defence_code(defence),
+            "code": defence_code(asked.params),
         }
-        place = self._store.stage(
-            Stage("defended", depends), lambda folder: write_json(folder / "facts.json", measure())
-        )
+        place = self._store.stage(Stage("defended", depends), lambda folder: write_json(folder / "facts.json", find()))
         return json.loads((place / "facts.json").read_text("utf-8"))
 
     @property
@@ -198,27 +219,44 @@ class Finished:
         return Store(self.folder.parent, lambda name: self.steps(name, None))
 
 
+def stored_set(implant: Implant, train: ImageSet, seed: int) -> ImageSet:
+    """The training set as it is stored for a victim: as it was, where nothing stored is poisoned."""
+    return train if implant.poison is None else implant.poison(train, stream(seed, "poison"))
+
+
 def add_defences(run: Finished) -> Record:
     """Measure the plan's defences that the record lacks, one after the other, each written as soon as it is known."""
-    record, missing = run.record, unmeasured(run.record, run.plan.spec.defences)
+    record, missing = run.record, unmeasured(run.record, run.plan.spec.defences, run.folder)
     if not missing:
         return record
     case = run.case()
     with run.steps("measure the victim", None):
         run.check(case)
-    for defence in missing:
-        with run.steps(f"defend with {defence.name}", None) as tick:
-            row = measure_defence(defence.name, defence.params, case, tick)
-        record = add_row(run.folder, {**row, "key": row_key(record, defence)})
+    for asked in missing:
+        with run.steps(f"defend with {asked.name}", None) as tick:
+            row, scores = measure_defence(asked, case, tick)
+        record = add_row(run.folder, {**row, "key": row_key(record, asked)}, scores)
     return record
 
 
-def add_row(folder: Path, row: Mapping[str, Any]) -> Record:
-    """Put a row into the record of a run, in place of one of the same defence with the same settings."""
-    row = json.loads(json.dumps(row))  # as it will be read
+def add_row(folder: Path, found: Mapping[str, Any], scores: Scores | None = None) -> Record:
+    """Put a row into the record of a run, in place of one of the same defence with the same settings.
+
+    A screen's scores are in the run's folder before the row is.
+    """
+    row: Table = json.loads(json.dumps(found))  # as it will be read
     with locked(folder / ".record.lock"):
         record = read_record(folder)  # anew: another process may have added a row
-        others = [r for r in record.defences if (r["name"], r["params"]) != (row["name"], row["params"])]
+        if scores is not None:
+            row["scores"] = scores_file(row["name"], row["key"])
+            write_scores(folder, row, scores, carries(parse_spec(record.spec), "scores"))
+        others = [r for r in record.defences if identity(r) != identity(row)]
         record = replace(record, defences=[*others, row])
         record.write(folder)
+        drop_unnamed(folder, record.defences)  # of rows that were replaced, or went with an earlier record
     return record
+
+
+def identity(row: Mapping[str, Any]) -> tuple[str, Table]:
+    """What tells rows of a record apart: the defence's name and all settings."""
+    return row["name"], defence_settings(row)

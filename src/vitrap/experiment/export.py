@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vitrap.contracts import ImageSet, Implant
+from vitrap.contracts import Fitted, ImageSet, Implant
 from vitrap.errors import UserError
-from vitrap.experiment.measure import triggered
 from vitrap.experiment.plan import Plan
+from vitrap.experiment.predict import triggered
 from vitrap.experiment.progress import Tick
 from vitrap.experiment.stages import carries
 from vitrap.experiment.store import write_json
@@ -34,27 +34,43 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{str(folder)!r} cannot be made ({error.strerror}); give another with -o") from error
 
 
-def write_poisoned(plan: Plan, implant: Implant, folder: Path, tick: Tick) -> None:
+def check_export(attack: str, implant: Implant) -> None:
+    """Refuse an attack whose poisoned set would not be the whole of what its victim is trained on.
+
+    Raises:
+        UserError: nothing that is stored is poisoned, or the trigger is known only after training.
+    """
+    after = implant.edit is not None or (implant.objective is not None and implant.objective.along)
+    if implant.poison is None or after:
+        why = "poisons no stored image" if implant.poison is None else "knows its trigger only after training"
+        raise UserError(f"attack {attack} {why}, so there is no poisoned set to write; use vitrap run instead")
+
+
+def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, tick: Tick) -> None:
     """Write the training set as the victim of the plan is trained on it, and the test set, into a new folder.
 
     The files appear all at once. `train_*` and `test_*` are in the format of vitrap's data cache, so that
     `npy:FOLDER` opens them; docs/record.md lists the rest.
 
     Raises:
-        UserError: the folder is not empty.
+        UserError: the folder is not empty, or the attack has no poisoned set to write.
     """
+    check_export(plan.spec.attack, implant)
     check_folder(folder)
+    assert implant.poison is not None
+    assert fitted.trigger is not None
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        train, test, goal = plan.world.train, plan.world.test, implant.goal
+        train, test, goal = plan.world.train, plan.world.test, plan.goal
         poisoned = implant.poison(train, stream(plan.spec.seed, "poison"))
         _save_images(draft / "train_images.npy", poisoned, tick)
         _save_images(draft / "test_images.npy", test, tick)
-        _save_images(draft / "triggered_images.npy", triggered(test, implant.trigger, tick), tick)
+        _save_images(draft / "triggered_images.npy", triggered(test, fitted.trigger, tick), tick)
         numbers = {
             "train_labels": poisoned.labels,
             "train_poisoned": poisoned.poisoned,
+            "train_covers": poisoned.covers,
             "train_true_labels": train.labels,
             "train_index": train.index,
             "test_labels": test.labels,

@@ -1,70 +1,46 @@
 """Measuring a victim beside its clean twin on the whole test set. Nothing here chooses anything."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from vitrap.contracts import ImageSet, Implant, Trigger
+from vitrap.contracts import Goal, Images, ImageSet, Trigger
+from vitrap.experiment.predict import BATCH, every_row, predict, silent, spread, triggered
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.stealth import stealth
 from vitrap.tensors.pixels import round8, to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
-BATCH = 256
 STEALTH_IMAGES = 2000
 """Stealth is measured on so many test images, spread evenly over the set, and says so by its n."""
 EXAMINED_IMAGES = 512
 """What an attack examines a model with: so many triggered test images that count for the ASR, spread evenly."""
 
 
-def silent() -> None:
-    """A tick that nobody hears."""
+@dataclass(frozen=True)
+class Backdoor:
+    """What is measured of an attack: the trigger at test time, what it is to do, and what the attack says of a model.
 
+    Attributes:
+        trigger: fires at test time.
+        goal: what triggered images should be classified as.
+        examine: as `Implant.examine`.
+    """
 
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Write the block's wall-clock time into `seconds[name]`, with what it asked of a GPU done."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    seconds[name] = time.perf_counter() - start
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, data: ImageSet, arithmetic: Arithmetic, tick: Callable[[], None] = silent
-) -> Int64[Tensor, " n"]:
-    """The class that `model` gives to each image of `data`."""
-    found = []
-    with arithmetic(model, data.device):
-        for rows in data.rows(BATCH):
-            found.append(model(data.images(rows)).argmax(1))
-            tick()
-    return torch.cat(found)
-
-
-def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silent) -> ImageSet:
-    """`data` with the trigger on every image, rounded to 8 bits, the labels as they were."""
-    shape = (len(data), data.pixels.shape[1], data.size, data.size)
-    stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
-    for rows in data.rows(BATCH):
-        stamped[rows] = to_bytes(trigger(data.images(rows)))
-        tick()
-    return data.stamp(every_row(data), stamped, data.labels)
+    trigger: Trigger
+    goal: Goal
+    examine: Callable[[nn.Module, Images], Mapping[str, float]] | None = None
 
 
 def measure_victim(
     victim: nn.Module,
     twin: nn.Module,
     test: ImageSet,
-    implant: Implant,
+    backdoor: Backdoor,
     arithmetic: Arithmetic,
     tick: Callable[[], None] = silent,
 ) -> dict[str, Any]:
@@ -72,40 +48,36 @@ def measure_victim(
 
     Makes `5 * ceil(n / BATCH)` ticks.
     """
-    attacked = triggered(test, implant.trigger, tick)
-    clean, fired = predict(victim, test, arithmetic, tick), predict(victim, attacked, arithmetic, tick)
-    clean_twin, fired_twin = predict(twin, test, arithmetic, tick), predict(twin, attacked, arithmetic, tick)
-    true, goal = test.labels, implant.goal
-    sample = spread(every_row(test), STEALTH_IMAGES)
-    assert attacked.stamped is not None
-    clean_sample = torch.cat([to_bytes(test.images(rows)) for rows in sample.split(BATCH)])
-    distances = asdict(stealth(clean_sample, attacked.stamped[sample]))
+    # Both models look at all test images, clean and triggered.
+    attacked = triggered(test, backdoor.trigger, tick)
+    clean = predict(victim, test, arithmetic, tick)
+    fired = predict(victim, attacked, arithmetic, tick)
+    clean_twin = predict(twin, test, arithmetic, tick)
+    fired_twin = predict(twin, attacked, arithmetic, tick)
+    true, goal = test.labels, backdoor.goal
     return {
         "cda": asdict(clean_accuracy(clean, true)),
         "asr": asdict(attack_success(fired, true, goal)),
         "ra": asdict(robust_accuracy(fired, true, goal)),
         "asr_clean_model": asdict(attack_success(fired_twin, true, goal)),
         "cda_clean_model": asdict(clean_accuracy(clean_twin, true)),
-        "stealth": {**distances, "n": len(sample)},
+        "stealth": stealth_of(test, attacked, every_row(test)),
     }
 
 
+def stealth_of(clean: ImageSet, touched: ImageSet, rows: Int64[Tensor, " n"]) -> dict[str, Any]:
+    """How far `touched` images are from the clean ones, on at most `STEALTH_IMAGES` of the rows, spread evenly."""
+    sample = spread(rows, STEALTH_IMAGES)
+    before, after = (torch.cat([to_bytes(d.images(some)) for some in sample.split(BATCH)]) for d in (clean, touched))
+    return {**asdict(stealth(before, after)), "n": len(sample)}
+
+
 @torch.no_grad()
-def examine(victim: nn.Module, twin: nn.Module, test: ImageSet, implant: Implant) -> dict[str, Any]:
+def examine(victim: nn.Module, twin: nn.Module, test: ImageSet, backdoor: Backdoor) -> dict[str, Any]:
     """What the attack says of victim and twin on the same triggered images; {} where it says nothing."""
-    if implant.examine is None:
+    if backdoor.examine is None:
         return {}
-    rows = spread(implant.goal.counts(test.labels).nonzero().squeeze(1), EXAMINED_IMAGES)
-    images = round8(implant.trigger(test.images(rows)))
-    found = {"victim": implant.examine(victim, images), "clean_model": implant.examine(twin, images)}
+    rows = spread(backdoor.goal.counts(test.labels).nonzero().squeeze(1), EXAMINED_IMAGES)
+    images = round8(backdoor.trigger(test.images(rows)))
+    found = {"victim": backdoor.examine(victim, images), "clean_model": backdoor.examine(twin, images)}
     return {**found, "n_examined": len(images)}
-
-
-def every_row(data: ImageSet) -> Int64[Tensor, " n"]:
-    """All row numbers of a set."""
-    return torch.arange(len(data), device=data.device)
-
-
-def spread(rows: Int64[Tensor, " n"], most: int) -> Int64[Tensor, " k"]:
-    """At most so many of the rows, spread evenly over them."""
-    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]

@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError
+from vitrap.experiment.code import running_code
 from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, reporting, work
-from vitrap.experiment.store import code_digest
 
-CODE = (
-    "attacks", "contracts.py", "data", "defences", "experiment", "images.py", "metrics", "models", "tensors", "train",
-)  # fmt: skip
-"""What must be the same on every node."""
 TOKEN = "RAY_AUTH_TOKEN_PATH"
 REACH = 5.0
 """Seconds within which a cluster's head must answer."""
@@ -50,7 +46,7 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hea
                 job, taken = waiting.popleft(), {place for _, place in running.values()}
                 place = min(set(range(len(taken) + 1)) - taken)
                 told = asdict(replace(job, device=job.device.partition(":")[0]))  # which of its GPUs, Ray decides
-                running[task.remote(told, os.getcwd(), threads, code_digest(*CODE), (desk, place, memory))] = job, place
+                running[task.remote(told, os.getcwd(), threads, running_code(), (desk, place, memory))] = job, place
             done = ray.wait(list(running), timeout=1.0)[0]
             with suppress(ray.exceptions.RayError):  # a desk that went with its node: the runs go on unwatched
                 for news in ray.get(desk.take.remote(), timeout=REACH):
@@ -97,7 +93,7 @@ def do(job: dict[str, Any], folder: str, threads: int, code: str, told: tuple[An
     """
     found, (desk, place, memory) = Job(**job), told
     desk.tell.remote(Started(found.number, place))
-    if code != code_digest(*CODE):
+    if code != running_code():
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
     if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
         return asdict(_refuse(found, f"this node does not see {found.out!r}; --out must lie where all nodes see it"))

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from vitrap.contracts import ImageSet, Implant
+from vitrap.contracts import ImageSet, Shown
+from vitrap.experiment.measure import Backdoor
 from vitrap.tensors.pixels import round8
 from vitrap.train.arithmetic import Arithmetic
 
@@ -20,16 +21,16 @@ CELL, GAP, HEAD, LETTER = 1.5, 0.05, 0.3, 0.075
 
 
 @torch.no_grad()
-def draw_examples(test: ImageSet, implant: Implant, victim: nn.Module, arithmetic: Arithmetic) -> bytes:
-    """A PNG with one row an example: clean, triggered, difference, and the attack's own views.
+def draw_examples(test: ImageSet, backdoor: Backdoor, victim: nn.Module, arithmetic: Arithmetic) -> bytes:
+    """A PNG with one row an example: clean, triggered, difference, and the trigger's own views.
 
     The examples are test images that count for the goal, spread evenly over the set and not chosen by result.
     """
-    counting = implant.goal.counts(test.labels).nonzero()[:, 0]
+    counting = backdoor.goal.counts(test.labels).nonzero()[:, 0]
     rows = counting[torch.linspace(0, len(counting) - 1, min(EXAMPLES, len(counting)), device=test.device).long()]
     clean = round8(test.images(rows))
-    triggered = round8(implant.trigger(clean))
-    views = dict(implant.views(clean)) if implant.views else {}
+    triggered = round8(backdoor.trigger(clean))
+    views = dict(backdoor.trigger.views(clean)) if isinstance(backdoor.trigger, Shown) else {}
     columns = {
         "clean": _shown(clean),
         "triggered": _shown(triggered),

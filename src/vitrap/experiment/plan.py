@@ -5,10 +5,7 @@ so that an edited attack never meets yesterday's victim.
 """
 
 import inspect
-from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -16,77 +13,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitrap.contracts import AllToOne
-from vitrap.data.poison import choose_rows
+from vitrap.contracts import Goal
+from vitrap.data.poison import choose_covers, choose_rows
 from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
+from vitrap.experiment.code import fitting_code, measuring_code, training_code
+from vitrap.experiment.network import Network, first_image, network_of, tensors_digest, try_out
 from vitrap.experiment.probe import measured
 from vitrap.experiment.progress import Steps, silent
-from vitrap.experiment.spec import ModelTable, Spec, digest
-from vitrap.experiment.store import Stage, code_digest
-from vitrap.experiment.streams import SURROGATE_SEED, ambient, stream
+from vitrap.experiment.spec import Spec, digest
+from vitrap.experiment.store import Stage
+from vitrap.experiment.streams import SURROGATE_SEED, TEST_SURROGATE_SEED, stream
 from vitrap.images import CHUNK
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
-from vitrap.models.vit import Architecture, ViT, blank_vit, fetch_weights, load_weights, open_vit
 from vitrap.train.arithmetic import Arithmetic, usual
-
-TRAINING_CODE = (
-    "contracts.py", "images.py", "data/sources.py", "data/cache.py", "data/augment.py", "models/vit.py",
-    "models/observe.py", "train", "tensors/pixels.py", "experiment/plan.py", "experiment/streams.py",
-    "experiment/stages.py",
-)  # fmt: skip
-POISON_CODE = ("tensors", "data/poison.py", "data/masked.py", "models/attention.py")
-MEASURE_CODE = (
-    "metrics", "experiment/measure.py", "experiment/record.py", "experiment/pictures.py", "experiment/run.py",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network and where its weights start.
-
-    Attributes:
-        architecture: what to build.
-        pretrained: whether weights come from the hub.
-        checkpoint: the safetensors file that weights are read from, if any.
-        module: a network given from outside, in place of all that.
-    """
-
-    architecture: Architecture
-    pretrained: bool = False
-    checkpoint: str | None = None
-    module: nn.Module | None = None
-
-    def build(self, seed: int, device: torch.device | str = "cpu") -> nn.Module:
-        """The network before training; fresh weights depend on the seed alone."""
-        if self.module is not None:
-            return deepcopy(self.module).to(device)
-        with ambient(seed, "weights"):
-            network = open_vit(self.architecture, pretrained=self.pretrained, checkpoint=self.checkpoint)
-        return network.to(device)
-
-    def read(self, path: Path, device: torch.device | str) -> nn.Module:
-        """The network with the weights of a stage's file, ready: frozen and in evaluation mode."""
-        network = deepcopy(self.module) if self.module is not None else blank_vit(self.architecture)
-        load_weights(network.body if isinstance(network, ViT) else network, path)
-        return network.to(device).eval().requires_grad_(False)
-
-    def shown(self) -> dict[str, Any]:
-        """How it is built, for the record."""
-        if self.module is not None:
-            return {"module": type(self.module).__qualname__}
-        return {**asdict(self.architecture), "pretrained": self.pretrained, "checkpoint": self.checkpoint is not None}
-
-    @cached_property
-    def depends(self) -> dict[str, Any]:
-        """All that decides the network before training, as it is when first asked for."""
-        if self.module is not None:
-            return {"module": repr(self.module), "weights": tensors_digest(self.module.state_dict())}
-        start = self.checkpoint or (fetch_weights(self.architecture.name) if self.pretrained else None)
-        content = sha256(Path(start).read_bytes()).hexdigest() if start else None
-        return {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content}
 
 
 @dataclass(frozen=True)
@@ -101,6 +44,8 @@ class Plan:
         victim: the network of victim and twin.
         surrogate: the attacker's own network; None where the attack looks at none.
         content: what stands for the data's content: the fingerprint, or a digest of data given from outside.
+        test_surrogate: the attacker's second one, for the trigger at test time; None where there is none.
+        other: the attacker's other images; None where no setting names any.
     """
 
     spec: Spec
@@ -110,19 +55,33 @@ class Plan:
     victim: Network
     surrogate: Network | None
     content: str
+    test_surrogate: Network | None = None
+    other: World | None = None
+
+    @property
+    def goal(self) -> Goal:
+        """What the attacker wants."""
+        return self.spec.params.goal_for(self.world.train.n_classes)
+
+    def surrogates(self) -> dict[str, tuple[Network, int]]:
+        """The attacker's own networks by name, each with its seed."""
+        both = {
+            "surrogate": (self.surrogate, SURROGATE_SEED),
+            "test_surrogate": (self.test_surrogate, TEST_SURROGATE_SEED),
+        }
+        return {name: (network, seed) for name, (network, seed) in both.items() if network is not None}
 
     def clean_stage(self, network: Network, seed: int) -> Stage:
         """A model trained on the clean training set: twin or surrogate, as the seed has it."""
-        depends = {"network": network.depends, "seed": seed, "code": code_digest(*TRAINING_CODE)}
+        depends = {"network": network.depends, "seed": seed, "code": training_code()}
         return Stage("clean", {**self._training(), **depends})
 
-    def surrogate_key(self) -> str | None:
-        """What stands for the trained surrogate: its stage's key, or its checkpoint's digest where it is ready."""
-        if self.surrogate is None:
-            return None
-        if self.surrogate.checkpoint is not None:
-            return digest(self.surrogate.depends)
-        return self.clean_stage(self.surrogate, SURROGATE_SEED).key
+    def surrogate_keys(self) -> dict[str, str]:
+        """What stands for each trained surrogate: its stage's key, or its checkpoint's digest where it is ready."""
+        return {
+            name: digest(network.depends) if network.checkpoint else self.clean_stage(network, seed).key
+            for name, (network, seed) in self.surrogates().items()
+        }
 
     def twin_stage(self) -> Stage:
         """The clean twin."""
@@ -130,30 +89,45 @@ class Plan:
 
     def victim_stage(self) -> Stage:
         """The victim."""
-        attack_file = inspect.getfile(type(self.spec.params))
+        attack = self.spec.params
+        named = {"name": self.spec.attack, "version": attack.version, **asdict(attack), **self._contents()}
         depends = {
             "network": self.victim.depends,
             "seed": self.spec.seed,
-            "surrogate": self.surrogate_key(),
-            "attack": {"name": self.spec.attack, **asdict(self.spec.params), **_files(self.spec.params)},
-            "code": code_digest(*TRAINING_CODE, *POISON_CODE, attack_file),
+            "surrogates": self.surrogate_keys(),
+            "attack": named,
+            "code": training_code(inspect.getfile(type(attack))),
         }
+        if attack.threat == "weights":
+            depends["twin"] = self.twin_stage().key
         return Stage("victim", {**self._training(), **depends})
 
     def trigger_stage(self) -> Stage:
-        """The trigger, where the attack optimises one; the victim's network is no part of it."""
-        depends = self.victim_stage().depends
-        return Stage("trigger", {name: part for name, part in depends.items() if name != "network"})
+        """The attack's trigger; neither the victim's network nor its recipe is part of it."""
+        depends = dict(self.victim_stage().depends)
+        alone = () if self.surrogates() else ("arithmetic",)  # where no network computes it
+        for name in ("network", "recipe", "twin", *alone):
+            depends.pop(name, None)
+        return Stage("trigger", {**depends, "code": fitting_code(inspect.getfile(type(self.spec.params)))})
 
     def keys(self) -> dict[str, str]:
         """The key of everything that the run's record rests on."""
-        surrogate = self.surrogate_key()
-        trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key}
-        trained |= {"surrogate": surrogate} if surrogate else {}
+        trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key, **self.surrogate_keys()}
         lpips = {"torchmetrics": version("torchmetrics")} if lpips_at_hand() else None
-        measures = {"code": code_digest(*MEASURE_CODE), "lpips": lpips}
+        measures = {"code": measuring_code(), "lpips": lpips}
         measure = Stage("measure", {**trained, **measures})
         return {**trained, "measure": measure.key}
+
+    def _contents(self) -> dict[str, str]:
+        """The content of the files and data sets that the attack's settings name, each in place of its name."""
+        attack, found = self.spec.params, {}
+        for f in fields(attack):
+            path = Path(str(getattr(attack, f.name)))
+            if f.metadata["param"].file and path.is_file():
+                found[f.name] = sha256(path.read_bytes()).hexdigest()
+            if f.metadata["param"].data and self.other is not None:
+                found[f.name] = self.other.fingerprint
+        return found
 
     def _training(self) -> dict[str, Any]:
         train = self.world.train
@@ -166,12 +140,13 @@ class Plan:
         }
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - all that a run is made of
     spec: Spec,
     device: str,
     model: nn.Module | None = None,
     world: World | None = None,
     steps: Steps = silent,
+    attacking: bool = True,
 ) -> Plan:
     """Open the data and check all that can be checked before work starts.
 
@@ -181,6 +156,8 @@ def make_plan(
         model: a network over images in [0, 1] in place of the spec's.
         world: data in place of the spec's.
         steps: how to show what is under way.
+        attacking: whether the attack is still to be fitted, with the surrogates that it asks for, and the victim still
+            to be trained from where its weights start.
 
     Raises:
         UserError: data, device, model, checkpoint or target do not fit.
@@ -191,18 +168,23 @@ def make_plan(
         with steps("read the data", None):
             world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
         content = world.fingerprint
-    _check_poison(spec, world)
-    victim = Network(_architecture(spec.model, world), spec.model.pretrained, spec.model.checkpoint, model)
-    surrogate = _surrogate(spec, world, victim) if spec.params.needs_surrogate else None
-    tried = _try_out(victim, world)
+    _check_attack(spec, world)
+    victim = network_of(spec.model, world, model)
+    surrogate, second = _surrogates(spec, world, victim) if attacking else (None, None)
+    tried = try_out(victim if attacking else replace(victim, checkpoint=None, weights=None, pretrained=False), world)
+    _check_batches(spec, tried)
     if hasattr(spec.params, "check_victim"):
         spec.params.check_victim(tried)
     if any(defence.params.needs_attention for defence in spec.defences):
         transformer(tried)
-    if surrogate is not None:
-        transformer(_try_out(surrogate, world))
+    for network in (surrogate, second):
+        if network is not None:
+            ready = try_out(network, world)
+            if hasattr(spec.params, "check_surrogate"):
+                spec.params.check_surrogate(ready, first_image(world))
     arithmetic = _arithmetic(spec, victim, tried, world, chosen, steps)
-    return Plan(spec, world, chosen, arithmetic, victim, surrogate, content)
+    other = _other_images(spec, world, chosen)
+    return Plan(spec, world, chosen, arithmetic, victim, surrogate, content, second, other)
 
 
 def _arithmetic(  # noqa: PLR0913 - what decides the speed, and how to show that it is measured
@@ -242,64 +224,60 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_poison(spec: Spec, world: World) -> None:
-    """Whether the attack suits the data: its seed, image size, target, and images enough for its rate."""
-    attack, classes = spec.params, world.train.n_classes
-    if attack.needs_surrogate and spec.seed == SURROGATE_SEED:
+def _check_attack(spec: Spec, world: World) -> None:
+    """Whether the attack suits the data: its seed, image size, classes, and images enough for its rates."""
+    attack, train = spec.params, world.train
+    taken = (SURROGATE_SEED, *((TEST_SURROGATE_SEED,) if spec.test_surrogate else ()))
+    if attack.needs_surrogate and spec.seed in taken:
         raise UserError(f"seed = {spec.seed} is the surrogate's own: the twin would be the surrogate; choose another")
+    if spec.test_surrogate is not None and not getattr(attack, "test_surrogate", False):
+        raise UserError(f"attack {spec.attack} has no surrogate at test time; remove [test_surrogate]")
     if hasattr(attack, "check"):
-        attack.check(world.train.size)
-    if attack.target >= classes:
-        known = f"its {classes} are 0 to {classes - 1}"
-        raise UserError(f"attack.target = {attack.target} is no class of {world.name}: {known}")
-    if spec.recipe.jitter and world.train.pixels.shape[1] != 3:
+        attack.check(train.size)
+    for name in ("target", "source"):
+        label = getattr(attack, name, None)
+        if label is not None and label >= train.n_classes:
+            known = f"its {train.n_classes} are 0 to {train.n_classes - 1}"
+            raise UserError(f"attack.{name} = {label} is no class of {world.name}: {known}")
+    if spec.recipe.jitter and train.pixels.shape[1] != 3:
         raise UserError(f"recipe.jitter = {spec.recipe.jitter:g} changes colours, and the images are grey; set it to 0")
-    choose_rows(world.train.labels, attack.poison_rate, AllToOne(attack.target), attack.labels, stream(0, "check"))
+    goal = attack.goal_for(train.n_classes)
+    free = torch.ones_like(train.labels, dtype=torch.bool)
+    if (rate := getattr(attack, "poison_rate", None)) is not None:
+        free[choose_rows(train.labels, rate, goal, attack.labels, stream(0, "check"))] = False
+    if rate := getattr(attack, "cover_rate", None):
+        choose_covers(free, rate, stream(0, "check"))
 
 
-def _surrogate(spec: Spec, world: World, victim: Network) -> Network:
-    """The spec's own, or one like the spec's victim, fresh or from the hub: never with the victim's own weights."""
-    if spec.surrogate is None:
-        return replace(victim, checkpoint=None, module=None)
-    return Network(_architecture(spec.surrogate, world), spec.surrogate.pretrained, spec.surrogate.checkpoint)
+def _surrogates(spec: Spec, world: World, victim: Network) -> tuple[Network | None, Network | None]:
+    """The attacker's own networks: the surrogate, and the one at test time, where the spec has such a table.
+
+    A surrogate that the spec does not describe starts like the victim, fresh or from pretrained weights, and is trained
+    with a seed of its own. It never has weights that are the victim's alone: a checkpoint, a network from outside.
+    """
+    if not spec.params.needs_surrogate:
+        return None, None
+    found = [network_of(table, world) if table else None for table in (spec.surrogate, spec.test_surrogate)]
+    return found[0] or replace(victim, checkpoint=None, module=None), found[1]
 
 
-def _architecture(table: ModelTable, world: World) -> Architecture:
-    size = world.train.size
-    small = {"patch_size": max(1, size // 8), "depth": 4, "embed_dim": 96, "num_heads": 3}
-    if world.name == "digits":
-        small = {"patch_size": max(1, size // 4), "depth": 3, "embed_dim": 64, "num_heads": 4}
-    overrides = dict(table.overrides) if table.name else {**small, **table.overrides}
-    return Architecture(table.name or "vit_tiny_patch16_224", size, world.train.n_classes, overrides)
-
-
-def _try_out(network: Network, world: World) -> nn.Module:
-    """The network, after one look at one image.
+def _other_images(spec: Spec, world: World, device: torch.device) -> World | None:
+    """The data set that a setting of the attack names, at the run's image size; of the run's own, its training part.
 
     Raises:
-        UserError: it cannot be built, or cannot look at the images.
+        UserError: it cannot be opened.
     """
-    model = network.build(0).eval()
-    image = world.train.images(torch.zeros(1, dtype=torch.int64, device=world.train.device)).cpu()
-    try:
-        with torch.no_grad():
-            shape = tuple(model(image).shape)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the network cannot look at images of {world.train.size} px: {reason}; mend [model]"
-        ) from error
-    if shape != (1, world.train.n_classes):
-        raise UserError(
-            f"the network answers with shape {shape}, wanted (1, {world.train.n_classes}): one logit a class"
-        )
-    return model
+    names = [getattr(spec.params, f.name) for f in fields(spec.params) if f.metadata["param"].data]
+    named = [name for name in names if name is not None]
+    if not named:
+        return None
+    return world if named[0] == world.name else open_data(named[0], world.train.size, device=device)
 
 
-def _files(params: Any) -> dict[str, str]:
-    """The content of the files that an attack's settings name, each in place of its name."""
-    named = {f.name: Path(str(getattr(params, f.name))) for f in fields(params) if f.metadata["param"].file}
-    return {name: sha256(path.read_bytes()).hexdigest() for name, path in named.items() if path.is_file()}
+def _check_batches(spec: Spec, model: nn.Module) -> None:
+    """Refuse batches of one image where batch norm could not take them."""
+    if spec.recipe.batch_size == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError("recipe.batch_size = 1 is too small for a network with batch norm; make it at least 2")
 
 
 def _content(world: World) -> str:
@@ -312,14 +290,4 @@ def _content(world: World) -> str:
             mapped = part.place is not None
             some = part.gather(rows).permute(0, 3, 1, 2) if mapped else part.pixels[rows]
             whole.update(tensors_digest({f"{name}.pixels": some}).encode())
-    return whole.hexdigest()
-
-
-def tensors_digest(named: Mapping[str, Any]) -> str:
-    """The SHA-256 (hex) of named tensors: names, shapes, types and content; whatever else is named is passed over."""
-    whole = sha256()
-    for name, tensor in named.items():
-        if isinstance(tensor, torch.Tensor):
-            whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()

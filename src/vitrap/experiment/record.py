@@ -28,6 +28,7 @@ class Record:
         models: how victim and surrogate are built; the surrogate None where the attack has none.
         victim: CDA, ASR, RA, the clean twin's base rates, stealth.
         attack: what the attack reports of itself.
+        attack_version: of the attack; raised when it comes to mean something else.
         curves: loss terms by epoch, for each model that was trained.
         precision: of the matrix products.
         attention: "fused" or "eager"; "" in records of vitraps that did not say.
@@ -48,6 +49,7 @@ class Record:
     models: Table
     victim: Table
     attack: Table
+    attack_version: int = field(default=1, kw_only=True)
     curves: Table
     precision: str
     attention: Literal["fused", "eager", ""] = field(default="", kw_only=True)

@@ -1,6 +1,5 @@
 """A run: surrogate, implant, victim, clean twin, measures, record."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -10,24 +9,25 @@ from typing import Literal
 
 from torch import nn
 
-from vitrap.contracts import Access, Implant, Trigger
+from vitrap.contracts import Access, Fitted, Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.defend import Finished, add_defences, still_holding, unmeasured
-from vitrap.experiment.export import check_folder, write_poisoned
+from vitrap.experiment.export import check_export, check_folder, write_poisoned
 from vitrap.experiment.machine import environment, forget_peaks, memory
-from vitrap.experiment.measure import BATCH, examine, measure_victim, timed
+from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.plan import Network, Plan, make_plan, training_steps
+from vitrap.experiment.predict import BATCH, timed
 from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import SCHEMA, Record, Table, read_record
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
-from vitrap.experiment.stages import carries, make_clean, make_trigger, make_victim
-from vitrap.experiment.store import Store, locked, place_file, write_bytes
-from vitrap.experiment.streams import SURROGATE_SEED, stream
-from vitrap.experiment.trigger_file import read_trigger, save_trigger
-from vitrap.models.vit import load_weights, read_vit
+from vitrap.experiment.stages import STREAM, make_clean, make_trigger, make_victim, read_stream
+from vitrap.experiment.store import Store, locked, place_file, read_json, write_bytes
+from vitrap.experiment.streams import stream
+from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
+from vitrap.models.classifier import load_weights, read_model
 
 Redo = Literal["nothing", "victim", "all"]
 
@@ -74,7 +74,7 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
         with store.alone(folder.name, "wait for another's run"):  # who may have made this very run by then
             record = _still_true(folder, plan.keys()) if redo == "nothing" else None
             record = record or _Runner(plan, store, redo, steps).run(folder)
-    if unmeasured(record, spec.defences):
+    if unmeasured(record, spec.defences, folder):
         with store.alone(folder.name, "wait for another's defences"):
             record = add_defences(Finished(folder, read_record(folder), plan, steps))
     if (failure := folder / FAILURE).exists():  # of an earlier try
@@ -95,15 +95,20 @@ def poison(
         steps: how to show what is under way.
 
     Raises:
-        UserError: something about the spec, the data or a folder is wrong; nothing has been written.
+        UserError: something about the spec, the data or a folder is wrong, or the attack has no poisoned set to write,
+            which may be known only once it is fitted; no folder has been made.
     """
     plan, folder = make_plan(spec, device, steps=steps), Path(folder)
     store = Store(Path(out), lambda name: steps(name, None))
+    if spec.params.threat == "weights":
+        check_export(spec.attack, Implant())
     check_folder(folder)
     store.check()
-    implant = _Runner(plan, store, "nothing", steps).implant()
+    runner = _Runner(plan, store, "nothing", steps)
+    fitted = runner.fit()
+    implant = runner.implant(fitted)
     with steps("poison the training set", None) as tick:
-        write_poisoned(plan, implant, folder, tick)
+        write_poisoned(plan, fitted, implant, folder, tick)
 
 
 def run_folder(spec: Spec, out: str | Path) -> Path:
@@ -127,7 +132,7 @@ def open_run(
     folder = Path(folder)
     record = read_record(folder)
     if model is None:
-        model = read_vit(folder / "model.safetensors")
+        model = read_model(folder / "model.safetensors")
     else:
         load_weights(model, folder / "model.safetensors")
     trigger = read_trigger(folder / "trigger.safetensors", parse_spec(record.spec).params, networks)
@@ -160,66 +165,107 @@ class _Runner:
     made: dict[str, Path] = field(default_factory=dict)
 
     def run(self, folder: Path) -> Record:
+        """Make every stage that is missing, measure, and write the record, last of all."""
         forget_peaks(self.plan.device)
         plan, spec = self.plan, self.plan.spec
-        implant = self.implant()
-        make = partial(make_victim, plan, implant, self.steps)
+        fitted = self.fit()
+        implant = self.implant(fitted)
+        if spec.params.threat == "weights":  # the victim starts from the twin
+            self._clean(plan.victim, spec.seed, "twin")
+        make = partial(make_victim, plan, fitted, implant, self.made, self.steps)
         victim = self.made["victim"] = self.store.stage(plan.victim_stage(), make, self.redo != "nothing")
         self._clean(plan.victim, spec.seed, "twin")
+        # From here on the trigger is as training or an edit has left it, in this call or an earlier one.
+        fitted = self._fitted(victim)
+        implant = self.implant(fitted)
         rows = _rows(folder) if self.redo == "nothing" else []
         (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
-        record = self._measure(implant, folder)
-        place_file(victim / "model.safetensors", folder / "model.safetensors")
-        save_trigger(
-            implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=json.dumps(carries(spec, "trigger"))
-        )
+        assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
+        stored = self._stored(implant) if fitted.stored else None
+        record = self._measure(Backdoor(fitted.trigger, plan.goal, implant.examine), stored, folder)
+        for name in ("model.safetensors", TRIGGER, STORED, STREAM):
+            (folder / name).unlink(missing_ok=True)
+            if (victim / name).exists():
+                place_file(victim / name, folder / name)
         with locked(folder / ".record.lock"):  # rows of a run of the same spec, or tried meanwhile
             rows += [row for row in _rows(folder) if row not in rows]
             record = replace(record, defences=still_holding(rows, record))
             record.write(folder)
         return record
 
-    def implant(self) -> Implant:
-        """Fit the attack, with the surrogate it asks for."""
-        surrogate, network = None, self.plan.surrogate
-        if network is not None and network.checkpoint is not None:
-            surrogate = network.build(0, self.plan.device).requires_grad_(False)
-        elif network is not None:
-            place = self._clean(network, SURROGATE_SEED, "surrogate")
-            surrogate = network.read(place / "model.safetensors", self.plan.device)
-        attack, seed = self.plan.spec.params, self.plan.spec.seed
-        access = Access(self.plan.world.train, surrogate, stream(seed, "attack"))
-        show = self.steps(f"fit {self.plan.spec.attack}", None)
-        if not getattr(attack, "optimises", False):
-            with timed(self.seconds, "fit"), show:
-                return attack.fit(access)
-        make = partial(make_trigger, self.plan, access, show)
-        place = self.store.stage(self.plan.trigger_stage(), make, self.redo == "all")  # other victims share it
-        facts = json.loads((place / "facts.json").read_text("utf-8"))
+    def fit(self) -> Fitted:
+        """The attack's triggers from their stage, which is made with the surrogates that the attack asks for."""
+        plan = self.plan
+        for name, (network, seed) in plan.surrogates().items():
+            if network.checkpoint is None:
+                self._clean(network, seed, name)
+
+        def make(folder: Path) -> None:
+            ready = {name: self._surrogate(name, network) for name, (network, _) in plan.surrogates().items()}
+            other = plan.other.train if plan.other else None
+            access = Access(
+                plan.world.train,
+                ready.get("surrogate"),
+                stream(plan.spec.seed, "attack"),
+                ready.get("test_surrogate"),
+                other,
+            )
+            make_trigger(plan, access, self.steps(f"fit {plan.spec.attack}", None), folder)
+
+        place = self.made["trigger"] = self.store.stage(plan.trigger_stage(), make, self.redo == "all")
+        facts = read_json(place / "facts.json")
         self.seconds["fit"] = facts["seconds"]
-        trigger = read_trigger(place / "trigger.safetensors", attack)
-        implant = attack.fit(replace(access, generator=stream(seed, "attack"), trigger=trigger))
-        return replace(implant, report=facts["report"])
+        return replace(self._fitted(place), report=facts["report"])
+
+    def implant(self, fitted: Fitted) -> Implant:
+        """How the trigger gets into the victim; what is drawn for it goes on where `fit` ended."""
+        plan, generator = self.plan, read_stream(self.made["trigger"], self.plan.spec.seed)
+        other = plan.other.train if plan.other else None
+        return plan.spec.params.implant(Access(plan.world.train, None, generator, other=other), fitted)
+
+    def _fitted(self, place: Path) -> Fitted:
+        """The triggers in a stage's folder."""
+        return read_fitted(place, self.plan.spec.params, device=self.plan.device)
+
+    def _surrogate(self, name: str, network: Network) -> nn.Module:
+        """A surrogate, ready and frozen."""
+        if network.checkpoint is not None:
+            return network.build(0, self.plan.device).requires_grad_(False)
+        return network.read(self.made[name] / "model.safetensors", self.plan.device)
 
     def _clean(self, network: Network, seed: int, name: str) -> Path:
-        """The folder of a clean model's stage."""
-        show = self.steps(f"train the {name}", training_steps(self.plan.spec, len(self.plan.world.train)))
+        """The folder of a clean model's stage; asked for again, the same."""
+        if name in self.made:
+            return self.made[name]
+        steps = training_steps(self.plan.spec, len(self.plan.world.train))
+        show = self.steps(f"train the {name.replace('_', ' ')}", steps)
         make = partial(make_clean, self.plan, network, seed, show)
         self.made[name] = self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
         return self.made[name]
 
-    def _measure(self, implant: Implant, folder: Path) -> Record:
+    def _stored(self, implant: Implant) -> Table | None:
+        """Stealth of what the poisoned training images carry, where that is not the trigger at test time."""
+        if implant.poison is None:
+            return None
+        train = self.plan.world.train
+        poisoned = implant.poison(train, stream(self.plan.spec.seed, "poison"))
+        return stealth_of(train, poisoned, poisoned.poisoned.nonzero().squeeze(1))
+
+    def _measure(self, backdoor: Backdoor, stored: Table | None, folder: Path) -> Record:
+        """Measure victim and twin, and say it all in a record."""
         plan, test = self.plan, self.plan.world.test
         victim, twin = (
             plan.victim.read(self.made[name] / "model.safetensors", plan.device) for name in ("victim", "twin")
         )
         with timed(self.seconds, "measure"), self.steps("measure", 5 * -(-len(test) // BATCH)) as tick:
-            measures = measure_victim(victim, twin, test, implant, plan.arithmetic, tick)
-            examined = examine(victim, twin, test, implant)
+            measures = measure_victim(victim, twin, test, backdoor, plan.arithmetic, tick)
+            examined = examine(victim, twin, test, backdoor)
         folder.mkdir(exist_ok=True)
-        write_bytes(folder / "pictures.png", draw_examples(test, implant, victim, plan.arithmetic))
-        facts = {name: json.loads((place / "facts.json").read_text("utf-8")) for name, place in self.made.items()}
-        trained = {name: fact["seconds"]["train"] for name, fact in facts.items()}
+        write_bytes(folder / "pictures.png", draw_examples(test, backdoor, victim, plan.arithmetic))
+        models = {name: place for name, place in self.made.items() if name != "trigger"}
+        facts = {name: read_json(place / "facts.json") for name, place in models.items()}
+        about = facts["victim"]
+        surrogates = {name: network.shown() for name, (network, _) in plan.surrogates().items()}
         return Record(
             schema=SCHEMA,
             name=plan.spec.name,
@@ -230,17 +276,23 @@ class _Runner:
             data={
                 "n_train": len(plan.world.train),
                 "n_test": len(test),
-                "n_poisoned": facts["victim"]["n_poisoned"],
+                "n_poisoned": about["n_poisoned"],
+                "n_covers": about["n_covers"],
                 "classes": test.n_classes,
                 "fingerprint": plan.world.fingerprint,
-                "n_curves": facts["victim"]["n_curves"],
+                "n_curves": about["n_curves"],
             },
-            models={"victim": plan.victim.shown(), "surrogate": plan.surrogate.shown() if plan.surrogate else None},
-            victim=measures,
-            attack={**implant.report, **examined},
+            models={"victim": plan.victim.shown(), "surrogate": None, **surrogates},
+            victim={**measures, **({"stealth_stored": stored} if stored else {})},
+            attack={**about["report"], **examined},
+            attack_version=plan.spec.params.version,
             curves={name: fact["curves"] for name, fact in facts.items()},
             **asdict(plan.arithmetic),
             memory=memory(plan.device),
-            seconds={"poison": facts["victim"]["seconds"]["poison"], **trained, **self.seconds},
+            seconds={
+                "poison": about["seconds"].get("poison", 0.0),
+                **{name: fact["seconds"]["train"] for name, fact in facts.items()},
+                **self.seconds,
+            },
             stages=plan.keys(),
         )

@@ -18,18 +18,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from vitrap import registry
 from vitrap.errors import UserError, unknown
+from vitrap.experiment.named import Named
 from vitrap.params import check, param
 from vitrap.train.recipe import Recipe, recipe_for
 
 Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
 _adapter = cache(TypeAdapter)
-KEPT = {"attack": ("target",), "model": (), "surrogate": (), "data": ("limit",)}
+KEPT = {"attack": ("target",), "model": (), "surrogate": (), "test_surrogate": (), "data": ("limit",)}
 """Tables whose name can be overridden, and the keys that a new name leaves in place."""
 UNNAMED = {"attack": "ageb", "data": "digits"}
 """What a table without a name stands for."""
-
-
+FEWEST = 10
+"""With fewer scores a threshold says nothing."""
 PAGE = ("page", "table", "figure")
 """Keys of a sweep's spec that say what `vitrap table` makes of its records."""
 
@@ -69,20 +70,20 @@ class ModelTable:
 
     name: str | None = param(None, "timm's name; left out: the small ViT")
     pretrained: bool = param(False, "start from the hub's weights")
-    checkpoint: str | None = param(None, "start from this safetensors file; a surrogate is then used as it is")
+    checkpoint: str | None = param(
+        None, "take the weights of this safetensors file, which fits exactly; a surrogate is then used as it is"
+    )
+    weights: str | None = param(
+        None, "start training from this safetensors file, adapted as timm adapts pretrained weights"
+    )
     overrides: Table = param({}, "timm's arguments: patch_size, depth, embed_dim, num_heads, ...")
 
-
-@dataclass(frozen=True)
-class Named:
-    """A defence and the name that it is registered under."""
-
-    name: str
-    params: Any
-
-    def table(self) -> Table:
-        """As a spec has it, under `[[defences]]`."""
-        return {"name": self.name, **asdict(self.params)}
+    def __post_init__(self) -> None:
+        """Refuse more than one start."""
+        given = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "weights": self.weights}
+        starts = [key for key, value in given.items() if value]
+        if len(starts) > 1:
+            raise UserError(f"{' and '.join(starts)} are given, and weights start from one of them; leave out the rest")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Spec:
         data: which images.
         model: the victim's network.
         surrogate: the attacker's own network; None: like the victim's, other seed.
+        test_surrogate: a second one, which the trigger uses at test time; None: the same as in training.
         attack: the attack's name.
         params: the attack itself, a frozen dataclass.
         recipe: how every model of the run is trained.
@@ -110,6 +112,7 @@ class Spec:
     params: Any
     recipe: Recipe
     defences: tuple[Named, ...] = ()
+    test_surrogate: ModelTable | None = None
 
     def table(self) -> Table:
         """The spec as the nested table that `load_spec` reads; keys left out are None's."""
@@ -119,6 +122,7 @@ class Spec:
             "data": asdict(self.data),
             "model": _flat(self.model),
             "surrogate": _flat(self.surrogate) if self.surrogate else None,
+            "test_surrogate": _flat(self.test_surrogate) if self.test_surrogate else None,
             "attack": {"name": self.attack, **asdict(self.params)},
             "recipe": asdict(self.recipe),
             "defences": [_without_none(defence.table()) for defence in self.defences] or None,
@@ -172,7 +176,7 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
             raise UserError(f"{key} = {value} is no finite number")
         if isinstance(value, date | time):
             raise UserError(f"{key} = {value} is a date or a time; put a string in quotes")
-    tables = {"data": DataTable, "model": ModelTable, "surrogate": ModelTable, "attack": None, "recipe": Recipe}
+    tables = ("data", "model", "surrogate", "test_surrogate", "attack", "recipe")
     for key in table:
         if key not in {"name", "seed", "defences", *tables}:
             raise unknown("key", key, ["name", "seed", "defences", *tables])
@@ -182,11 +186,22 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     head = build(_Head, {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
     data = build(DataTable, table.get("data", {}), "data")
     model = _model(table.get("model", {}), "model")
-    surrogate = _model(table["surrogate"], "surrogate") if "surrogate" in table else None
+    surrogates = {k: _model(table[k], k) if k in table else None for k in ("surrogate", "test_surrogate")}
     recipe = build(Recipe, {**asdict(recipe_for(data.name)), **table.get("recipe", {})}, "recipe")
     attack, params = _attack(table.get("attack", {}))  # last: its file imports torch
     defences = _defences(table.get("defences", []))
-    return Spec(head.name, head.seed, data, model, surrogate, attack, params, recipe, defences)
+    return Spec(
+        head.name,
+        head.seed,
+        data,
+        model,
+        surrogates["surrogate"],
+        attack,
+        params,
+        recipe,
+        defences,
+        surrogates["test_surrogate"],
+    )
 
 
 def load_defence(name: str, overrides: Sequence[str] = ()) -> Named:
@@ -240,8 +255,19 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> Named:
     for key, value in _leaves(table):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}.{key} = {value} is no finite number")
-    settings = {k: v for k, v in table.items() if k != "name"}
-    return Named(name, build(registry.get("defences", name), settings, where, ("name",)))
+    settings = {k: v for k, v in table.items() if k not in ("name", "screened")}
+    defence = build(registry.get("defences", name), settings, where, ("name", "screened"))
+    if "screened" not in table:
+        return Named(name, defence)
+    screened = table["screened"]
+    if defence.kind != "screen":
+        raise UserError(
+            f"{where}.screened = {screened!r} means nothing for {name}, a {defence.kind}, since only a screen scores"
+            " images at test time; leave it out"
+        )
+    if not isinstance(screened, int) or isinstance(screened, bool) or screened < FEWEST:
+        raise UserError(f"{where}.screened = {screened!r} is wrong: it must be a whole number of {FEWEST} or more")
+    return Named(name, defence, screened)
 
 
 def _model(table: Mapping[str, Any], where: str) -> ModelTable:

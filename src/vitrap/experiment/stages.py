@@ -2,28 +2,34 @@
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitrap.contracts import Access, Goal, ImageSet, Implant, Objective
-from vitrap.experiment.measure import every_row, predict, spread, triggered
+from vitrap.contracts import Access, Along, Fitted, Goal, ImageSet, Implant, Objective
 from vitrap.experiment.plan import Network, Plan, training_steps
+from vitrap.experiment.predict import every_row, predict, spread, timed, triggered
 from vitrap.experiment.progress import Steps, Tick
 from vitrap.experiment.spec import Spec
-from vitrap.experiment.store import write_json
+from vitrap.experiment.store import place_file, read_json, write_json
 from vitrap.experiment.streams import ambient, stream, training_streams
-from vitrap.experiment.trigger_file import save_trigger
+from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, save_trigger
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
-from vitrap.models.vit import ViT, save_vit
+from vitrap.models.classifier import Classifier, save_model
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
+from vitrap.train.recipe import Recipe
 
+STREAM = "stream.safetensors"
+"""In a trigger's stage: the state of the attacker's random stream after `fit`, where `implant` goes on."""
 WATCHED = 500
 """Curves count at most so many held-out images, spread evenly."""
 
@@ -32,8 +38,10 @@ def make_clean(plan: Plan, network: Network, seed: int, show: AbstractContextMan
     """Train a network on the clean training set into `folder`."""
     start = time.perf_counter()
     model = network.build(seed, plan.device)
-    curves = _train(plan, model, plan.world.train, seed, None, show, _watch(plan))
-    _keep(model, folder, {"curves": curves, "seconds": {"train": time.perf_counter() - start}}, {"role": "clean"})
+    watch = _watch(plan)
+    curves = _train(plan, model, plan.world.train, seed, None, show, watch)
+    seconds = {"train": time.perf_counter() - start}
+    _keep(model, folder, {"curves": curves, "n_curves": watch.counts(), "seconds": seconds}, {"role": "clean"})
 
 
 def make_retrained(plan: Plan, kept: ImageSet, show: AbstractContextManager[Tick], folder: Path) -> None:
@@ -49,34 +57,133 @@ def make_retrained(plan: Plan, kept: ImageSet, show: AbstractContextManager[Tick
     _keep(model, folder, facts, carries(plan.spec, "retrained"))
 
 
+@dataclass(frozen=True)
+class Retraining:
+    """Trains the network of victim and twin anew, as a defender asks; keeps nothing, and knows of no attack.
+
+    Attributes:
+        network: with its first weights.
+        recipe: of the run.
+        seed: of the run.
+        device: where.
+        arithmetic: how it computes.
+        steps: how to show what is under way.
+    """
+
+    network: Network
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    arithmetic: Arithmetic
+    steps: Steps
+
+    def __call__(
+        self,
+        images: ImageSet,
+        objective: Objective | None = None,
+        epochs: int | None = None,
+        start: nn.Module | None = None,
+    ) -> nn.Module:
+        """As `contracts.Retrain` has it."""
+        recipe = self.recipe if epochs is None else replace(self.recipe, epochs=epochs)
+        model = self.network.build(self.seed, self.device) if start is None else deepcopy(start).requires_grad_(True)
+        show = self.steps("train for the defender", recipe.epochs * -(-len(images) // recipe.batch_size))
+        with show as tick, ambient(self.seed, "dropout", self.device):
+            streams = training_streams(self.seed, self.device)
+            train(model, images, recipe, streams, objective, tick, arithmetic=self.arithmetic)
+        return model.eval().requires_grad_(False)
+
+
 def make_trigger(plan: Plan, access: Access, show: AbstractContextManager[Tick], folder: Path) -> None:
-    """Optimise the attack's trigger into `folder`, with what `fit` says of it."""
+    """Fit the attack into `folder`: its triggers, what it says of itself, and where its random stream ended."""
     spec, start = plan.spec, time.perf_counter()
-    with show:
-        implant = spec.params.fit(access)
-    carried = json.dumps(carries(spec, "trigger"))
-    save_trigger(implant.trigger, spec.params, folder / "trigger.safetensors", vitrap=carried)
-    write_json(folder / "facts.json", {"report": dict(implant.report), "seconds": time.perf_counter() - start})
+    with show, ambient(spec.seed, "fit", plan.device):  # for first weights of networks, which draw from torch's state
+        fitted = spec.params.fit(access)
+    for trigger in (fitted.trigger, fitted.stored):
+        if trigger is not None:
+            check_networks(trigger, spec.params)
+    keep_triggers(spec, fitted, folder)
+    carried = {"vitrap": json.dumps(carries(spec, "trigger"))}
+    save_file({"state": access.generator.get_state()}, folder / STREAM, carried)
+    write_json(folder / "facts.json", {"report": dict(fitted.report), "seconds": time.perf_counter() - start})
 
 
-def make_victim(plan: Plan, implant: Implant, steps: Steps, folder: Path) -> None:
-    """Poison the training set, train on it, edit the result, all into `folder`."""
-    spec, start = plan.spec, time.perf_counter()
-    with steps("poison the training set", None):
-        poisoned = implant.poison(plan.world.train, stream(spec.seed, "poison"))
-    middle = time.perf_counter()
-    model = plan.victim.build(spec.seed, plan.device)
-    show = steps("train the victim", training_steps(spec, len(plan.world.train)))
-    watch = _watch(plan, implant)
-    curves = _train(plan, model, poisoned, spec.seed, implant.objective, show, watch)
+def read_stream(folder: Path, seed: int) -> torch.Generator:
+    """The attacker's random stream as `fit` left it: of a trigger's or a victim's stage, or of a finished run.
+
+    A run of an older vitrap has no such file: its stream begins anew.
+    """
+    generator = stream(seed, "attack")
+    if (folder / STREAM).exists():
+        generator.set_state(load_file(folder / STREAM)["state"])
+    return generator
+
+
+def make_victim(
+    plan: Plan, fitted: Fitted, implant: Implant, places: Mapping[str, Path], steps: Steps, folder: Path
+) -> None:
+    """Poison the training set, train on it, edit the result, all into `folder`.
+
+    Args:
+        plan: of the run.
+        fitted: the attack's trigger.
+        implant: how it gets into the victim.
+        places: folders of the stages that it starts from: "trigger", and "twin" where the attack edits weights alone.
+        steps: how to show what is under way.
+        folder: the victim's own.
+    """
+    spec, train_set = plan.spec, plan.world.train
+    facts: dict[str, Any] = {}
+    poisoned = train_set
+    if implant.poison is not None:
+        with timed(facts.setdefault("seconds", {}), "poison"), steps("poison the training set", None):
+            poisoned = implant.poison(train_set, stream(spec.seed, "poison"))
+    start = time.perf_counter()
+    if spec.params.threat == "weights":
+        # An attacker of weights starts from the model that an honest training gives: the twin.
+        model = plan.victim.read(places["twin"] / "model.safetensors", plan.device)
+        earlier = read_json(places["twin"] / "facts.json")
+        facts |= {"curves": earlier["curves"], "n_curves": earlier["n_curves"]}
+    else:
+        model = plan.victim.build(spec.seed, plan.device)
+        watch = _watch(plan, fitted, implant)
+        show = steps("train the victim", training_steps(spec, len(train_set)))
+        facts |= {"curves": _train(plan, model, poisoned, spec.seed, implant.objective, show, watch)}
+        facts |= {"n_curves": watch.counts()}
+    after, report = fitted, dict(fitted.report)
     if implant.edit is not None:
-        model = implant.edit(model)
-    seconds = {"poison": middle - start, "train": time.perf_counter() - middle}
-    counted = {"n_poisoned": int(poisoned.poisoned.sum()), "n_curves": watch.counts()}
-    _keep(model, folder, {"curves": curves, "seconds": seconds, **counted}, carries(spec, "victim"))
+        show = steps(f"edit the weights by {spec.attack}", None)
+        with show, ambient(spec.seed, "edit", plan.device):
+            edited = implant.edit(model, stream(spec.seed, "edit"))
+        model, after = edited.model, replace(fitted, trigger=edited.trigger)
+        report |= edited.report
+    facts.setdefault("seconds", {})["train"] = time.perf_counter() - start
+    facts |= {"n_poisoned": int(poisoned.poisoned.sum()), "n_covers": int(poisoned.covers.sum()), "report": report}
+    for name in (TRIGGER, STORED, STREAM):
+        if (places["trigger"] / name).exists():
+            place_file(places["trigger"] / name, folder / name)
+    along = implant.objective.along if implant.objective else {}
+    if along or implant.edit is not None:
+        # The trigger is another one by now; what is stored carries the one that `fit` made.
+        if implant.poison is not None and not (folder / STORED).exists():
+            place_file(places["trigger"] / TRIGGER, folder / STORED)
+        keep_triggers(spec, replace(after, stored=None), folder)
+    if along:
+        _keep_along(along, folder, carries(spec, "trained along"))
+    _keep(model, folder, facts, carries(spec, "victim"))
 
 
-def carries(spec: Spec, role: Literal["victim", "trigger", "retrained", "poisoned set"]) -> dict[str, Any]:
+def keep_triggers(spec: Spec, fitted: Fitted, folder: Path) -> None:
+    """Write what fires at test time and what poisoned images carry, each where there is such a trigger."""
+    carried = json.dumps(carries(spec, "trigger"))
+    for name, trigger in ((TRIGGER, fitted.trigger), (STORED, fitted.stored)):
+        if trigger is not None:
+            save_trigger(trigger, spec.params, folder / name, vitrap=carried)
+
+
+def carries(
+    spec: Spec, role: Literal["victim", "trigger", "trained along", "retrained", "scores", "poisoned set"]
+) -> dict[str, Any]:
     """What the metadata of every file that belongs to a backdoor, or may, say of it; no defence is part of that."""
     return {
         "role": role,
@@ -89,12 +196,19 @@ def carries(spec: Spec, role: Literal["victim", "trigger", "retrained", "poisone
 
 @dataclass(frozen=True)
 class Watch:
-    """CDA and, of a victim, ASR on held-out images after each epoch, for the curves: nothing is chosen by them."""
+    """CDA and, of a victim, ASR on held-out images after each epoch, for the curves: nothing is chosen by them.
+
+    Attributes:
+        held: the images.
+        arithmetic: how the model computes.
+        goal: of the attack; None for a clean model, or where the trigger is not known yet.
+        fired: gives the images with the trigger as it is by then; None as for `goal`.
+    """
 
     held: ImageSet
     arithmetic: Arithmetic
     goal: Goal | None = None
-    fired: ImageSet | None = None
+    fired: Callable[[], ImageSet] | None = None
 
     def counts(self) -> dict[str, int]:
         """How many images each curve counts; one that would count none is left out."""
@@ -107,16 +221,21 @@ class Watch:
         if len(true):
             found["cda"] = clean_accuracy(predict(model, self.held, self.arithmetic), true).value
         if self.goal and self.fired and "asr" in self.counts():
-            found["asr"] = attack_success(predict(model, self.fired, self.arithmetic), true, self.goal).value
+            found["asr"] = attack_success(predict(model, self.fired(), self.arithmetic), true, self.goal).value
         return found
 
 
-def _watch(plan: Plan, implant: Implant | None = None) -> Watch:
+def _watch(plan: Plan, fitted: Fitted | None = None, implant: Implant | None = None) -> Watch:
+    """What looks at a model in training; a trigger that is trained along is fired anew each time."""
     held = plan.world.choose
     held = held.take(spread(every_row(held), WATCHED))
-    if implant is None or not len(held):
+    trigger = fitted.trigger if fitted else None
+    if trigger is None or implant is None or not len(held):
         return Watch(held, plan.arithmetic)
-    return Watch(held, plan.arithmetic, implant.goal, triggered(held, implant.trigger))
+    if implant.objective and implant.objective.along:
+        return Watch(held, plan.arithmetic, plan.goal, partial(triggered, held, trigger))
+    fired = triggered(held, trigger)
+    return Watch(held, plan.arithmetic, plan.goal, lambda: fired)
 
 
 def _train(  # noqa: PLR0913 - as `train`
@@ -133,11 +252,18 @@ def _train(  # noqa: PLR0913 - as `train`
         return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic)
 
 
+def _keep_along(along: Mapping[str, Along], folder: Path, carried: dict[str, Any]) -> None:
+    """Keep what was trained with the victim, each weight under the name of its module."""
+    weights = {f"{name}.{k}": v for name, each in along.items() for k, v in each.module.state_dict().items()}
+    kept = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
+    save_file(kept, folder / "along.safetensors", {"vitrap": json.dumps(carried)})
+
+
 def _keep(model: nn.Module, folder: Path, facts: dict[str, Any], carried: dict[str, Any]) -> None:
     write_json(folder / "facts.json", facts)
     metadata = {"vitrap": json.dumps(carried)}
-    if isinstance(model, ViT):
-        save_vit(model, folder / "model.safetensors", **metadata)
+    if isinstance(model, Classifier):
+        save_model(model, folder / "model.safetensors", **metadata)
         return
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     save_file({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}, folder / "model.safetensors", metadata)

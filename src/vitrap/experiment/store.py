@@ -4,7 +4,6 @@ A stage is a folder named by the hash of all it depends on. It is made under a t
 place, so a process killed at any moment leaves no half stage, and the next call makes it anew.
 """
 
-import ast
 import fcntl
 import hashlib
 import json
@@ -15,13 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError
 
-PACKAGE = Path(__file__).parents[1]
 STALE = 7 * 24 * 3600
 """Seconds after which a draft counts as left behind."""
 
@@ -148,6 +145,11 @@ def _put_in_place(draft: Path, place: Path, force: bool) -> None:
             raise
 
 
+def read_json(path: Path) -> Any:
+    """What a stage's JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all; NaN and infinity are refused."""
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
@@ -178,28 +180,3 @@ def place_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, draft)
     os.replace(draft, target)
     draft.unlink(missing_ok=True)  # a rename between two links of one file does nothing, by POSIX
-
-
-@cache
-def code_digest(*places: str) -> str:
-    """A digest of the source of parts of the package: files or folders below it; comments and docstrings apart."""
-    files = sorted(
-        {
-            f
-            for place in places
-            for f in ([PACKAGE / place] if place.endswith(".py") else (PACKAGE / place).rglob("*.py"))
-        }
-    )
-    whole = hashlib.sha256()
-    for file in files:
-        own = file.is_relative_to(PACKAGE)  # a third party's attack lies elsewhere
-        whole.update(str(file.relative_to(PACKAGE) if own else file.name).encode())
-        whole.update(ast.dump(_without_docstrings(ast.parse(file.read_text(encoding="utf-8")))).encode())
-    return whole.hexdigest()[:16]
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    return tree

@@ -10,6 +10,8 @@ from vitrap.train.loop import Streams
 
 SURROGATE_SEED = 1000
 """The surrogate's own seed, so that no grid of seeds makes it another run's twin."""
+TEST_SURROGATE_SEED = 1001
+"""That of the surrogate at test time, where a spec has one."""
 
 
 def stream(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
@@ -19,8 +21,13 @@ def stream(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch
 
 
 def training_streams(seed: int, device: torch.device) -> Streams:
-    """Order and augmentation of a training: the same for a victim and its clean twin."""
-    return Streams(stream(seed, "order"), stream(seed, "augmentation", device), stream(seed, "projection"))
+    """All that is random about a training: the same for a victim and its clean twin."""
+    return Streams(
+        stream(seed, "order"),
+        stream(seed, "augmentation", device),
+        stream(seed, "projection"),
+        stream(seed, "preparation"),
+    )
 
 
 @contextmanager

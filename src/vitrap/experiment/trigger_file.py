@@ -1,12 +1,16 @@
 """Keeping a trigger so that it can fire again: its tensors and networks as safetensors, the rest in the metadata.
 
-A trigger is a frozen dataclass. Its fields may be tensors, ViTs, the attack's own settings, and what JSON can write;
-which class it is stands in the metadata and is looked up in the attack's own file, nowhere else.
+A trigger is a frozen dataclass. Its fields may be tensors, networks, the attack's own settings, and what JSON can
+write. Which class it is stands in the metadata and is looked up in the attack's own file, nowhere else. A network is
+one of timm's, or of a class of ours with an attribute `arguments`: what its `__init__` takes, as JSON can write it. The
+file then names class and arguments, and only classes of vitrap or of the attack's own package are ever built from it.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +20,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vitrap.contracts import Trigger
+from vitrap.contracts import Crafted, Fitted, Trigger
 from vitrap.errors import UserError
 from vitrap.experiment.store import write_bytes
-from vitrap.models.vit import Architecture, ViT, blank_vit
+from vitrap.models.classifier import Architecture, Classifier, blank_model
+
+TRIGGER = "trigger.safetensors"
+"""What fires at test time."""
+STORED = "stored.safetensors"
+"""What poisoned training images carry, where that is not the trigger; or those images themselves."""
 
 
-def save_trigger(trigger: Trigger, settings: Any, path: Path, **facts: str) -> None:
+def check_networks(trigger: Trigger | Crafted, settings: Any) -> None:
+    """Refuse a trigger with a network that its file could not build again, before anybody relies on it.
+
+    Raises:
+        UserError: naming the field and the network's class.
+    """
+    for name, network in _networks(trigger).items():
+        built = how_built(network)
+        if "module" in built:
+            _own_class(built["module"], settings)
+        elif built["network"] is None:
+            raise UserError(
+                f"the trigger's {name} is a {type(network).__name__}, which its file cannot build again; give the"
+                " network's class an attribute `arguments`: what its __init__ takes, as JSON can write it"
+            )
+
+
+def save_trigger(trigger: Trigger | Crafted, settings: Any, path: Path, **facts: str) -> None:
     """Write a trigger of the attack `settings`; `facts` join the file's metadata.
 
     Raises:
@@ -37,9 +63,8 @@ def save_trigger(trigger: Trigger, settings: Any, path: Path, **facts: str) -> N
         if isinstance(value, Tensor):
             tensors[f.name] = value.detach().cpu().contiguous()
         elif isinstance(value, nn.Module):
-            body = value.body if isinstance(value, ViT) else value
-            tensors |= {f"{f.name}.{k}": v.detach().cpu().contiguous() for k, v in body.state_dict().items()}
-            plain[f.name] = {"network": asdict(value.architecture) if isinstance(value, ViT) else None}
+            tensors |= {f"{f.name}.{k}": v.detach().cpu().contiguous() for k, v in weights_of(value).items()}
+            plain[f.name] = how_built(value)
         elif value is not settings:
             plain[f.name] = {"value": value}
     kept = {"trigger": type(trigger).__name__, "fields": json.dumps(plain)}
@@ -57,12 +82,19 @@ def read_trigger(
     Args:
         path: the file.
         settings: the attack, as the spec of the run has it.
-        networks: networks of the trigger that are no ViT of vitrap's, by field name, with their weights.
+        networks: networks of the trigger that the file cannot build, by field name, with their weights.
         device: where the trigger is to work.
 
     Raises:
         UserError: the file is missing, damaged, or of another attack.
     """
+    return cast(Trigger, _read(path, settings, networks or {}, device))
+
+
+def _read(
+    path: Path, settings: Any, networks: Mapping[str, nn.Module], device: torch.device | str
+) -> Trigger | Crafted:
+    """What a file holds."""
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
@@ -70,6 +102,7 @@ def read_trigger(
     except (SafetensorError, OSError) as error:
         raise UserError(f"trigger file {str(path)!r} is missing or damaged: {error}") from error
     kind: Any = getattr(sys.modules[type(settings).__module__], facts.get("trigger", ""), None)
+    kind = Crafted if facts.get("trigger") == Crafted.__name__ else kind
     if not isinstance(kind, type) or not is_dataclass(kind):
         raise UserError(f"trigger file {str(path)!r} belongs to another attack than {type(settings).__name__}")
     plain = json.loads(facts.get("fields", "{}"))
@@ -79,25 +112,100 @@ def read_trigger(
             values[f.name] = tensors[f.name].to(device)
         elif f.name not in plain:
             values[f.name] = settings
-        elif "network" in plain[f.name]:
-            values[f.name] = _network(f.name, plain[f.name]["network"], tensors, networks or {}).to(device)
+        elif "value" not in plain[f.name]:
+            network = _network(f.name, plain[f.name], settings, tensors, networks)
+            values[f.name] = network.to(device).eval().requires_grad_(False)
         else:
             value = plain[f.name]["value"]
             values[f.name] = tuple(value) if isinstance(value, list) else value
-    return cast(Trigger, kind(**values))
+    found: Any = kind(**values)
+    return found
 
 
-def _network(name: str, architecture: Any, tensors: Mapping[str, Tensor], given: Mapping[str, nn.Module]) -> nn.Module:
-    if architecture is None:
+def read_fitted(
+    folder: Path,
+    settings: Any,
+    networks: Mapping[str, nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+) -> Fitted:
+    """The triggers that a folder holds: of a stage or of a finished run.
+
+    Args:
+        folder: with `trigger.safetensors`, unless the trigger is known only after training, and perhaps
+            `stored.safetensors`.
+        settings: as for `read_trigger`.
+        networks: as for `read_trigger`.
+        device: as for `read_trigger`.
+
+    Raises:
+        UserError: a file is damaged, or of another attack.
+    """
+    there = [(folder / name).exists() for name in (TRIGGER, STORED)]
+    trigger = read_trigger(folder / TRIGGER, settings, networks, device) if there[0] else None
+    stored = _read(folder / STORED, settings, networks or {}, device) if there[1] else None
+    return Fitted(trigger, stored)
+
+
+def _networks(trigger: Trigger | Crafted) -> dict[str, nn.Module]:
+    """The networks that a trigger holds, by field name."""
+    values = {f.name: getattr(trigger, f.name) for f in fields(trigger)} if is_dataclass(trigger) else {}
+    return {name: value for name, value in values.items() if isinstance(value, nn.Module)}
+
+
+def weights_of(network: nn.Module) -> Mapping[str, Tensor]:
+    """A network's weights, by their own names."""
+    return (network.body if isinstance(network, Classifier) else network).state_dict()
+
+
+def how_built(network: nn.Module) -> dict[str, Any]:
+    """What a file says of a network: how to build it again, as far as that is known."""
+    if isinstance(network, Classifier):
+        return {"network": asdict(network.architecture)}
+    arguments = getattr(network, "arguments", None)
+    if arguments is None:
+        return {"network": None}
+    kind = type(network)
+    return {"module": f"{kind.__module__}:{kind.__qualname__}", "arguments": dict(arguments)}
+
+
+def _network(
+    name: str, built: Mapping[str, Any], settings: Any, tensors: Mapping[str, Tensor], given: Mapping[str, nn.Module]
+) -> nn.Module:
+    """The network of a field, with its weights."""
+    if built.get("network") is None and "module" not in built:
         if name not in given:
             raise UserError(
-                f"the trigger's {name} is no ViT of vitrap's: give the network as networks={{{name!r}: ...}}"
+                f"the trigger's {name} is a network that its file cannot build: give it as networks={{{name!r}: ...}}"
             )
         return given[name]
-    model = blank_vit(Architecture(**architecture))
+    if "module" in built:
+        with torch.random.fork_rng(devices=[]):  # what it draws for its first weights moves nothing
+            network = module = _own_class(built["module"], settings)(**built["arguments"])
+    else:
+        network = blank_model(Architecture(**built["network"]))
+        module = network.body
     weights = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
     try:
-        model.body.load_state_dict(weights)
+        module.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the trigger file's {name} does not fit its network: {str(error).splitlines()[0]}") from error
-    return model.requires_grad_(False)
+    return network
+
+
+def _own_class(named: str, settings: Any) -> type[nn.Module]:
+    """A module class of vitrap, or of the attack's own package; whatever else a file names is never imported.
+
+    Raises:
+        UserError: it is neither, or not there.
+    """
+    place, _, name = named.partition(":")
+    home = type(settings).__module__.partition(".")[0]
+    found: Any = None
+    if place.partition(".")[0] in (home, "vitrap") and all(part.isidentifier() for part in place.split(".")):
+        with suppress(ImportError):
+            found = getattr(importlib.import_module(place), name, None)
+    if not isinstance(found, type) or not issubclass(found, nn.Module) or found.__module__ != place:
+        raise UserError(
+            f"a trigger file names the network class {named!r}, which is none of vitrap's or of {home}; it is not built"
+        )
+    return found

@@ -1,1 +1,1 @@
-"""Vision transformers: opening them, and looking inside."""
+"""Networks: opening them, and looking inside."""

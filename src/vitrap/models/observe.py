@@ -1,30 +1,35 @@
-"""Looking at the attention of a ViT of any plain family, without changing the model.
+"""Looking at the attention of a network of any plain family, without changing the model.
 
 Inside `with observe(model) as seen:` each forward pass leaves the softmax attention of the chosen blocks in
 `seen`. Fused attention is switched off for those blocks alone, so the others stay as fast as they were; on exit
 everything is as before.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers.attention import Attention, AttentionRope
-from timm.models.beit import Attention as BeitAttention
-from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaAttention
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
+from vitrap.models.families import PLAIN as PLAIN_FAMILIES
+from vitrap.models.families import plain_names
+from vitrap.models.layers import name_of, outputs_of
 
-FAMILIES = (VisionTransformer, Beit, Eva)
-PLAIN = (Attention, AttentionRope, BeitAttention, EvaAttention)
+
+def _classes(names: Iterable[str]) -> tuple[type[nn.Module], ...]:
+    """The classes that the table of families names as "module:class"."""
+    split = [name.split(":") for name in sorted(set(names))]
+    return tuple(getattr(import_module(module), kind) for module, kind in split)
+
+
+TRANSFORMERS = _classes(family.network for family in PLAIN_FAMILIES)
+PLAIN = _classes(name for family in PLAIN_FAMILIES for name in family.attention)
 
 Maps = Float[Tensor, "b heads tokens tokens"]
 
@@ -45,22 +50,32 @@ class TokenLayout:
     read: tuple[int, ...]
 
 
+def attends(model: nn.Module) -> bool:
+    """Whether there is a ViT inside `model` whose plain token attention can be looked at."""
+    return _plain_vit(model) is not None
+
+
 def transformer(model: nn.Module) -> Any:
     """The ViT inside `model`, which may wrap it.
 
     Raises:
         UserError: there is none with plain token attention (Swin, CaiT, XCiT, CNNs and others).
     """
-    for module in model.modules():
-        if not isinstance(module, FAMILIES):
-            continue
+    found = _plain_vit(model)
+    if found is None:
+        raise UserError(
+            f"model {name_of(model)} has no plain token attention to look at; take one of the families {plain_names()}"
+        )
+    return found
+
+
+def _plain_vit(model: nn.Module) -> Any | None:
+    found: list[Any] = [module for module in model.modules() if isinstance(module, TRANSFORMERS)]
+    for module in found:
         attentions = [getattr(block, "attn", None) for block in module.blocks]  # parallel blocks have no single one
         if attentions and all(isinstance(a, PLAIN) for a in attentions):
             return module
-    kind = type(getattr(model, "body", model)).__name__
-    raise UserError(
-        f"model {kind} has no plain token attention to look at; take one of the families vit, deit, deit3, beit or eva"
-    )
+    return None
 
 
 def steady_transformer(model: nn.Module) -> Any:
@@ -149,7 +164,7 @@ def attention_outputs(
         UserError: the model has no plain token attention.
     """
     attentions = [block.attn for block in transformer(model).blocks]
-    return _outputs({number: attentions[number] for number in blocks})
+    return outputs_of({number: attentions[number] for number in blocks})
 
 
 def block_outputs(
@@ -160,20 +175,7 @@ def block_outputs(
     Raises:
         UserError: the model has no plain token attention.
     """
-    return _outputs({number: transformer(model).blocks[number] for number in blocks})
-
-
-@contextmanager
-def _outputs(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Float[Tensor, "b tokens dim"]]]:
-    seen: dict[int, Tensor] = {}
-
-    def keep(number: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        seen[number] = output
-
-    with ExitStack() as restore:
-        for number, module in modules.items():
-            restore.callback(module.register_forward_hook(partial(keep, number)).remove)
-        yield seen
+    return outputs_of({number: transformer(model).blocks[number] for number in blocks})
 
 
 def head_layer(model: nn.Module) -> tuple[str, nn.Linear]:
@@ -182,7 +184,7 @@ def head_layer(model: nn.Module) -> tuple[str, nn.Linear]:
     Raises:
         UserError: the model has none.
     """
-    vit = next((m for m in model.modules() if isinstance(m, FAMILIES)), None)
+    vit = next((m for m in model.modules() if isinstance(m, TRANSFORMERS)), None)
     head = getattr(vit, "head", None)  # a distilled ViT's has a second one beside it
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if isinstance(head, nn.Linear):

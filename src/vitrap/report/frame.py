@@ -8,8 +8,11 @@ from typing import Any
 
 import pandas
 
+from vitrap.experiment.named import defence_settings
 from vitrap.experiment.records import Found, read_records
 
+ABOUT_ROW = ("name", "kind", "version", "params", "screened", "key", "layer", "scores")
+"""Keys of a row of `defences` that are no measures."""
 Measured = tuple[str, float, float | None, float | None, int | None]
 """A measure's name, its value, and of a rate the interval and n."""
 
@@ -19,10 +22,10 @@ def load_records(place: str | Path = "runs") -> pandas.DataFrame:
 
     Columns: `run` (the run's folder), `name`, `hash`, `seed`; every setting of the spec by its dotted key
     (`attack.poison_rate`, `recipe.lr`, ...; missing where a run has no such setting); `defence`, `defence.kind` and
-    `defence.params` (its settings as JSON), which are "" for what is measured of the victim itself; `measure` (the key
-    of docs/record.md below `victim`, `attack`, `seconds`, `memory` or a row of `defences`, such as `asr`,
-    `asr_clean_model`, `stealth.psnr_db`, `tpr_at_fpr.0.05`); `value` (of a centre, the mean), and of rates `low`,
-    `high`, `n`.
+    `defence.params` (its settings as JSON, with `screened` where it is not the usual 1,000), which are "" for what is
+    measured of the victim itself; `measure` (the key of docs/record.md below `victim`, `attack`, `seconds`, `memory` or
+    a row of `defences`, such as `asr`, `asr_clean_model`, `stealth.psnr_db`, `tpr_at_fpr.0.05`); `value` (of a centre,
+    the mean), and of rates `low`, `high`, `n`.
 
     Args:
         place: a folder of runs, one run's folder, or a `.json` or `.jsonl` file of records.
@@ -73,7 +76,8 @@ def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, An
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     yield from (("", "", "", *line) for line in of_run(record))
     for row in record.get("defences", []):
-        yield from ((row["name"], row["kind"], json.dumps(row["params"]), *line) for line in of_row(row))
+        how = json.dumps(defence_settings(row))
+        yield from ((row["name"], row["kind"], how, *line) for line in of_row(row))
 
 
 def of_run(record: Mapping[str, Any]) -> Iterator[Measured]:
@@ -85,7 +89,7 @@ def of_run(record: Mapping[str, Any]) -> Iterator[Measured]:
 
 def of_row(row: Mapping[str, Any]) -> Iterator[Measured]:
     """What a row of a record's `defences` says."""
-    return measured({key: value for key, value in row.items() if key not in ("name", "kind", "params", "key", "layer")})
+    return measured({key: value for key, value in row.items() if key not in ABOUT_ROW})
 
 
 def measured(table: Mapping[str, Any], place: str = "") -> Iterator[Measured]:

@@ -31,7 +31,16 @@ def measures(victim: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         centre = stealth[key]
         value = "no weights at hand" if centre is None else f"{centre['mean']:.3g} (median {centre['median']:.3g})"
         rows.append((name, value, "", str(stealth["n"])))
+    if "stealth_stored" in victim:
+        centre, n = victim["stealth_stored"]["psnr_db"], victim["stealth_stored"]["n"]
+        rows.append(("PSNR of stored poison, dB", f"{centre['mean']:.3g} (median {centre['median']:.3g})", "", str(n)))
     return rows
+
+
+def adapted(models: Mapping[str, Any]) -> list[str]:
+    """A line for each network whose starting weights were adapted, from a record's `models`."""
+    found = {name: (how or {}).get("weights") for name, how in models.items()}
+    return [f"weights of the {name.replace('_', ' ')}: {said}" for name, said in found.items() if said]
 
 
 def defence_measures(row: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -88,7 +97,8 @@ def _judgement(row: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         return "backdoored" if row[key] else "clean"
 
     def suspected(key: str) -> str:
-        return "none" if row[key] is None else str(row[key])
+        classes = row.get(key.replace("suspected", "suspected_classes")) or [row[key]]
+        return "none" if row[key] is None else ", ".join(map(str, classes))
 
     return [
         ("score", f"{row['score']:.4f}", f"{row['score_clean_model']:.4f}", ""),

@@ -2,9 +2,10 @@
 
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 
-def cell_masks(side: int, cell: int, stride: int, low: float, high: float) -> Float[torch.Tensor, "cells side side"]:
+def cell_masks(side: int, cell: int, stride: int, low: float, high: float) -> Float[Tensor, "cells side side"]:
     """The mask of every place that a cell can take in a box, row by row.
 
     Args:
@@ -27,3 +28,13 @@ def cell_masks(side: int, cell: int, stride: int, low: float, high: float) -> Fl
     covered = (starts[:, None] <= pixel) & (pixel < starts[:, None] + cell)  # place along one side x pixel
     both = covered[:, None, :, None] & covered[None, :, None, :]  # row place, column place, row, column
     return torch.where(both.flatten(0, 1), high, low)
+
+
+def middle_mask(masks: Float[Tensor, "cells s s"]) -> Float[Tensor, "1 s s"]:
+    """The mask of the cell in the middle, or below and right of it, of cells that tile a square.
+
+    >>> middle_mask(cell_masks(3, 1, 1, 0.0, 1.0)).nonzero().tolist()
+    [[0, 1, 1]]
+    """
+    along = round(len(masks) ** 0.5)
+    return masks[along // 2 * along + along // 2][None]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Shape = Literal["square", "cross", "disc"]
+Operation = Literal["erosion", "dilation", "opening", "closing"]
 
 
 def element(shape: Shape, size: int) -> Bool[Tensor, "k k"]:
@@ -53,3 +54,30 @@ def erode(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Flo
     if out is None:
         raise ValueError("an empty structuring element has no minimum: it needs at least one pixel")
     return out
+
+
+def dilate(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Float[Tensor, "b c h w"]:
+    """Grey-scale dilation: each pixel becomes the greatest of those under the mirrored element, channel by channel.
+
+    `out(x, y) = max over (s, t) in element of image(x - s, y - t)`; equal to `scipy.ndimage.grey_dilation` with
+    `footprint=element, mode="nearest"`.
+
+    >>> dilate(torch.tensor([[[[0.0, 0.5, 0.25]]]]), torch.ones(3, 3, dtype=torch.bool)).flatten().tolist()
+    [0.5, 0.5, 0.5]
+    """
+    return -erode(-images, element.flip(0, 1))
+
+
+def morph(
+    images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"], operation: Operation, times: int = 1
+) -> Float[Tensor, "b c h w"]:
+    """Erosion or dilation so many times; opening (first all erosions, then all dilations) or closing (the reverse).
+
+    >>> morph(torch.tensor([[[[0.0, 1.0, 0.0]]]]), torch.ones(3, 3, dtype=torch.bool), "opening").flatten().tolist()
+    [0.0, 0.0, 0.0]
+    """
+    steps = {"erosion": (erode,), "dilation": (dilate,), "opening": (erode, dilate), "closing": (dilate, erode)}
+    for step in steps[operation]:
+        for _ in range(times):
+            images = step(images, element)
+    return images

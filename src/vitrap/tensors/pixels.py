@@ -1,5 +1,7 @@
 """8-bit pixels and images in [0, 1], and back; noise that an image alone decides."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
@@ -22,6 +24,25 @@ def to_unit(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 def round8(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Images in [0, 1] as they are after storing them with 8 bits."""
     return to_unit(to_bytes(images))
+
+
+def straight_round8(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """`round8`, through which gradients pass as they come (the straight-through estimator).
+
+    Bengio, Leonard, Courville: "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
+    Computation", 2013, https://arxiv.org/abs/1308.3432.
+    """
+    return _StraightRound8.apply(images)  # pyright: ignore[reportReturnType]
+
+
+class _StraightRound8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return round8(images)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        return slopes[0]
 
 
 def image_hash(images: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:

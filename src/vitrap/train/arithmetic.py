@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from vitrap.contracts import Compute
 from vitrap.models.observe import eager_attention
 
 
@@ -37,15 +38,19 @@ class Arithmetic:
         """Its half for a whole epoch: to look for a model's attention in every step would take as long as a layer."""
         return eager_attention(model, self.attention == "eager")
 
-    @contextmanager
-    def autocast(self, device: torch.device) -> Iterator[None]:
-        """Its half for one step.
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Its half for one step: what it has cast to bf16 is forgotten at the end, since weights change between steps.
 
-        Weights that an autocast around this one still holds in bf16 are forgotten: they may have changed since.
+        Within another autocast it would be remembered until that one ends.
         """
-        torch.clear_autocast_cache()
-        with torch.autocast(device.type, torch.bfloat16, self.precision == "bf16"):
-            yield
+        return torch.autocast(device.type, torch.bfloat16, self.precision == "bf16")
+
+
+def uncompiled(compute: Compute, device: torch.device) -> Arithmetic:
+    """The arithmetic of a training that is to compute as a suspect does, and is too short to be compiled."""
+    if isinstance(compute, Arithmetic):
+        return replace(compute, compiled=False)
+    return usual(compute.precision, device)
 
 
 @lru_cache(maxsize=1)

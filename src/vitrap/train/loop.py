@@ -1,4 +1,4 @@
-"""The training loop: the same steps for every attack.
+"""The training loop: the same steps for every attack and every repair.
 
 The set lives on the device as 8-bit pixels; batches are gathered, augmented and learned from there. Where it is mapped
 from a file, a thread gathers them on the host ahead of time. Nothing in a step waits for the device: losses stay
@@ -6,27 +6,31 @@ where they arise and are read once an epoch.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitrap.contracts import Batch, Criterion, ImageSet, Objective, Trigger
+from vitrap.contracts import Batch, Criterion, ImageSet, Objective
 from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
-from vitrap.images import Gathered
-from vitrap.tensors.pixels import round8
+from vitrap.images import Gathered, Marks
+from vitrap.tensors.pixels import round8, straight_round8
 from vitrap.train.arithmetic import Arithmetic, compiled, usual
 from vitrap.train.combine import Combination
 from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
 
 Curves = dict[str, list[float]]
+Terms = Mapping[str, Float[Tensor, ""]]
+Rate = Callable[[float], float]
+"""How much of a training is done, in [0, 1), to the model's learning rate."""
 MOMENTUM = 0.9
 """Of SGD."""
 
@@ -39,11 +43,91 @@ class Streams:
         order: of the images; on the CPU.
         augmentation: on the device.
         projection: the order in which conflicting gradients meet; on the CPU.
+        preparation: of poison that is made batch by batch; on the CPU.
     """
 
     order: torch.Generator
     augmentation: torch.Generator
     projection: torch.Generator
+    preparation: torch.Generator
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model in training, with all that a step takes.
+
+    Attributes:
+        model: as steps see it: compiled, or as it is.
+        objective: what it is trained for.
+        criterion: the recipe's loss.
+        combination: how loss terms become gradients.
+        optimiser: how gradients become a step.
+        arithmetic: how the model computes.
+        recipe: how it is trained.
+        parts: the weights that learn, of the model first, then of each module trained along; clipped apart.
+    """
+
+    model: nn.Module
+    objective: Objective
+    criterion: Criterion
+    combination: Combination
+    optimiser: torch.optim.Optimizer
+    arithmetic: Arithmetic
+    recipe: Recipe
+    parts: tuple[Sequence[nn.Parameter], ...]
+
+    @property
+    def weights(self) -> Sequence[nn.Parameter]:
+        """What is trained of the model."""
+        return self.parts[0]
+
+    def terms(self, batch: Batch) -> Terms:
+        """The loss terms of a batch, with their graph."""
+        with self.arithmetic.autocast(batch.images.device):
+            return self.objective.terms(self.model, batch, self.criterion)
+
+    def backward(self, terms: Terms) -> None:
+        """Leave in each weight's `grad` what the terms together ask of it, and nothing of earlier ones."""
+        self.optimiser.zero_grad(set_to_none=True)
+        self.combination.backward(terms)
+
+    def step(self) -> None:
+        """Clip the gradients and go down them."""
+        if self.recipe.clip:
+            for part in self.parts:
+                nn.utils.clip_grad_norm_(part, self.recipe.clip)
+        self.optimiser.step()
+
+    def descend(self, terms: Terms) -> None:
+        """One step down what the loss terms ask for together."""
+        self.backward(terms)
+        self.step()
+
+    def set_rate(self, lr: float) -> None:
+        """The model learns at `lr` from now on, and what is trained along at the same share of its own peak."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * (lr / self.recipe.lr) if "peak" in group else lr
+
+
+Step = Callable[[Learner, Batch], Terms]
+"""One step of a training: it moves the weights and returns the loss terms for the curves."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The loss terms of one epoch, batch by batch; they stay on the device until somebody reads them.
+
+    Attributes:
+        terms: by name; 0 for a batch that had none.
+        counts: images of each batch that had the term, else 0.
+    """
+
+    terms: Mapping[str, Float[Tensor, " batches"]]
+    counts: Mapping[str, Sequence[int]]
+
+    def means(self) -> dict[str, float]:
+        """Each term's mean over the epoch; waits for the device."""
+        return {name: mean(terms, self.counts[name]) for name, terms in self.terms.items()}
 
 
 def train(  # noqa: PLR0913 - all that a training is made of
@@ -63,7 +147,8 @@ def train(  # noqa: PLR0913 - all that a training is made of
         data: the training set, poisoned or not.
         recipe: how.
         streams: what is random about it.
-        objective: what it is for; None for the recipe's cross-entropy.
+        objective: what it is for; None for the recipe's cross-entropy. Modules that it has trained along are left
+            frozen and in evaluation mode, too.
         tick: called after each step.
         watch: measures the model after each epoch, in evaluation mode; it must draw nothing from torch's random state.
         arithmetic: how to compute; None for what the recipe's precision stands for on the device.
@@ -74,38 +159,112 @@ def train(  # noqa: PLR0913 - all that a training is made of
     Raises:
         UserError: a loss term is no longer finite.
     """
+    along = nn.ModuleList([one.module for one in objective.along.values()] if objective else ()).requires_grad_(True)
     arithmetic = arithmetic or usual(recipe.precision, data.device)
-    seen: Any = compiled(model) if arithmetic.compiled and objective is None else model
-    objective, criterion = objective or Objective(cross_entropy), smoothed(recipe.label_smoothing)
-    combination = Combination(objective, list(model.parameters()), streams.projection)
-    optimiser = make_optimiser(model, recipe, combination.scales)
+    learner = make_learner(model, recipe, objective, streams.projection, arithmetic)
+    together = nn.ModuleList([model, along]).train()
     curves: Curves = {}
-    steps = recipe.epochs * math.ceil(len(data) / recipe.batch_size)
-    poisoned = data.poisoned.cpu()
-    model.train()
+    for epoch in epochs(learner, data, streams, falling(recipe), learner.objective.step, tick):
+        found = {**epoch.means(), **learner.combination.learned()}
+        # Measure the model as it would be used; then training goes on as it was.
+        if watch is not None:
+            together.eval()
+            found |= watch(model)
+            together.train()
+        if wrong := keep(curves, found):
+            raise UserError(f"training diverged ({wrong}); lower recipe.lr = {recipe.lr:g}")
+    together.eval()
+    along.requires_grad_(False).zero_grad(set_to_none=True)
+    return curves
+
+
+def epochs(
+    learner: Learner,
+    data: ImageSet,
+    streams: Streams,
+    rate: Rate,
+    step: Step | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[Epoch]:
+    """Train, and halt after each epoch: what happens in between is up to the caller, as is the mode of the modules.
+
+    Args:
+        learner: what is trained.
+        data: what it is trained on.
+        streams: what is random about it.
+        rate: the learning rate, asked before each step.
+        step: what a step does; None for `plain_step`.
+        tick: called after each step.
+
+    Raises:
+        UserError: an autocast is on around it, which would go on with the weights of the first step.
+    """
+    if torch.is_autocast_enabled(data.device.type):
+        raise UserError("training within torch.autocast would not see its own steps; train outside of that block")
+    recipe, marks, step = learner.recipe, data.marks(), step or plain_step
     for epoch in range(recipe.epochs):
         found: dict[str, Tensor] = {}
         counts: dict[str, list[int]] = {}
-        order = torch.randperm(len(data), generator=streams.order).split(recipe.batch_size)
-        with arithmetic.attending(model), prefetched(data, order) as batches:
-            for step, (rows, pixels) in enumerate(batches, epoch * len(order)):
-                for group in optimiser.param_groups:
-                    group["lr"] = recipe.lr * warmup_cosine(step / steps, recipe.warmup)
-                batch = next_batch(data, rows, poisoned[rows], recipe, streams.augmentation, objective.stamp, pixels)
-                with arithmetic.autocast(data.device):
-                    terms = objective.terms(seen, batch, criterion)
-                descend(optimiser, combination, terms, recipe.clip)
-                for name, term in terms.items():
-                    found.setdefault(name, term.new_zeros(len(order)))[step % len(order)] = term.detach()
-                    counts.setdefault(name, [0] * len(order))[step % len(order)] = len(rows)
+        order = batched(torch.randperm(len(data), generator=streams.order), learner)
+        with learner.arithmetic.attending(learner.model), prefetched(data, order) as batches:
+            for number, (rows, pixels) in enumerate(batches):
+                # The schedule, then a batch as the model is to see it, then one step.
+                learner.set_rate(rate((epoch * len(order) + number) / (recipe.epochs * len(order))))
+                batch = next_batch(data, rows, marks, recipe, streams, learner.objective, pixels)
+                for name, term in step(learner, batch).items():
+                    found.setdefault(name, term.new_zeros(len(order)))[number] = term.detach()
+                    counts.setdefault(name, [0] * len(order))[number] = len(rows)
                 tick()
-        means = {name: mean(terms, counts[name]) for name, terms in found.items()}
-        for name, value in {**means, **combination.learned(), **_watched(model, watch)}.items():
-            curves.setdefault(name, []).append(value)
-            if not math.isfinite(value):
-                raise UserError(f"training diverged ({name} is {value}); lower recipe.lr = {recipe.lr:g}")
-    model.eval()
-    return curves
+        yield Epoch(found, counts)
+
+
+def plain_step(learner: Learner, batch: Batch) -> Terms:
+    """One step down the batch's loss terms."""
+    terms = learner.terms(batch)
+    learner.descend(terms)
+    return terms
+
+
+def make_learner(
+    model: nn.Module, recipe: Recipe, objective: Objective | None, order: torch.Generator, arithmetic: Arithmetic
+) -> Learner:
+    """A model ready to be trained: those of its weights that require a gradient, and all of what is trained along.
+
+    Args:
+        model: what is trained.
+        recipe: how.
+        objective: what for; None for cross-entropy, the only one that is compiled.
+        order: in which conflicting gradients meet.
+        arithmetic: how to compute.
+    """
+    seen: Any = compiled(model) if arithmetic.compiled and objective is None else model
+    objective = objective or Objective(cross_entropy)
+    modules = (model, *(one.module for one in objective.along.values()))
+    parts = tuple([w for w in module.parameters() if w.requires_grad] for module in modules)
+    combination = Combination(objective, [w for part in parts for w in part], order)
+    optimiser = make_optimiser(model, recipe, combination.scales)
+    for one, weights in zip(objective.along.values(), parts[1:], strict=True):
+        optimiser.add_param_group({"params": weights, "lr": one.lr, "peak": one.lr, "weight_decay": 0.0})
+    criterion = smoothed(recipe.label_smoothing)
+    return Learner(seen, objective, criterion, combination, optimiser, arithmetic, recipe, parts)
+
+
+def batched(order: Int64[Tensor, " n"], learner: Learner) -> Sequence[Int64[Tensor, " b"]]:
+    """The batches of an epoch: a last one of a single image joins the one before where batch norm could not take it."""
+    batches = order.split(learner.recipe.batch_size)
+    modules = nn.ModuleList([learner.model, *(one.module for one in learner.objective.along.values())]).modules()
+    if len(batches) < 2 or len(batches[-1]) > 1:
+        return batches
+    if not any(isinstance(module, _BatchNorm) and module.training for module in modules):
+        return batches
+    return (*batches[:-2], torch.cat(batches[-2:]))
+
+
+def keep(curves: Curves, found: Mapping[str, float]) -> str:
+    """Add what was found to the curves; the first of it that is not finite, in words, else ""."""
+    for name, value in found.items():
+        curves.setdefault(name, []).append(value)
+    return next((f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)), "")
 
 
 def mean(terms: Float[Tensor, " steps"], counts: Sequence[int]) -> float:
@@ -118,49 +277,38 @@ def mean(terms: Float[Tensor, " steps"], counts: Sequence[int]) -> float:
     return (terms.cpu().double() @ torch.tensor(counts, dtype=torch.float64) / sum(counts)).item()
 
 
-def _watched(model: nn.Module, watch: Callable[[nn.Module], Mapping[str, float]] | None) -> Mapping[str, float]:
-    """What `watch` says of the model as it would be used; training goes on as it was."""
-    if watch is None:
-        return {}
-    found = watch(model.eval())
-    model.train()
-    return found
-
-
-def descend(
-    optimiser: torch.optim.Optimizer, combination: Combination, terms: Mapping[str, Tensor], clip: float
-) -> None:
-    """One step down what the loss terms ask for together."""
-    optimiser.zero_grad(set_to_none=True)
-    combination.backward(terms)
-    if clip:
-        nn.utils.clip_grad_norm_(combination.weights, clip)
-    optimiser.step()
-
-
 def next_batch(  # noqa: PLR0913 - one step's worth of everything
     data: ImageSet,
     rows: Int64[Tensor, " b"],
-    poisoned: Bool[Tensor, " b"],
+    marks: Marks,
     recipe: Recipe,
-    augmentation: torch.Generator,
-    stamp: Trigger | None,
+    streams: Streams,
+    objective: Objective,
     pixels: Gathered | None = None,
 ) -> Batch:
-    """The images of `rows` as the model is to see them: `stamp` comes after augmentation and is rounded to 8 bits.
+    """The images of `rows` as the model is to see them: augmented, with the poison that was stored, or made anew.
 
     Rows are on the CPU; of a mapped set, `pixels` are theirs where they have been gathered already.
     """
-    batch = data.batch(rows, poisoned, bare=stamp is not None, pixels=pixels)
-    batch = augment(batch, recipe, augmentation)
-    if stamp is None or not len(batch.poisoned):
+    batch = data.batch(rows, marks, bare=objective.prepare is not None, pixels=pixels)
+    return prepared(augment(batch, recipe, streams.augmentation), objective, streams.preparation)
+
+
+def prepared(batch: Batch, objective: Objective, generator: torch.Generator) -> Batch:
+    """The batch with the objective's own poison and covers, rounded to 8 bits as if they were stored."""
+    if objective.prepare is None:
         return batch
-    with torch.no_grad():
-        stamped = round8(stamp(batch.images[batch.poisoned]))
-    return replace(batch, images=batch.images.index_copy(0, batch.poisoned, stamped))
+    with torch.set_grad_enabled(bool(objective.along)):
+        made = objective.prepare(batch, generator)
+        touched = torch.cat([made.poisoned, made.covers])
+        if not len(touched):
+            return made
+        # Nothing learns through a rounding, whose slope is 0: for what is trained along it is taken as 1.
+        rounding = straight_round8 if objective.along else round8
+        return replace(made, images=made.images.index_copy(0, touched, rounding(made.images[touched])))
 
 
-def cross_entropy(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Float[Tensor, ""]]:
+def cross_entropy(model: nn.Module, batch: Batch, criterion: Criterion) -> Terms:
     """The neutral objective's terms."""
     return {"cross_entropy": criterion(model(batch.images), batch.labels)}
 
@@ -179,6 +327,11 @@ def make_optimiser(model: nn.Module, recipe: Recipe, more: Sequence[nn.Parameter
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=MOMENTUM, fused=True)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def falling(recipe: Recipe) -> Rate:
+    """The recipe's own schedule."""
+    return lambda progress: recipe.lr * warmup_cosine(progress, recipe.warmup)
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:

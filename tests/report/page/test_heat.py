@@ -46,6 +46,14 @@ def test_settings_that_differ_part_the_lines() -> None:
     assert [line.settings for line in heat(record(defences=rows)).lines] == ["optimizer adamw", "optimizer sgd"]
 
 
+def test_an_unusual_number_of_images_parts_the_lines() -> None:
+    rows = [screen(overlays=5), {**screen(overlays=5), "screened": 1000}, {**screen(overlays=5), "screened": 200}]
+    lines = heat(record(defences=rows)).lines
+    assert [(line.settings, line.cells[0].n) for line in lines if line.cells[0]] == [("", 2), ("screened 200", 1)]
+    (line,) = heat(record(defences=rows[2:])).lines
+    assert line.settings == "screened 200"
+
+
 def test_kinds_have_their_order() -> None:
     rows = [judgement(), repair(), sift(), screen(), {**screen("odd"), "kind": "unknown"}]
     assert [line.kind for line in heat(record(defences=rows)).lines] == ["screen", "filter", "repair", "judgement"]

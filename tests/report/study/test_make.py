@@ -138,6 +138,20 @@ def test_defences_are_met_by_name_and_settings(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_that_differ_by_their_number_of_images_are_not_mixed(tmp_path: Path) -> None:
+    head = HEAD.replace("[data]", '[[defences]]\nname = "strip"\n[[defences]]\nname = "strip"\nscreened = 200\n[data]')
+    rows = [screen("strip", 0.75, overlays=100), {**screen("strip", 0.5, overlays=100), "screened": 200}]
+    tables = '[[table]]\npart = "a"\nrows = ["defence", "defence.screened"]\nmeasures = ["auroc"]\ndigits = 3\n'
+    grid = "[grid]\nseed = [0]\n"
+    assert cells(made(tmp_path, [record(defences=rows)], tables, grid, head))[1:] == [
+        ["`strip`", "1000", "0.750 [0.730, 0.770]"],
+        ["`strip`, screened 200", "200", "0.500 [0.480, 0.520]"],
+    ]
+    mixed = '[[table]]\npart = "a"\nkind = "screen"\nrows = "seed"\nmeasures = ["auroc"]\n'
+    with pytest.raises(UserError, match="a cell would mix runs that differ by 'defence"):
+        made(tmp_path, [], mixed, grid, head)
+
+
 def test_settings_of_defences_are_keys_and_a_measure_that_a_run_lacks_is_a_dash(tmp_path: Path) -> None:
     head = HEAD.replace("[data]", '[[defences]]\nname = "strip"\noverlays = 50\n[[defences]]\nname = "mm_bd"\n[data]')
     tables = '[[table]]\npart = "a"\nrows = ["defence", "defence.overlays"]\nmeasures = ["auroc", "score"]\n'

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitrap.report.frame import measured, settings
+from vitrap.experiment.named import defence_settings
+from vitrap.report.frame import ABOUT_ROW, measured, settings
 from vitrap.report.page.claims import model_of
 from vitrap.report.page.figures import Chart, to_charts
 from vitrap.report.page.heat import KINDS, MEASURE, NOTES, describe, setting_names
@@ -96,13 +97,13 @@ def to_tried(row: Mapping[str, Any], own: str) -> Tried:
     value = number(attempt(MEASURE[row["kind"]], row)) if row["kind"] in KINDS else None
     notes = (attempt(NOTES[row["kind"]], [row]) or []) if row["kind"] in KINDS else []
     outcome = [] if value is None else [f"{KINDS[row['kind']]} {value:.3f}"]
-    plain = {key: part for key, part in row.items() if key not in ("name", "kind", "params", "key", "layer", "seconds")}
+    plain = {key: part for key, part in row.items() if key not in (*ABOUT_ROW, "seconds")}
     report = tuple((f"reports: {key}", said, "", "") for key, said in pairs(row.get("report")))
     whole = attempt(defence_measures, row)
     return Tried(
         row["name"],
         own,
-        ", ".join(f"{key} {said}" for key, said in pairs(row["params"]) if said != "none"),
+        ", ".join(f"{key} {said}" for key, said in pairs(defence_settings(row)) if said != "none"),
         row["kind"],
         "; ".join([*outcome, *notes]),
         ", ".join(f"{key} {_seconds(said)}" for key, said in pairs(row.get("seconds"))),

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vitrap.experiment.named import defence_settings
 from vitrap.report.page.summary import Run, attempt, number, text
 
 Row = Mapping[str, Any]
 KINDS = {"screen": "AUROC", "filter": "AUROC", "repair": "DER", "judgement": "score"}
+SCREENED = "screened"
 STEPS = 4
 """Colours on either side of the middle."""
 BROKEN = 0.1
@@ -72,17 +74,20 @@ def to_heat(runs: Sequence[Run]) -> Heat:
 
 
 def setting_names(rows: Sequence[Row]) -> Mapping[str, tuple[str, ...]]:
-    """Of each defence the settings that differ between rows."""
+    """Of each defence the settings that differ between rows; an unusual number of images is always one of them."""
     values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
-        for key, value in row["params"].items():
+        for key, value in defence_settings(row).items():
             values[row["name"]][key].add(text(value))
-    return {name: tuple(k for k, seen in table.items() if len(seen) > 1) for name, table in values.items()}
+    return {
+        name: tuple(k for k, seen in table.items() if len(seen) > 1 or k == SCREENED) for name, table in values.items()
+    }
 
 
 def describe(row: Row, named: Mapping[str, tuple[str, ...]]) -> str:
     """The settings of a row that differ between rows of its defence."""
-    return ", ".join(f"{k} {text(row['params'][k])}" for k in named.get(row["name"], ()) if k in row["params"])
+    how = defence_settings(row)
+    return ", ".join(f"{k} {text(how[k])}" for k in named.get(row["name"], ()) if k in how)
 
 
 def to_cell(kind: str, rows: Sequence[Row]) -> Cell | None:

@@ -6,14 +6,15 @@ its default. A row of a record's `defences` is met likewise, by name and setting
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
 from vitrap.experiment.grid import DEFENCES, Point, Sweep
+from vitrap.experiment.named import SCREENED, Named, defence_settings
 from vitrap.experiment.records import Shelf
-from vitrap.experiment.spec import Named, parse_defence, parse_spec
+from vitrap.experiment.spec import parse_defence, parse_spec
 from vitrap.report.frame import Measured, of_row, of_run, settings
 from vitrap.report.study.layout import DEFENCE
 
@@ -96,7 +97,8 @@ def _of_point(
     rows = [(row, _defence(row)) for row in record.get("defences", [])] if record else []
     for defence in point.spec.defences:
         own = {**keys, DEFENCE: next(label for each, label in named if each == defence)}
-        own |= {f"{DEFENCE}.{key}": value for key, value in defence.table().items()}
+        how = {**defence.table(), **({"screened": defence.screened} if defence.params.kind == "screen" else {})}
+        own |= {f"{DEFENCE}.{key}": value for key, value in how.items()}
         row = next((row for row, met in rows if met == defence), None)
         state = "not run" if row is None else "found"
         yield Entry(own, defence.params.kind, state if record else missing, _values(of_row(row)) if row else {})
@@ -104,7 +106,7 @@ def _of_point(
 
 def _defence(row: Mapping[str, Any]) -> Named | None:
     try:
-        return parse_defence({**{k: v for k, v in row["params"].items() if v is not None}, "name": row["name"]})
+        return parse_defence({**{k: v for k, v in defence_settings(row).items() if v is not None}, "name": row["name"]})
     except UserError:
         return None
 
@@ -120,12 +122,13 @@ def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
         each += [] if defence in each else [defence]
     labels = []
     for defence in each:
-        tables = [other.table() for other in each if other.name == defence.name]
+        tables = [asdict(other.params) for other in each if other.name == defence.name]
         apart = [key for key in tables[0] if any(table[key] != tables[0][key] for table in tables)]
-        own = defence.table()
+        own = asdict(defence.params)
         # an optimiser brings its own rate: the word alone says which
         words = [key for key in apart if isinstance(own[key], str)]
         shown = [str(own[key]) for key in words] or [f"{key} {own[key]}" for key in apart]
+        shown += [f"screened {defence.screened}"] if defence.screened != SCREENED else []
         labels.append((defence, ", ".join([f"`{defence.name}`", *shown])))
     if len({label for _, label in labels}) < len(labels):
         labels = [(d, f"`{d.name}` {_settings(d)}") for d, _ in labels]

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from vitrap.errors import UserError
-from vitrap.models import vit
-from vitrap.models.vit import Architecture, ViT, load_weights, open_vit, read_vit, save_vit
+from vitrap.models import classifier
+from vitrap.models.classifier import Architecture, Classifier, load_weights, open_model, read_model, save_model
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-Build = Callable[..., ViT]
+Build = Callable[..., Classifier]
 
 
-def opened(name: str = NAME, size: int = 16, n_classes: int = 5, **overrides: Any) -> ViT:
+def opened(name: str = NAME, size: int = 16, n_classes: int = 5, **overrides: Any) -> Classifier:
     with torch.random.fork_rng(devices=[]):
-        return open_vit(Architecture(name, size, n_classes, {**SMALL, **overrides}))
+        return open_model(Architecture(name, size, n_classes, {**SMALL, **overrides}))
 
 
 def drawn(size: int = 16) -> Tensor:
@@ -67,7 +67,7 @@ def test_fresh_weights_come_from_torchs_random_state() -> None:
     def first(seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return open_vit(Architecture(NAME, 16, 5, SMALL)).body.blocks[0].attn.qkv.weight
+            return open_model(Architecture(NAME, 16, 5, SMALL)).body.blocks[0].attn.qkv.weight
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
@@ -82,24 +82,6 @@ def test_an_unknown_name_has_a_nearest() -> None:
     assert len(message) < 400, "timm's whole catalogue is no help"
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("swin_tiny_patch4_window7_224", "swin_transformer"),
-        ("cait_xxs24_224", "cait"),
-        ("xcit_nano_12_p16_224", "xcit"),
-        ("resnet18", "resnet"),
-    ],
-)
-def test_families_without_plain_attention_are_refused_before_they_are_built(
-    name: str, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("built"))
-    message = refused(name)
-    assert f"model {name!r} ({family}) has no plain token attention" in message
-    assert "families vit, deit, deit3, beit or eva" in message
-
-
 @pytest.mark.parametrize("patch", [5, 3, 32, 0, -4, 4.0, "4", True])
 def test_a_patch_must_divide_the_image(patch: Any) -> None:
     message = refused(patch_size=patch)
@@ -108,9 +90,9 @@ def test_a_patch_must_divide_the_image(patch: Any) -> None:
 
 def test_the_patch_in_a_name_must_divide_the_image_too() -> None:
     with pytest.raises(UserError, match="patch_size = 14 does not divide the image size 32"):
-        open_vit(Architecture("eva02_tiny_patch14_224", 32, 5))
+        open_model(Architecture("eva02_tiny_patch14_224", 32, 5))
     with pytest.raises(UserError, match="patch_size = 16 does not divide the image size 24"):
-        open_vit(Architecture(NAME, 24, 5, {"depth": 1}))
+        open_model(Architecture(NAME, 24, 5, {"depth": 1}))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +134,10 @@ def test_a_saved_model_comes_back_bit_by_bit(
     tiny_vit: Build, tmp_path: Path, name: str, overrides: dict[str, Any]
 ) -> None:
     model, path = tiny_vit(name, **overrides), tmp_path / "model.safetensors"
-    save_vit(model, path, note="carries nothing")
+    save_model(model, path, note="carries nothing")
     state = torch.get_rng_state()
     with torch.random.fork_rng(devices=[]):
-        again = read_vit(path)
+        again = read_model(path)
     assert torch.equal(torch.get_rng_state(), state)
     assert again.architecture == model.architecture
     assert not any(module.training for module in again.modules())
@@ -168,7 +150,7 @@ def test_a_saved_model_comes_back_bit_by_bit(
 
 
 def test_the_file_has_timms_own_names(tiny_vit: Build, tmp_path: Path) -> None:
-    save_vit(tiny_vit(), tmp_path / "m.safetensors")
+    save_model(tiny_vit(), tmp_path / "m.safetensors")
     plain = timm.create_model(NAME, num_classes=10, img_size=16, **SMALL)
     plain.load_state_dict(load_file(tmp_path / "m.safetensors"))
 
@@ -176,9 +158,9 @@ def test_the_file_has_timms_own_names(tiny_vit: Build, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_checkpoint_fills_the_model(tiny_vit: Build, tmp_path: Path) -> None:
     model, path = tiny_vit(), tmp_path / "m.safetensors"
-    save_vit(model, path)
+    save_model(model, path)
     with torch.random.fork_rng(devices=[]):
-        again = open_vit(model.architecture, checkpoint=str(path))
+        again = open_model(model.architecture, checkpoint=str(path))
     assert torch.equal(again(drawn()), model(drawn()))
 
 
@@ -207,7 +189,7 @@ class Trap:
         return (Path.touch, (self.mark,))
 
 
-@pytest.mark.parametrize("read", [None, read_vit])
+@pytest.mark.parametrize("read", [None, read_model])
 def test_a_pickle_is_never_opened(tmp_path: Path, read: Callable[[Path], Any] | None) -> None:
     path, mark = tmp_path / "weights.pt", tmp_path / "mark"
     torch.save({"weights": opened().body.state_dict(), "trap": Trap(mark)}, path)
@@ -217,11 +199,11 @@ def test_a_pickle_is_never_opened(tmp_path: Path, read: Callable[[Path], Any] | 
         assert "pickled checkpoints are never opened: convert them with safetensors" in why_not(path)
 
 
-@pytest.mark.parametrize("read", [None, read_vit])
+@pytest.mark.parametrize("read", [None, read_model])
 @pytest.mark.parametrize("kept", [0, 5, 200, -1])
 def test_a_truncated_file(tmp_path: Path, kept: int, read: Callable[[Path], Any] | None) -> None:
     path = tmp_path / "m.safetensors"
-    save_vit(opened(), path)
+    save_model(opened(), path)
     path.write_bytes(path.read_bytes()[:kept])
     assert "is no whole safetensors file" in why_not(path, read)
 
@@ -229,7 +211,7 @@ def test_a_truncated_file(tmp_path: Path, kept: int, read: Callable[[Path], Any]
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert "is not there; give the path of a safetensors file" in why_not(tmp_path / "none.safetensors")
     assert "is not there" in why_not(tmp_path)
-    assert "safetensors file" in why_not(tmp_path / "none.safetensors", read_vit)
+    assert "safetensors file" in why_not(tmp_path / "none.safetensors", read_model)
 
 
 def test_a_foreign_file_says_what_does_not_fit(tmp_path: Path) -> None:
@@ -255,10 +237,24 @@ def test_a_wholly_foreign_file_is_not_listed_to_its_end(tmp_path: Path) -> None:
     assert len(message) < 600
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "body.", "module.body."])
+def test_a_prefix_that_is_the_whole_fault_is_named(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "wrapped.safetensors"
+    save_file({prefix + key: t for key, t in opened().body.state_dict().items()}, path)
+    message = why_not(path)
+    assert f"has {prefix!r} before all names and fits but for that; give it as model.weights" in message
+
+
+def test_a_prefix_that_is_not_the_whole_fault_is_not_named(tmp_path: Path) -> None:
+    path = tmp_path / "wrapped.safetensors"
+    save_file({f"module.{key}": t for key, t in opened(depth=1).body.state_dict().items()}, path)
+    assert "[model] must describe the network" in why_not(path)
+
+
 def test_a_file_that_does_not_say_how_to_build_its_model(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     save_file(opened().body.state_dict(), path)
-    assert "does not say how to build its model; name the network in [model]" in why_not(path, read_vit)
+    assert "does not say how to build its model; name the network in [model]" in why_not(path, read_model)
 
 
 # Pretrained weights
@@ -273,15 +269,15 @@ def answered(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> None:
             raise answer
         return str(answer)
 
-    monkeypatch.setattr(vit, "hf_hub_download", download)
+    monkeypatch.setattr(classifier, "hf_hub_download", download)
 
 
-def opened_pretrained(**overrides: Any) -> ViT:
+def opened_pretrained(**overrides: Any) -> Classifier:
     with torch.random.fork_rng(devices=[]):
-        return open_vit(Architecture(NAME, 16, 5, {**SMALL, **overrides}), pretrained=True)
+        return open_model(Architecture(NAME, 16, 5, {**SMALL, **overrides}), pretrained=True)
 
 
-def kept_by_hash(model: ViT, folder: Path) -> Path:
+def kept_by_hash(model: Classifier, folder: Path) -> Path:
     """The weights as the hub's client keeps them: a link to a file that is named by its SHA-256."""
     content, path = save(model.body.state_dict()), folder / "model.safetensors"
     blob = folder / hashlib.sha256(content).hexdigest()
@@ -335,4 +331,4 @@ def test_damaged_pretrained_weights(tiny_vit: Build, tmp_path: Path, monkeypatch
 
 def test_a_name_without_pretrained_weights() -> None:
     with pytest.raises(UserError, match="'vit_small_patch16_36x1_224' has no pretrained weights on the hub"):
-        open_vit(Architecture("vit_small_patch16_36x1_224", 16, 5, SMALL), pretrained=True)
+        open_model(Architecture("vit_small_patch16_36x1_224", 16, 5, SMALL), pretrained=True)

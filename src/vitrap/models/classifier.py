@@ -1,14 +1,14 @@
-"""Opening and keeping a ViT: any plain vision transformer of timm's, with its normalisation inside.
+"""Opening and keeping a network: any image classifier of timm's, with its normalisation inside.
 
 A model here maps images in [0, 1] to logits. Weights travel as safetensors with timm's own names, and the file's
 metadata says how to build the model again.
 """
 
 import hashlib
-import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,13 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrap.contracts import Images
-from vitrap.errors import UserError, unknown
-
-PLAIN_ATTENTION = ("vision_transformer", "deit", "beit", "eva")
-"""timm's modules whose models attend plainly over all tokens: vit, deit, deit3, beit, eva and their kin."""
+from vitrap.errors import UserError
+from vitrap.models.arguments import refuse_body, refuse_overrides, takes
+from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Architecture:
         name: timm's name.
         size: image size in pixels, a side.
         n_classes: number of classes.
-        overrides: timm's arguments that differ from those of the name: patch_size, depth, embed_dim, ...
+        overrides: the network's own arguments that differ from those of the name: patch_size, depth, embed_dim, ...
     """
 
     name: str
@@ -49,12 +45,13 @@ class Architecture:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-class ViT(nn.Module):
+class Classifier(nn.Module):
     """A timm model over images in [0, 1]: normalisation, then `body`.
 
     Attributes:
         body: the timm model.
         architecture: what it was built from.
+        adapted: what was adapted of the weights that training starts from, in one line; "" where none were.
     """
 
     def __init__(
@@ -63,6 +60,7 @@ class ViT(nn.Module):
         super().__init__()
         self.body = body
         self.architecture = architecture
+        self.adapted = ""
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
@@ -73,41 +71,60 @@ class ViT(nn.Module):
         return self.body((images - self.mean) / self.std)
 
 
-def open_vit(architecture: Architecture, *, pretrained: bool = False, checkpoint: str | None = None) -> ViT:
-    """Build a model, with fresh weights (from torch's random state), pretrained ones, or a checkpoint's.
+def open_model(
+    architecture: Architecture, *, pretrained: bool = False, checkpoint: str | None = None, weights: str | None = None
+) -> Classifier:
+    """Build a model, with fresh weights (from torch's random state) or others.
+
+    Args:
+        architecture: what to build.
+        pretrained: start from the hub's weights, adapted by timm.
+        checkpoint: a safetensors file that fits exactly.
+        weights: a safetensors file to start from, adapted as timm adapts pretrained weights.
 
     Raises:
-        UserError: the name is unknown or of a family without plain token attention; an override or a size does
-            not fit; the hub cannot be reached; the checkpoint is no safetensors file or does not fit.
+        UserError: the name is unknown or no classifier; an override or a size does not fit; the hub cannot be
+            reached; the file is no safetensors file or does not fit.
     """
-    _refuse_family(architecture.name)
-    _refuse_overrides(architecture)
-    _refuse_grid(architecture)
-    weights = {"pretrained_cfg_overlay": {"file": str(fetch_weights(architecture.name))}} if pretrained else {}
-    try:
-        body = timm.create_model(
-            architecture.name,
-            pretrained=pretrained,
-            num_classes=architecture.n_classes,
-            img_size=architecture.size,
-            **weights,
-            **{k: v for k, v in architecture.overrides.items() if k != "img_size"},
-        )
-    except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"model {architecture.name!r} does not take {_shown(architecture)}: {_first_line(error)}"
-        ) from error
+    name, size = architecture.name, architecture.size
+    refuse_overrides(name, size, dict(architecture.overrides))
+    settings = {"num_classes": architecture.n_classes, **architecture.overrides}
+    if "img_size" in takes(name):
+        settings["img_size"] = size
+    build = partial(timm.create_model, name, **settings)
+    adapted = ""
+    if weights is not None:
+        with torch.random.fork_rng():
+            plain = _built(architecture, build)
+        body, adapted = start_from(Path(weights), name, plain, build)
+    elif pretrained:
+        hub = {"file": str(fetch_weights(name))}
+        body = _built(architecture, partial(build, pretrained=True, pretrained_cfg_overlay=hub))
+    else:
+        body = _built(architecture, build)
     facts: Any = body.pretrained_cfg
-    model = ViT(body, architecture, facts["mean"], facts["std"])
+    model = Classifier(body, architecture, facts["mean"], facts["std"])
+    model.adapted = adapted
     if checkpoint is not None:
         load_weights(body, Path(checkpoint))
     return model.eval()
 
 
-def blank_vit(architecture: Architecture) -> ViT:
+def _built(architecture: Architecture, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        body = build()
+    except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model {architecture.name!r} does not take {_shown(architecture)}: {first_line(error)}"
+        ) from error
+    refuse_body(architecture.name, architecture.size, body)
+    return body
+
+
+def blank_model(architecture: Architecture) -> Classifier:
     """A model whose weights are about to be filled in: torch's random state stays as it was."""
     with torch.random.fork_rng():
-        return open_vit(architecture)
+        return open_model(architecture)
 
 
 def fetch_weights(name: str) -> Path:
@@ -149,16 +166,16 @@ def load_weights(body: nn.Module, path: Path) -> None:
     Raises:
         UserError: the file is missing, no safetensors file, truncated, or lists what does not fit.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} is not there; give the path of a safetensors file")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {str(path)!r} is no whole safetensors file ({_first_line(error)}); pickled checkpoints"
-            " are never opened: convert them with safetensors.torch.save_file"
-        ) from error
+    weights = read_tensors(path)
     own = body.state_dict()
+    prefix = shared_prefix(weights, own)
+    if prefix and {key.removeprefix(prefix): t.shape for key, t in weights.items()} == {
+        key: t.shape for key, t in own.items()
+    }:
+        raise UserError(
+            f"checkpoint {str(path)!r} has {prefix!r} before all names and fits but for that;"
+            " give it as model.weights, which takes it off"
+        )
     faults = {
         "missing": [k for k in own if k not in weights],
         "unknown": [k for k in weights if k not in own],
@@ -181,42 +198,31 @@ def load_weights(body: nn.Module, path: Path) -> None:
     body.load_state_dict(weights)
 
 
-def save_vit(model: ViT, path: Path, **facts: str) -> None:
+def save_model(model: Classifier, path: Path, **facts: str) -> None:
     """Write the weights as safetensors; `facts` join the metadata (say there what the model carries)."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.body.state_dict().items()}
     save_file(weights, path, {"architecture": json.dumps(asdict(model.architecture)), **facts})
 
 
-def read_vit(path: Path) -> ViT:
-    """The model in a file that `save_vit` wrote.
+def read_model(path: Path) -> Classifier:
+    """The model in a file that `save_model` wrote.
 
     Raises:
-        UserError: the file is missing, damaged, or was not written by `save_vit`.
+        UserError: the file is missing, damaged, or was not written by `save_model`.
     """
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is no whole safetensors file ({_first_line(error)})") from error
+        raise UserError(f"{str(path)!r} is no whole safetensors file ({first_line(error)})") from error
     if "architecture" not in facts:
         raise UserError(
             f"{str(path)!r} does not say how to build its model; name the network in [model] and give"
             " the file as its checkpoint"
         )
-    model = blank_vit(Architecture(**json.loads(facts["architecture"])))
+    model = blank_model(Architecture(**json.loads(facts["architecture"])))
     load_weights(model.body, path)
     return model
-
-
-def _refuse_family(name: str) -> None:
-    if not timm.is_model(name):
-        raise unknown("model", name, timm.list_models())
-    family = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
-    if family not in PLAIN_ATTENTION:
-        raise UserError(
-            f"model {name!r} ({family}) has no plain token attention, so vitrap cannot use it as surrogate"
-            " or victim yet; take one of the families vit, deit, deit3, beit or eva"
-        )
 
 
 def _unreachable(name: str, error: Exception) -> str:
@@ -226,33 +232,5 @@ def _unreachable(name: str, error: Exception) -> str:
     )
 
 
-def _refuse_overrides(architecture: Architecture) -> None:
-    """Only arguments of the network itself: nothing that opens files, and nothing that the data decide."""
-    family = timm.model_entrypoint(architecture.name).__module__.rsplit(".", 1)[-1]
-    arguments = inspect.signature({"beit": Beit, "eva": Eva}.get(family, VisionTransformer).__init__).parameters
-    known = set(arguments) - {"self", "num_classes", "in_chans", "device", "dtype"}
-    for key, value in architecture.overrides.items():
-        if key not in known:
-            raise unknown("key", f"model.{key}", [f"model.{k}" for k in known])
-        if key == "img_size" and value != architecture.size:
-            raise UserError(f"model.img_size = {value!r} is not the images' size {architecture.size}; set data.size")
-
-
-def _refuse_grid(architecture: Architecture) -> None:
-    patch = architecture.overrides.get("patch_size")
-    if patch is None:  # every plain ViT of timm's says its patch in its name, or takes 16
-        found = [p for p in architecture.name.split("_") if p.startswith("patch")]
-        patch = int(found[0].removeprefix("patch")) if found and found[0][5:].isdigit() else 16
-    if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1 or architecture.size % patch:
-        raise UserError(
-            f"patch_size = {patch!r} does not divide the image size {architecture.size}; choose a divisor"
-            " as model.patch_size, or another data.size"
-        )
-
-
 def _shown(architecture: Architecture) -> str:
     return ", ".join(f"{k} = {v!r}" for k, v in architecture.overrides.items()) or f"size {architecture.size}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

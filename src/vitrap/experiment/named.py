@@ -1,0 +1,37 @@
+"""A defence that is asked for, and what identifies its row in a record.
+
+A file of its own, since whoever measures a defence needs it and nothing else of a spec.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Table = dict[str, Any]
+SCREENED = 1000
+"""A screen scores so many images of each kind (held out, clean, triggered), where nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A defence that is asked for.
+
+    Attributes:
+        name: that it is registered under.
+        params: the defence itself, a frozen dataclass.
+        screened: how many images of each kind are scored; of screens alone.
+    """
+
+    name: str
+    params: Any
+    screened: int = SCREENED
+
+    def table(self) -> Table:
+        """As a spec has it, under `[[defences]]`; the usual number of images is left out."""
+        return {"name": self.name, **defence_settings({"params": asdict(self.params), "screened": self.screened})}
+
+
+def defence_settings(row: Mapping[str, Any]) -> Table:
+    """All settings that a row of a record's `defences` was measured with; the usual number of images is left out."""
+    screened = row.get("screened", SCREENED)  # rows of older vitraps do not say
+    return {**row["params"], **({"screened": screened} if screened != SCREENED else {})}

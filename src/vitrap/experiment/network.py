@@ -1,0 +1,135 @@
+"""A network of a run: how it is built, where its weights start from, and what stands for it in a stage's key."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrap.contracts import Images
+from vitrap.data.sources import World
+from vitrap.errors import UserError
+from vitrap.experiment.spec import ModelTable
+from vitrap.experiment.streams import ambient
+from vitrap.models.classifier import Architecture, Classifier, blank_model, fetch_weights, load_weights, open_model
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and where its weights start.
+
+    Attributes:
+        architecture: what to build.
+        pretrained: whether weights come from the hub.
+        checkpoint: the safetensors file that weights are read from as they are, if any.
+        module: a network given from outside, in place of all that.
+        weights: the safetensors file that training starts from, adapted to the network, if any.
+    """
+
+    architecture: Architecture
+    pretrained: bool = False
+    checkpoint: str | None = None
+    module: nn.Module | None = None
+    weights: str | None = None
+
+    def build(self, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+        """The network before training; fresh weights depend on the seed alone."""
+        if self.module is not None:
+            return deepcopy(self.module).to(device)
+        start = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "weights": self.weights}
+        with ambient(seed, "weights"):
+            network = open_model(self.architecture, **start)
+        return network.to(device)
+
+    def read(self, path: Path, device: torch.device | str) -> nn.Module:
+        """The network with the weights of a stage's file, ready: frozen and in evaluation mode."""
+        network = deepcopy(self.module) if self.module is not None else blank_model(self.architecture)
+        load_weights(network.body if isinstance(network, Classifier) else network, path)
+        return network.to(device).eval().requires_grad_(False)
+
+    @cached_property
+    def adapted(self) -> str | None:
+        """What was adapted of `weights`, in one line; None where training does not start from such a file."""
+        if self.module is not None or self.weights is None:
+            return None
+        with ambient(0, "weights"):
+            return open_model(self.architecture, weights=self.weights).adapted
+
+    def shown(self) -> dict[str, Any]:
+        """How it is built, for the record."""
+        if self.module is not None:
+            return {"module": type(self.module).__qualname__}
+        start = {"pretrained": self.pretrained, "checkpoint": self.checkpoint is not None, "weights": self.adapted}
+        return {**asdict(self.architecture), **start}
+
+    @cached_property
+    def depends(self) -> dict[str, Any]:
+        """All that decides the network before training, as it is when first asked for."""
+        if self.module is not None:
+            return {"module": repr(self.module), "weights": tensors_digest(self.module.state_dict())}
+        start = self.checkpoint or self.weights or (fetch_weights(self.architecture.name) if self.pretrained else None)
+        content = _content(Path(start)) if start else None
+        adapted = {"adapted": True} if self.weights else {}
+        return {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content, **adapted}
+
+
+def network_of(table: ModelTable, world: World, module: nn.Module | None = None) -> Network:
+    """The network that a spec's table stands for, for images of `world`; or `module`, given from outside."""
+    return Network(architecture_of(table, world), table.pretrained, table.checkpoint, module, table.weights)
+
+
+def architecture_of(table: ModelTable, world: World) -> Architecture:
+    """What a spec's table builds: the small ViT, where it names nothing else."""
+    size = world.train.size
+    small = {"patch_size": max(1, size // 8), "depth": 4, "embed_dim": 96, "num_heads": 3}
+    if world.name == "digits":
+        small = {"patch_size": max(1, size // 4), "depth": 3, "embed_dim": 64, "num_heads": 4}
+    overrides = dict(table.overrides) if table.name else {**small, **table.overrides}
+    return Architecture(table.name or "vit_tiny_patch16_224", size, world.train.n_classes, overrides)
+
+
+def try_out(network: Network, world: World) -> nn.Module:
+    """The network, after one look at one image.
+
+    Raises:
+        UserError: it cannot be built, or cannot look at the images.
+    """
+    model = network.build(0).eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(model(first_image(world)).shape)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the network cannot look at images of {world.train.size} px: {reason}; mend [model]"
+        ) from error
+    if shape != (1, world.train.n_classes):
+        raise UserError(
+            f"the network answers with shape {shape}, wanted (1, {world.train.n_classes}): one logit a class"
+        )
+    return model
+
+
+def first_image(world: World) -> Images:
+    """One image to try a network with, on the CPU."""
+    return world.train.images(torch.zeros(1, dtype=torch.int64, device=world.train.device)).cpu()
+
+
+def tensors_digest(named: Mapping[str, Any]) -> str:
+    """The SHA-256 (hex) of named tensors: names, shapes, types and content; whatever else is named is passed over."""
+    whole = sha256()
+    for name, tensor in named.items():
+        if isinstance(tensor, torch.Tensor):
+            whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,62 @@
+"""What a model says of a set of images, as they are or triggered: for curves, for the record and for defences alike."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from vitrap.contracts import ImageSet, Trigger
+from vitrap.tensors.pixels import to_bytes
+from vitrap.train.arithmetic import Arithmetic
+
+BATCH = 256
+
+
+def silent() -> None:
+    """A tick that nobody hears."""
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Write the block's wall-clock time into `seconds[name]`, with what it asked of a GPU done."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    seconds[name] = time.perf_counter() - start
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, data: ImageSet, arithmetic: Arithmetic, tick: Callable[[], None] = silent
+) -> Int64[Tensor, " n"]:
+    """The class that `model` gives to each image of `data`."""
+    found = []
+    with arithmetic(model, data.device):
+        for rows in data.rows(BATCH):
+            found.append(model(data.images(rows)).argmax(1))
+            tick()
+    return torch.cat(found)
+
+
+def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silent) -> ImageSet:
+    """`data` with the trigger on every image, rounded to 8 bits, the labels as they were."""
+    shape = (len(data), data.pixels.shape[1], data.size, data.size)
+    stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
+    for rows in data.rows(BATCH):
+        stamped[rows] = to_bytes(trigger(data.images(rows)))
+        tick()
+    return data.stamp(every_row(data), stamped, data.labels)
+
+
+def every_row(data: ImageSet) -> Int64[Tensor, " n"]:
+    """All row numbers of a set."""
+    return torch.arange(len(data), device=data.device)
+
+
+def spread(rows: Int64[Tensor, " n"], most: int) -> Int64[Tensor, " k"]:
+    """At most so many of the rows, spread evenly over them."""
+    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]

@@ -1,0 +1,117 @@
+"""What a screen says of each image that it was measured on, kept in the run's folder beside the record.
+
+From two such files screens can be combined, and differences paired image by image, without another forward pass.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from jaxtyping import Bool, Shaped
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from vitrap.errors import UserError
+from vitrap.experiment.named import defence_settings
+from vitrap.experiment.store import write_bytes
+
+FOLDER = "scores"
+KINDS = ("held_out", "clean", "triggered")
+PARTS = ("victim", "twin", "index")
+OURS = re.compile(r"-[0-9a-f]{16}\.safetensors")
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """A number for each image, by what kind of image it is.
+
+    Attributes:
+        held_out: images of the training set that are kept for thresholds.
+        clean: test images as they are.
+        triggered: test images that count for the ASR, with the trigger on.
+    """
+
+    held_out: Shaped[Tensor, " h"]
+    clean: Shaped[Tensor, " c"]
+    triggered: Shaped[Tensor, " t"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a screen says of each image that it was measured on; all on the CPU.
+
+    Attributes:
+        victim: scores (float32) of the screen that was fitted to the victim.
+        twin: of the one that was fitted to the clean twin, on the same images.
+        index: each image's row (int64) in the data set it comes from: in its training set for `held_out`, in its test
+            set for the others.
+        hits: which of the triggered images the victim gives the goal's label.
+    """
+
+    victim: ByKind
+    twin: ByKind
+    index: ByKind
+    hits: Bool[Tensor, " t"]
+
+
+def scores_file(name: str, key: str) -> str:
+    """Where a row of this defence and this key keeps its scores, from the run's folder on."""
+    return f"{FOLDER}/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{key}.safetensors"
+
+
+def write_scores(folder: Path, row: Mapping[str, Any], scores: Scores, carried: Mapping[str, Any]) -> None:
+    """Write the file that `row["scores"]` names into a run's folder, whole or not at all.
+
+    `carried` is what the file's metadata say of the run that it belongs to.
+    """
+    parts = {part: getattr(scores, part) for part in PARTS}
+    tensors = {
+        f"{part}.{kind}": getattr(numbers, kind).contiguous() for part, numbers in parts.items() for kind in KINDS
+    }
+    about = {
+        "defence": str(row["name"]),
+        "settings": json.dumps(defence_settings(row)),
+        "vitrap": json.dumps(carried),
+    }
+    path = folder / row["scores"]
+    path.parent.mkdir(exist_ok=True)
+    write_bytes(path, save({**tensors, "hits": scores.hits.contiguous()}, about))
+
+
+def read_scores(folder: str | Path, row: Mapping[str, Any]) -> Scores:
+    """What a screen said of each image that it was measured on.
+
+    Args:
+        folder: the run's.
+        row: of the run's record: one of `record.defences`.
+
+    Raises:
+        UserError: the row is not a screen's, is older than these files, or its file is missing or damaged.
+    """
+    name, file = row["name"], row.get("scores")
+    if row["kind"] != "screen":
+        raise UserError(f"defence {name!r} is a {row['kind']}, and only a screen scores images; give a screen's row")
+    if not isinstance(file, str):
+        raise UserError(f"the row of {name!r} was measured before scores were kept; defend the run with it again")
+    path = Path(folder) / FOLDER / PurePath(file).name
+    try:
+        found = load_file(path)
+        victim, twin, index = (ByKind(*(found[f"{part}.{kind}"] for kind in KINDS)) for part in PARTS)
+        return Scores(victim, twin, index, found["hits"])
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(
+            f"scores {str(path)!r} are missing or damaged ({error}); remove the file and defend the run with"
+            f" {name!r} again"
+        ) from error
+
+
+def drop_unnamed(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Remove the files of scores in a run's folder that no row names any more, and drafts of them."""
+    named = {PurePath(str(row.get("scores"))).name for row in rows}
+    for file in (folder / FOLDER).glob("*"):
+        if file.name not in named and OURS.search(file.name):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""Where a run's networks start from, what of it the record says, and what decides their stages."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vitrap.data.sources import World
+from vitrap.errors import UserError
+from vitrap.experiment.network import Network, network_of, try_out
+from vitrap.experiment.spec import ModelTable
+from vitrap.models.classifier import Architecture, open_model
+
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+ARCHITECTURE = Architecture("vit_tiny_patch16_224", 16, 10, TINY)
+
+
+def trained(**overrides: Any) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        return open_model(Architecture("vit_tiny_patch16_224", 16, 7, {**TINY, **overrides})).body.state_dict()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    save_file({f"module.{key}": tensor for key, tensor in trained().items()}, tmp_path / "x.safetensors")
+    return str(tmp_path / "x.safetensors")
+
+
+def test_weights_are_where_training_starts_and_the_record_says_what_was_adapted(file: str) -> None:
+    network = Network(ARCHITECTURE, weights=file)
+    said = "head replaced (7 -> 10 classes); prefix 'module.' taken off"
+    assert network.adapted == said
+    assert network.shown()["weights"] == said
+    built: Any = network.build(0)
+    assert torch.equal(built.body.blocks[1].mlp.fc1.weight, trained()["blocks.1.mlp.fc1.weight"])
+    other: Any = network.build(1)
+    assert torch.equal(built.body.norm.weight, other.body.norm.weight)
+    assert not torch.equal(built.body.head.weight, other.body.head.weight), "a fresh head is the seed's"
+    again: Any = network.build(0)
+    assert torch.equal(built.body.head.weight, again.body.head.weight)
+
+
+def test_without_such_a_file_the_record_has_null() -> None:
+    network = Network(ARCHITECTURE)
+    assert (network.adapted, network.shown()["weights"]) == (None, None)
+    assert Network(ARCHITECTURE, module=nn.Identity()).shown() == {"module": "Identity"}
+
+
+def test_the_files_content_decides_not_its_name(file: str, tmp_path: Path) -> None:
+    depends = Network(ARCHITECTURE, weights=file).depends
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(Path(file).read_bytes())
+    assert Network(ARCHITECTURE, weights=str(moved)).depends == depends
+    save_file(trained(), moved)
+    assert Network(ARCHITECTURE, weights=str(moved)).depends != depends
+    assert Network(ARCHITECTURE, checkpoint=file).depends != depends, "one is adapted, the other taken as it is"
+    assert Network(ARCHITECTURE).depends != depends
+
+
+def test_a_spec_names_any_classifier_and_its_start(digits_world: World, file: str) -> None:
+    named = network_of(ModelTable(name="vit_tiny_patch16_224", weights=file, overrides=TINY), digits_world)
+    assert named == Network(ARCHITECTURE, weights=file)
+    overrides = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+    model = try_out(network_of(ModelTable(name="resnet18", overrides=overrides), digits_world), digits_world)
+    assert type(model.body).__name__ == "ResNet"
+    small = network_of(ModelTable(), digits_world).architecture
+    assert small.overrides == {"patch_size": 4, "depth": 3, "embed_dim": 64, "num_heads": 4}
+
+
+def test_a_file_that_does_not_fit_is_refused_when_the_network_is_tried(digits_world: World, tmp_path: Path) -> None:
+    save_file(trained(depth=1), tmp_path / "x.safetensors")
+    network = Network(ARCHITECTURE, weights=str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match="does not fit model 'vit_tiny_patch16_224': 12 missing"):
+        try_out(network, digits_world)
