@@ -23,7 +23,7 @@ class Compute(Protocol):
 
 
 @dataclass(frozen=True)
-class Plainly:
+class DefaultCompute:
     """As torch does when nobody says otherwise."""
 
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from vitrap.computing import Compute as Compute
-from vitrap.computing import Plainly as Plainly
+from vitrap.computing import DefaultCompute as DefaultCompute
 from vitrap.errors import UserError
 from vitrap.goals import AllToAll as AllToAll
 from vitrap.goals import AllToOne as AllToOne
@@ -273,7 +273,7 @@ class Suspect:
     n_classes: int
     generator: torch.Generator
     train: ImageSet | None = None
-    compute: Compute = field(default_factory=Plainly)
+    compute: Compute = field(default_factory=DefaultCompute)
     retrain: Retrain | None = None
 
     def __post_init__(self) -> None:

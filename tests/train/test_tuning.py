@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Batch, Criterion, ImageSet, Objective, Plainly, Suspect
+from vitrap.contracts import Batch, Criterion, DefaultCompute, ImageSet, Objective, Suspect
 from vitrap.errors import UserError
 from vitrap.train.arithmetic import Arithmetic, uncompiled
 from vitrap.train.loop import Epoch, Learner, Streams, Terms, cross_entropy
@@ -279,15 +279,15 @@ def test_a_control_decides_each_epochs_rate(clean: ImageSet) -> None:
 
 def test_it_computes_as_the_suspect_does_and_is_never_compiled(clean: ImageSet) -> None:
     assert uncompiled(Arithmetic("bf16", "fused", compiled=True), CPU) == Arithmetic("bf16", "fused")
-    assert uncompiled(Plainly("bf16"), CPU) == Arithmetic("bf16", "eager")
-    assert uncompiled(Plainly(), CPU) == Arithmetic("fp32", "fused")
+    assert uncompiled(DefaultCompute("bf16"), CPU) == Arithmetic("bf16", "eager")
+    assert uncompiled(DefaultCompute(), CPU) == Arithmetic("fp32", "fused")
     seen: list[bool] = []
 
     def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
         seen.append(torch.is_autocast_enabled("cpu"))
         return cross_entropy(model, batch, criterion)
 
-    for compute in (Arithmetic("bf16", compiled=True), Plainly()):
+    for compute in (Arithmetic("bf16", compiled=True), DefaultCompute()):
         tune(suspect(clean, compute=compute), Tuning("toy", RECIPE, streams(), Objective(terms)))
     assert seen == [True] * 6 + [False] * 6
 

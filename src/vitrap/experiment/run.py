@@ -172,8 +172,11 @@ class _Runner:
         implant = self.implant(fitted)
         if spec.params.threat == "weights":  # the victim starts from the twin
             self._clean(plan.victim, spec.seed, "twin")
-        make = partial(make_victim, plan, fitted, implant, self.made, self.steps)
-        victim = self.made["victim"] = self.store.stage(plan.victim_stage(), make, self.redo != "nothing")
+        victim = self.made["victim"] = self.store.stage(
+            plan.victim_stage(),
+            partial(make_victim, plan, fitted, implant, self.made, self.steps),
+            self.redo != "nothing",
+        )
         self._clean(plan.victim, spec.seed, "twin")
         # From here on the trigger is as training or an edit has left it, in this call or an earlier one.
         fitted = self._fitted(victim)
