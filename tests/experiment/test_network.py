@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.network import Network, network_of, try_out
-from vitrap.experiment.spec import ModelTable
+from vitrap.experiment.plan import make_plan
+from vitrap.experiment.spec import ModelTable, load_spec
 from vitrap.models.classifier import Architecture, open_model
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -76,3 +77,11 @@ def test_a_file_that_does_not_fit_is_refused_when_the_network_is_tried(digits_wo
     network = Network(ARCHITECTURE, weights=str(tmp_path / "x.safetensors"))
     with pytest.raises(UserError, match="does not fit model 'vit_tiny_patch16_224': 12 missing"):
         try_out(network, digits_world)
+
+
+def test_batches_of_one_image_are_refused_where_batch_norm_could_not_take_them() -> None:
+    few = ["data.size=32", "data.limit=50", "attack.name=badnets", "recipe.precision=fp32", "recipe.batch_size=1"]
+    tiny = ["model.name=resnet18", "model.layers=[1, 1, 1, 1]", "model.channels=[8, 8, 8, 8]"]
+    with pytest.raises(UserError, match="recipe.batch_size = 1 is too small for a network with batch norm"):
+        make_plan(load_spec(None, [*few, *tiny]), "cpu")
+    make_plan(load_spec(None, few), "cpu")

@@ -200,6 +200,15 @@ def test_shapes_that_do_not_fit_are_refused(n_classes: int, tmp_path: Path) -> N
     assert message.count(" for (") <= 4
 
 
+def test_a_number_in_place_of_a_head_counts_as_none(tmp_path: Path) -> None:
+    """A tensor without a shape tells of no classes: the head is fresh, and the line says so."""
+    kind = next(iter(SEVEN))
+    found = tensors(kind, n_classes=5)
+    name = next(name for name in found if name.endswith("fc.weight") or name == "head.weight")
+    model = started(kind, written(tmp_path / "w.safetensors", {**found, name: torch.tensor(1.0)}))
+    assert "head" in (model.adapted or "")
+
+
 def test_whole_numbers_are_refused(tmp_path: Path) -> None:
     trained = tensors("resnet")
     assert trained["bn1.num_batches_tracked"].dtype == torch.int64
