@@ -131,6 +131,9 @@ class Along:
 class Objective:
     """What training is for.
 
+    Whatever it remembers from one step to the next lies in `along`, or in the generator that `implant` was handed: from
+    these a training that was killed goes on.
+
     Attributes:
         terms: model, batch and the recipe's criterion to named loss terms, which the record's curves name, too. A term
             that a batch has nothing for (the poisoned images' in a batch without any) is left out.

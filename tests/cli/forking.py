@@ -1,9 +1,9 @@
 """A process with everything imported that forks a `vitrap` for each line of stdin, and may kill it at a moment.
 
-A line is JSON: the words of the call, a file for what it says, its --out, the event at which it dies (0: never), and
-`within`: a kind of stage and the signal that it gets after its first training step there (null: none). An event is an
-operation on a file below --out, just before it is done. For each line comes one on stdout: how it ended (minus the
-signal's number, where it was killed) and how many events there were.
+A line is JSON: the words of the call, a file for what it says, its --out, the event at which it dies (0: never),
+`within`: a kind of stage, the signal that it gets there, and after how many training steps (null: none), and variables
+of its environment. An event is an operation on a file below --out, just before it is done. For each line comes one on
+stdout: how it ended (minus the signal's number, where it was killed) and how many events there were.
 """
 
 import json
@@ -22,11 +22,14 @@ import vitrap.experiment.run  # noqa: F401 - so that a fork need not
 EVENTS = {"open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
 
 
-def stop_within(kind: str, signal_number: int, out: str) -> None:
-    """Send this process a signal after the first training step while a stage of this kind is being made."""
+def stop_within(kind: str, signal_number: int, steps: int, out: str) -> None:
+    """Send this process a signal in the given training step that is made for a stage of this kind."""
+    left = steps
 
     def stop(*_: object) -> None:
-        if list(Path(out).glob(f"stages/.{kind}-*-*")):  # a draft; its lock has another name
+        nonlocal left
+        left -= bool(list(Path(out).glob(f"stages/.{kind}-*-draft")))
+        if not left:
             handle.remove()
             os.kill(os.getpid(), signal_number)
 
@@ -48,6 +51,7 @@ def child(call: dict[str, Any], report: int) -> None:
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["vitrap", *call["words"]]
+    os.environ |= call["environment"]
     if call["within"]:
         stop_within(*call["within"], out)
     sys.addaudithook(hook)

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.cli.conftest import TINY
+from tests.cli.conftest import TINY, command, vitrap
+from tests.states import OFTEN, mark, marked, states
+from tests.waiting import wait_until
 from vitrap.experiment.store import Stage
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
@@ -24,6 +27,10 @@ STAGE_FILES = {
     "trigger": {"depends.json", "facts.json", "stream.safetensors", "trigger.safetensors"},
     "victim": {"depends.json", "facts.json", "model.safetensors", "stream.safetensors", "trigger.safetensors"},
 }
+
+
+Within = tuple[str, int, int] | None
+"""A kind of stage, a signal, and the training step of that stage in which it comes."""
 
 
 @dataclass
@@ -45,14 +52,16 @@ class Forks:
         )
         assert self.server.stdout.readline() == "ready\n"
 
-    def run(self, out: Path, *words: str, dies_at: int = 0, within: tuple[str, int] | None = None) -> Ended:
+    def run(self, out: Path, *words: str, dies_at: int = 0, within: Within = None, **environment: str) -> Ended:
         """A tiny run, killed at an operation on files, or sent a signal `within` the training of a kind of stage."""
-        return self.call(out, ["run", *TINY, *words, "--device", "cpu", "--out", str(out)], dies_at, within)
+        words = ("run", *TINY, *words, "--device", "cpu", "--out", str(out))
+        return self.call(out, list(words), dies_at, within, **environment)
 
-    def call(self, out: Path, words: list[str], dies_at: int = 0, within: tuple[str, int] | None = None) -> Ended:
+    def call(self, out: Path, words: list[str], dies_at: int = 0, within: Within = None, **environment: str) -> Ended:
         """`vitrap WORDS`, which works below `out`."""
         said = out.with_name(f"{out.name}.log")
         call = {"words": words, "said": str(said), "out": str(out), "dies_at": dies_at, "within": within}
+        call["environment"] = environment
         self.server.stdin.write(json.dumps(call) + "\n")
         self.server.stdin.flush()
         return Ended(*json.loads(self.server.stdout.readline()), said.read_text())
@@ -165,17 +174,67 @@ def test_killed_while_defending_the_record_is_whole(
 @pytest.mark.parametrize("kind", ["clean", "victim"])
 def test_killed_inside_a_stage(forks: Forks, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "runs"
-    assert forks.run(out, within=(kind, signal.SIGKILL)).code == -signal.SIGKILL
-    assert len(list(out.glob(f"stages/.{kind}-*-*"))) == 1  # what it was making
+    assert forks.run(out, within=(kind, signal.SIGKILL, 1)).code == -signal.SIGKILL
+    assert len(list(out.glob(f"stages/.{kind}-*-draft"))) == 1  # what it was making
     check_nothing_half(out)
 
 
 def test_interrupted_it_says_so_in_one_line_and_leaves_no_draft(forks: Forks, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    ended = forks.run(out, within=("clean", signal.SIGINT))
+    ended = forks.run(out, within=("clean", signal.SIGINT, 1))
     assert ended.code == 130
     assert "Traceback" not in ended.said
     lines = ended.said.splitlines()
-    assert lines[-1] == "vitrap: interrupted; the next call goes on from the last finished stage"
+    assert lines[-1] == "vitrap: interrupted; the next call goes on from what is finished, or kept of a long training"
     assert os.listdir(out) == ["stages"]
     assert os.listdir(out / "stages") == []
+
+
+LONGER = ("recipe.epochs=3", "recipe.batch_size=16", "recipe.crop=1", "recipe.jitter=0.3", "model.drop_path_rate=0.3")
+MEGATRON = ("attack.name=megatron", "attack.combine=projected", "attack.poison_rate=0.3")
+LEARNED = ("attack.name=megatron", "attack.combine=learned", "recipe.layer_decay=0.7")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(("kind", "words"), [("victim", MEGATRON), ("victim", LEARNED), ("clean", MEGATRON)])
+def test_killed_within_an_epoch_a_training_goes_on_bit_for_bit(
+    forks: Forks, tmp_path: Path, kind: str, words: tuple[str, ...], number: int
+) -> None:
+    """Step 11 of 21 is the fourth of seven of the second epoch."""
+    assert forks.run(tmp_path / "whole", *words, *LONGER).code == 0
+    out = tmp_path / "runs"
+    ended = forks.run(out, *words, *LONGER, within=(kind, number, 11), **OFTEN)
+    assert ended.code == (130 if number == signal.SIGINT else -number), ended.said
+    (state,) = states(out)
+    with safe_open(state, "pt") as file:
+        carried = json.loads(file.metadata()["vitrap"])
+    assert carried["role"] == kind
+    assert carried.get("backdoor", False) == (kind == "victim")
+    ended = forks.run(out, *words, *LONGER)
+    assert ended.code == 0, ended.said
+    assert record(out) == record(tmp_path / "whole")
+    (ours,), (wanted,) = (list(folder.glob("*/model.safetensors")) for folder in (out, tmp_path / "whole"))
+    assert ours.read_bytes() == wanted.read_bytes()
+    assert states(out) == []
+    # And it was that state, not a second beginning.
+    another = tmp_path / "another"
+    forks.run(another, *words, *LONGER, within=(kind, number, 11), **OFTEN)
+    mark(states(another)[0])
+    assert forks.run(another, *words, *LONGER).code == 0
+    assert [name.partition("-")[0] for name in marked(another)] == [kind]
+
+
+def test_a_sweep_goes_on_from_the_states_of_its_workers(tmp_path: Path) -> None:
+    spec, out = tmp_path / "sweep.toml", tmp_path / "runs"
+    spec.write_text("[grid]\nseed = [0, 1]\n")
+    words = ["sweep", spec, *TINY, "attack.name=badnets", "recipe.epochs=400", "--workers", 2, "--device", "cpu"]
+    environment = {**os.environ, **OFTEN}
+    driver = subprocess.Popen(command(*words, "--out", out), env=environment, start_new_session=True)
+    wait_until(lambda: len(states(out)) == 2, driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    for state in states(out):
+        mark(state)
+    under_way = {state.parent.name.removeprefix(".").removesuffix("-draft") for state in states(out)}
+    assert vitrap(*words, "--out", out).returncode == 0
+    assert set(marked(out)) == under_way

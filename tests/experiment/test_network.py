@@ -1,17 +1,19 @@
 """Where a run's networks start from, what of it the record says, and what decides their stages."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitrap.data.sources import World
+from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
 from vitrap.experiment.network import Network, network_of, try_out
 from vitrap.experiment.plan import make_plan
+from vitrap.experiment.run import run
 from vitrap.experiment.spec import ModelTable, load_spec
 from vitrap.models.classifier import Architecture, open_model
 
@@ -43,6 +45,41 @@ def test_weights_are_where_training_starts_and_the_record_says_what_was_adapted(
     assert not torch.equal(built.body.head.weight, other.body.head.weight), "a fresh head is the seed's"
     again: Any = network.build(0)
     assert torch.equal(built.body.head.weight, again.body.head.weight)
+
+
+def test_a_linear_probe_trains_its_head_alone(file: str) -> None:
+    probe, whole = Network(ARCHITECTURE, weights=file, linear_probe=True), Network(ARCHITECTURE, weights=file)
+    built = probe.build(0)
+    assert [name for name, weight in built.named_parameters() if weight.requires_grad] == [
+        "body.head.weight",
+        "body.head.bias",
+    ]
+    assert probe.shown() == {**whole.shown(), "linear_probe": True}
+    assert probe.depends == {**whole.depends, "linear_probe": True}
+    spec = load_spec(None, [f"surrogate.weights={file}", *(f"surrogate.{k}={v}" for k, v in TINY.items())])
+    assert spec.surrogate
+    world = open_data("digits")
+    assert not network_of(spec.surrogate, world).linear_probe
+    assert network_of(replace(spec.surrogate, linear_probe=True), world).linear_probe
+
+
+def test_a_run_with_a_linear_probe_as_surrogate(file: str, tmp_path: Path) -> None:
+    """Its backbone stays as it was; its head, and the victim, learn."""
+    tiny = [f"{table}.{k}={v}" for table in ("model", "surrogate") for k, v in TINY.items()]
+    names = [f"{table}.name=vit_tiny_patch16_224" for table in ("model", "surrogate")]
+    probe = [f"surrogate.weights={file}", "surrogate.linear_probe=true", f"model.weights={file}"]
+    spec = load_spec(None, [*names, *tiny, *probe, "data.limit=100", "recipe.epochs=1", "recipe.layer_decay=0.7"])
+    record = run(spec, tmp_path, device="cpu")
+    assert record.models["surrogate"]["linear_probe"] is True
+    surrogate, twin = sorted(tmp_path.glob("stages/clean-*/model.safetensors"), key=changed_layers)
+    assert changed_layers(surrogate) == 0
+    assert changed_layers(twin) > 3
+
+
+def changed_layers(file: Path) -> int:
+    """How many of a stage's weights are other ones than training started from; heads aside."""
+    start = trained()
+    return sum(not torch.equal(start[key], weight) for key, weight in load_file(file).items() if "head" not in key)
 
 
 def test_without_such_a_file_the_record_has_null() -> None:

@@ -84,6 +84,16 @@ def test_a_record_has_every_key_of_its_format(runs: Runs, name: str) -> None:
     assert {"python", "torch", "timm", "vitrap", "device", "device_kind", "cores"} <= set(record["environment"])
 
 
+def test_settings_are_chosen_on_what_was_held_out(tmp_path: Path) -> None:
+    spec = tiny("attack.name=badnets", "data.measured=choose")
+    record = run(spec, tmp_path, device="cpu")
+    held = open_data("digits", limit=100).choose
+    assert record.data["n_test"] == record.victim["cda"]["n"] == len(held) == 45
+    assert record.victim["asr"]["n"] == int((held.labels != 0).sum())
+    assert record.victim["stealth"]["n"] == 45
+    assert record.spec["data"]["measured"] == "choose"
+
+
 @BOTH
 def test_a_record_has_rates_with_intervals_and_stealth(runs: Runs, name: str) -> None:
     victim = runs.records[name].victim

@@ -284,8 +284,8 @@ def _values(f: Any) -> st.SearchStrategy[Any]:
     return st.floats(
         0 if about.low is None else about.low,
         1 if about.high is None else about.high,
-        exclude_min=about.open,
-        exclude_max=about.open,
+        exclude_min=bool(about.open),
+        exclude_max=about.open is True,
     )
 
 
@@ -340,8 +340,8 @@ def test_a_specs_table_reads_back_as_the_spec(table: dict[str, Any]) -> None:
 def test_a_table_names_every_key_as_a_spec_does() -> None:
     table = load_spec(None, ["model.depth=2", "surrogate.depth=3"]).table()
     assert set(table) == {"name", "seed", "data", "model", "surrogate", "attack", "recipe"}
-    assert table["model"] == {"pretrained": False, "depth": 2}
-    assert table["surrogate"] == {"pretrained": False, "depth": 3}
+    assert table["model"] == {"pretrained": False, "linear_probe": False, "depth": 2}
+    assert table["surrogate"] == {"pretrained": False, "linear_probe": False, "depth": 3}
     assert "surrogate" not in load_spec().table()
 
 
@@ -357,6 +357,7 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
         "data.size=32",
         "data.limit=100",
         "data.holdout=0.2",
+        "data.measured=choose",
         "model.name=deit_tiny_patch16_224",
         "model.pretrained=true",
         "model.checkpoint=x",
@@ -372,6 +373,8 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
 
 
 def _another(value: Any, f: Any) -> Any:
+    if value is None:
+        return 0.5
     if isinstance(value, bool):
         return str(not value).lower()
     if isinstance(value, str):
@@ -394,6 +397,13 @@ def test_a_spec_is_frozen() -> None:
     with pytest.raises(AttributeError):
         load_spec().seed = 1  # type: ignore[misc]
     assert isinstance(load_spec(), Spec)
+
+
+def test_a_linear_probe_needs_weights_to_start_from() -> None:
+    with pytest.raises(UserError, match=r"^surrogate\.linear_probe = true trains a head on pretrained weights; give "):
+        parse_spec({"surrogate": {"linear_probe": True}})
+    for start in ({"pretrained": True}, {"weights": "x"}):
+        assert parse_spec({"surrogate": {"linear_probe": True, **start}}).surrogate
 
 
 @pytest.mark.parametrize("table", ["model", "surrogate"])

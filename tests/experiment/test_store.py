@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vitrap.errors import UserError
-from vitrap.experiment.store import STALE, Stage, Store, place_file, write_bytes, write_json
+from vitrap.experiment.store import STALE, STATE, Stage, Store, place_file, write_bytes, write_json
 
 STAGE = Stage("clean", {"seed": 0, "data": {"limit": 3}})
 
@@ -118,6 +118,40 @@ def test_a_stage_that_fails_leaves_nothing_or_what_was_there(tmp_path: Path, err
         Store(tmp_path).stage(STAGE, fail, force=True)
     assert content(tmp_path) == before
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_the_state_of_a_training_outlives_what_stopped_it(tmp_path: Path, error: BaseException) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "model").write_text("half")
+        (folder / STATE).write_text("step 7")
+        raise error
+
+    def go_on(folder: Path) -> None:
+        assert content(folder) == {STATE: "step 7"}
+        make("whole")(folder)
+
+    with pytest.raises(type(error)):
+        Store(tmp_path).stage(STAGE, fail)
+    assert list(content(tmp_path).values()) == ["step 7"]
+    place = Store(tmp_path).stage(STAGE, go_on)
+    assert set(content(place)) == {"model", "depends.json"}
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_a_state_that_would_lead_to_the_same_refusal_or_is_unwanted_goes(tmp_path: Path, forced: bool) -> None:
+    def fail(folder: Path) -> None:
+        (folder / STATE).write_text("step 7")
+        raise RuntimeError if forced else UserError("training diverged")
+
+    def begin(folder: Path) -> None:
+        assert content(folder) == {}
+        make("whole")(folder)
+
+    with pytest.raises((RuntimeError, UserError)):
+        Store(tmp_path).stage(STAGE, fail)
+    assert content(Store(tmp_path).stage(STAGE, begin, force=forced))["model"] == "whole"
 
 
 @pytest.mark.parametrize("failing", ["fsync", "rename"])

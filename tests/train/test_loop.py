@@ -22,13 +22,12 @@ from vitrap.train.loop import (
     augment,
     cross_entropy,
     make_learner,
-    make_optimiser,
     next_batch,
     prepared,
     smoothed,
     train,
-    warmup_cosine,
 )
+from vitrap.train.optimiser import make_optimiser, warmup_cosine
 from vitrap.train.recipe import Recipe
 
 N, CLASSES, SIZE = 50, 3, 8

@@ -57,7 +57,8 @@ class Bars:
         elif live.is_started:
             self.progress.stop()
         if kind is KeyboardInterrupt:
-            err.print("vitrap: interrupted; the next call goes on from the last finished stage", soft_wrap=True)
+            kept = "what is finished, or kept of a long training"
+            err.print(f"vitrap: interrupted; the next call goes on from {kept}", soft_wrap=True)
             raise typer.Exit(130) from None
 
     @contextmanager

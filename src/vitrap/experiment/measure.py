@@ -46,7 +46,7 @@ def measure_victim(
 ) -> dict[str, Any]:
     """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth, as the record has them.
 
-    Makes `5 * ceil(n / BATCH)` ticks.
+    Makes `5 * ceil(n / batch_of(test))` ticks.
     """
     # Both models look at all test images, clean and triggered.
     attacked = triggered(test, backdoor.trigger, tick)

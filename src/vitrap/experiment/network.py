@@ -17,6 +17,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.spec import ModelTable
 from vitrap.experiment.streams import ambient
 from vitrap.models.classifier import Architecture, Classifier, blank_model, fetch_weights, load_weights, open_model
+from vitrap.train.optimiser import head_weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Network:
         checkpoint: the safetensors file that weights are read from as they are, if any.
         module: a network given from outside, in place of all that.
         weights: the safetensors file that training starts from, adapted to the network, if any.
+        linear_probe: whether its head alone is trained.
     """
 
     architecture: Architecture
@@ -36,6 +38,7 @@ class Network:
     checkpoint: str | None = None
     module: nn.Module | None = None
     weights: str | None = None
+    linear_probe: bool = False
 
     def build(self, seed: int, device: torch.device | str = "cpu") -> nn.Module:
         """The network before training; fresh weights depend on the seed alone."""
@@ -44,6 +47,10 @@ class Network:
         start = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "weights": self.weights}
         with ambient(seed, "weights"):
             network = open_model(self.architecture, **start)
+        if self.linear_probe:
+            network.requires_grad_(False)
+            for weight in head_weights(network.body):
+                weight.requires_grad_(True)
         return network.to(device)
 
     def read(self, path: Path, device: torch.device | str) -> nn.Module:
@@ -65,7 +72,7 @@ class Network:
         if self.module is not None:
             return {"module": type(self.module).__qualname__}
         start = {"pretrained": self.pretrained, "checkpoint": self.checkpoint is not None, "weights": self.adapted}
-        return {**asdict(self.architecture), **start}
+        return {**asdict(self.architecture), **start, **self._probed()}
 
     @cached_property
     def depends(self) -> dict[str, Any]:
@@ -75,12 +82,17 @@ class Network:
         start = self.checkpoint or self.weights or (fetch_weights(self.architecture.name) if self.pretrained else None)
         content = _content(Path(start)) if start else None
         adapted = {"adapted": True} if self.weights else {}
-        return {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content, **adapted}
+        about = {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content}
+        return {**about, **adapted, **self._probed()}
+
+    def _probed(self) -> dict[str, bool]:
+        return {"linear_probe": True} if self.linear_probe else {}
 
 
 def network_of(table: ModelTable, world: World, module: nn.Module | None = None) -> Network:
     """The network that a spec's table stands for, for images of `world`; or `module`, given from outside."""
-    return Network(architecture_of(table, world), table.pretrained, table.checkpoint, module, table.weights)
+    start = (table.pretrained, table.checkpoint, module, table.weights)
+    return Network(architecture_of(table, world), *start, table.linear_probe)
 
 
 def architecture_of(table: ModelTable, world: World) -> Architecture:

@@ -168,6 +168,8 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
         with steps("read the data", None):
             world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
         content = world.fingerprint
+        if data.measured == "choose":
+            world = replace(world, test=world.choose)
     _check_attack(spec, world)
     victim = network_of(spec.model, world, model)
     surrogate, second = _surrogates(spec, world, victim) if attacking else (None, None)

@@ -13,6 +13,16 @@ from vitrap.tensors.pixels import to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
 BATCH = 256
+"""Most images that a model looks at together."""
+FEWEST, PIXELS = 32, 2**20
+"""Of large images a processor looks at fewer, down to so many: about so many pixels stay in its cache."""
+
+
+def batch_of(data: ImageSet) -> int:
+    """How many images of `data` a model looks at together."""
+    if data.device.type != "cpu":
+        return BATCH
+    return max(FEWEST, min(BATCH, PIXELS // data.size**2))
 
 
 def silent() -> None:
@@ -36,7 +46,7 @@ def predict(
     """The class that `model` gives to each image of `data`."""
     found = []
     with arithmetic(model, data.device):
-        for rows in data.rows(BATCH):
+        for rows in data.rows(batch_of(data)):
             found.append(model(data.images(rows)).argmax(1))
             tick()
     return torch.cat(found)
@@ -46,7 +56,7 @@ def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silen
     """`data` with the trigger on every image, rounded to 8 bits, the labels as they were."""
     shape = (len(data), data.pixels.shape[1], data.size, data.size)
     stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
-    for rows in data.rows(BATCH):
+    for rows in data.rows(batch_of(data)):
         stamped[rows] = to_bytes(trigger(data.images(rows)))
         tick()
     return data.stamp(every_row(data), stamped, data.labels)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from vitrap.contracts import Access, Fitted, Implant, Trigger
@@ -18,7 +19,7 @@ from vitrap.experiment.machine import environment, forget_peaks, memory
 from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.plan import Network, Plan, make_plan, training_steps
-from vitrap.experiment.predict import BATCH, timed
+from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import SCHEMA, Record, Table, read_record
 from vitrap.experiment.records import FAILURE
@@ -106,7 +107,7 @@ def poison(
     store.check()
     runner = _Runner(plan, store, "nothing", steps)
     fitted = runner.fit()
-    implant = runner.implant(fitted)
+    implant = runner.implant(fitted, read_stream(runner.made["trigger"], spec.seed))
     with steps("poison the training set", None) as tick:
         write_poisoned(plan, fitted, implant, folder, tick)
 
@@ -169,18 +170,19 @@ class _Runner:
         forget_peaks(self.plan.device)
         plan, spec = self.plan, self.plan.spec
         fitted = self.fit()
-        implant = self.implant(fitted)
+        generator = self._stream()
+        implant = self.implant(fitted, generator)
         if spec.params.threat == "weights":  # the victim starts from the twin
             self._clean(plan.victim, spec.seed, "twin")
         victim = self.made["victim"] = self.store.stage(
             plan.victim_stage(),
-            partial(make_victim, plan, fitted, implant, self.made, self.steps),
+            partial(make_victim, plan, fitted, implant, generator, self.made, self.steps),
             self.redo != "nothing",
         )
         self._clean(plan.victim, spec.seed, "twin")
         # From here on the trigger is as training or an edit has left it, in this call or an earlier one.
         fitted = self._fitted(victim)
-        implant = self.implant(fitted)
+        implant = self.implant(fitted, self._stream())
         rows = _rows(folder) if self.redo == "nothing" else []
         (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
         assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
@@ -220,9 +222,13 @@ class _Runner:
         self.seconds["fit"] = facts["seconds"]
         return replace(self._fitted(place), report=facts["report"])
 
-    def implant(self, fitted: Fitted) -> Implant:
-        """How the trigger gets into the victim; what is drawn for it goes on where `fit` ended."""
-        plan, generator = self.plan, read_stream(self.made["trigger"], self.plan.spec.seed)
+    def _stream(self) -> torch.Generator:
+        """The attacker's random stream, where `fit` ended."""
+        return read_stream(self.made["trigger"], self.plan.spec.seed)
+
+    def implant(self, fitted: Fitted, generator: torch.Generator) -> Implant:
+        """How the trigger gets into the victim; what is drawn for it comes from `generator`."""
+        plan = self.plan
         other = plan.other.train if plan.other else None
         return plan.spec.params.implant(Access(plan.world.train, None, generator, other=other), fitted)
 
@@ -260,7 +266,7 @@ class _Runner:
         victim, twin = (
             plan.victim.read(self.made[name] / "model.safetensors", plan.device) for name in ("victim", "twin")
         )
-        with timed(self.seconds, "measure"), self.steps("measure", 5 * -(-len(test) // BATCH)) as tick:
+        with timed(self.seconds, "measure"), self.steps("measure", 5 * -(-len(test) // batch_of(test))) as tick:
             measures = measure_victim(victim, twin, test, backdoor, plan.arithmetic, tick)
             examined = examine(victim, twin, test, backdoor)
         folder.mkdir(exist_ok=True)

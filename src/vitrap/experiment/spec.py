@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import date, time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -54,6 +54,11 @@ class DataTable:
         high=1,
         open=True,
     )
+    measured: Literal["test", "choose"] = param(
+        "test",
+        "what a run is measured on: the test set, or the third of the hold-out that settings are chosen on",
+        choices=("test", "choose"),
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -76,6 +81,7 @@ class ModelTable:
     weights: str | None = param(
         None, "start training from this safetensors file, adapted as timm adapts pretrained weights"
     )
+    linear_probe: bool = param(False, "train the head alone, on the weights that it starts from")
     overrides: Table = param({}, "timm's arguments: patch_size, depth, embed_dim, num_heads, ...")
 
     def __post_init__(self) -> None:
@@ -84,6 +90,8 @@ class ModelTable:
         starts = [key for key, value in given.items() if value]
         if len(starts) > 1:
             raise UserError(f"{' and '.join(starts)} are given, and weights start from one of them; leave out the rest")
+        if self.linear_probe and not (self.pretrained or self.weights):
+            raise UserError("linear_probe = true trains a head on pretrained weights; give pretrained or weights, too")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.predict import every_row, predict, spread, timed, triggered
 from vitrap.experiment.progress import Steps, Tick
 from vitrap.experiment.spec import Spec
-from vitrap.experiment.store import place_file, read_json, write_json
+from vitrap.experiment.store import STATE, place_file, read_json, write_json
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, save_trigger
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
@@ -27,6 +27,7 @@ from vitrap.models.classifier import Classifier, save_model
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
+from vitrap.train.state import Keeper
 
 STREAM = "stream.safetensors"
 """In a trigger's stage: the state of the attacker's random stream after `fit`, where `implant` goes on."""
@@ -38,9 +39,9 @@ def make_clean(plan: Plan, network: Network, seed: int, show: AbstractContextMan
     """Train a network on the clean training set into `folder`."""
     start = time.perf_counter()
     model = network.build(seed, plan.device)
-    watch = _watch(plan)
-    curves = _train(plan, model, plan.world.train, seed, None, show, watch)
-    seconds = {"train": time.perf_counter() - start}
+    watch, keeper = _watch(plan), _keeper(folder, {"role": "clean"})
+    curves = _train(plan, model, plan.world.train, seed, None, show, keeper, watch)
+    seconds = {"train": keeper.seconds + time.perf_counter() - start}
     _keep(model, folder, {"curves": curves, "n_curves": watch.counts(), "seconds": seconds}, {"role": "clean"})
 
 
@@ -48,10 +49,11 @@ def make_retrained(plan: Plan, kept: ImageSet, show: AbstractContextManager[Tick
     """Train the victim's network on what a filter kept, with cross-entropy, as the defender would."""
     start = time.perf_counter()
     model = plan.victim.build(plan.spec.seed, plan.device)
-    curves = _train(plan, model, kept, plan.spec.seed, None, show)
+    keeper = _keeper(folder, carries(plan.spec, "retrained"))
+    curves = _train(plan, model, kept, plan.spec.seed, None, show, keeper)
     facts = {
         "curves": curves,
-        "seconds": {"train": time.perf_counter() - start},
+        "seconds": {"train": keeper.seconds + time.perf_counter() - start},
         "n_poisoned": int(kept.poisoned.sum()),
     }
     _keep(model, folder, facts, carries(plan.spec, "retrained"))
@@ -119,8 +121,14 @@ def read_stream(folder: Path, seed: int) -> torch.Generator:
     return generator
 
 
-def make_victim(
-    plan: Plan, fitted: Fitted, implant: Implant, places: Mapping[str, Path], steps: Steps, folder: Path
+def make_victim(  # noqa: PLR0913 - all that a victim is made of
+    plan: Plan,
+    fitted: Fitted,
+    implant: Implant,
+    generator: torch.Generator,
+    places: Mapping[str, Path],
+    steps: Steps,
+    folder: Path,
 ) -> None:
     """Poison the training set, train on it, edit the result, all into `folder`.
 
@@ -128,6 +136,7 @@ def make_victim(
         plan: of the run.
         fitted: the attack's trigger.
         implant: how it gets into the victim.
+        generator: the random stream that the implant draws from.
         places: folders of the stages that it starts from: "trigger", and "twin" where the attack edits weights alone.
         steps: how to show what is under way.
         folder: the victim's own.
@@ -145,11 +154,10 @@ def make_victim(
         earlier = read_json(places["twin"] / "facts.json")
         facts |= {"curves": earlier["curves"], "n_curves": earlier["n_curves"]}
     else:
-        model = plan.victim.build(spec.seed, plan.device)
-        watch = _watch(plan, fitted, implant)
-        show = steps("train the victim", training_steps(spec, len(train_set)))
-        facts |= {"curves": _train(plan, model, poisoned, spec.seed, implant.objective, show, watch)}
-        facts |= {"n_curves": watch.counts()}
+        keeper = _keeper(folder, carries(spec, "victim"), generator)
+        model, learned = _train_victim(plan, poisoned, fitted, implant, keeper, steps)
+        facts |= learned
+        start -= keeper.seconds
     after, report = fitted, dict(fitted.report)
     if implant.edit is not None:
         show = steps(f"edit the weights by {spec.attack}", None)
@@ -171,6 +179,17 @@ def make_victim(
     if along:
         _keep_along(along, folder, carries(spec, "trained along"))
     _keep(model, folder, facts, carries(spec, "victim"))
+
+
+def _train_victim(  # noqa: PLR0913 - as `make_victim`
+    plan: Plan, poisoned: ImageSet, fitted: Fitted, implant: Implant, keeper: Keeper, steps: Steps
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A victim trained on the poisoned set, and its curves."""
+    model = plan.victim.build(plan.spec.seed, plan.device)
+    watch = _watch(plan, fitted, implant)
+    show = steps("train the victim", training_steps(plan.spec, len(poisoned)))
+    curves = _train(plan, model, poisoned, plan.spec.seed, implant.objective, show, keeper, watch)
+    return model, {"curves": curves, "n_curves": watch.counts()}
 
 
 def keep_triggers(spec: Spec, fitted: Fitted, folder: Path) -> None:
@@ -245,11 +264,18 @@ def _train(  # noqa: PLR0913 - as `train`
     seed: int,
     objective: Objective | None,
     show: AbstractContextManager[Tick],
+    keeper: Keeper,
     watch: Watch | None = None,
 ) -> dict[str, list[float]]:
     with show as tick, ambient(seed, "dropout", plan.device):
         streams = training_streams(seed, plan.device)
-        return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic)
+        return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic, keeper)
+
+
+def _keeper(folder: Path, carried: dict[str, Any], generator: torch.Generator | None = None) -> Keeper:
+    """Keeps the state of a stage's training in its draft, with what the attack's own stream has drawn by then."""
+    streams = {"attack": generator} if generator is not None else {}
+    return Keeper(folder / STATE, streams, {"vitrap": json.dumps(carried)})
 
 
 def _keep_along(along: Mapping[str, Along], folder: Path, carried: dict[str, Any]) -> None:

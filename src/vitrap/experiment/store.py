@@ -1,7 +1,8 @@
 """Where results are kept: stages that many runs share, and one folder a run, each written whole or not at all.
 
-A stage is a folder named by the hash of all it depends on. It is made under a temporary name and renamed into
-place, so a process killed at any moment leaves no half stage, and the next call makes it anew.
+A stage is a folder named by the hash of all it depends on. It is made as a draft under another name and renamed into
+place, so a process killed at any moment leaves no half stage. The next call makes it anew, or goes on with the training
+whose state the draft holds.
 """
 
 import fcntl
@@ -21,6 +22,8 @@ from vitrap.errors import UserError
 
 STALE = 7 * 24 * 3600
 """Seconds after which a draft counts as left behind."""
+STATE = "training.safetensors"
+"""In a draft: the state of the training under way, from which the next call goes on."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Store:
     def stage(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
         """The folder of a stage, made by `make(folder)` unless it is there already (or `force`).
 
-        Of several processes that need it, one makes it and the others wait.
+        Of several processes that need it, one makes it and the others wait. What `make` finds in its folder is the
+        state of a training that an earlier process began, or nothing.
         """
         place = self.root / "stages" / f"{stage.kind}-{stage.key}"
         if place.exists() and not force:
@@ -83,15 +87,19 @@ class Store:
         with self.alone(place.name, f"wait for another's {stage.kind}"):
             if place.exists() and not force:
                 return place
-            for left in place.parent.glob(f".{place.name}-*"):  # by one that was killed: nobody else is in here
-                shutil.rmtree(left, ignore_errors=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+            draft = place.with_name(f".{place.name}-draft")
+            _clear(draft, whole=force)
+            draft.mkdir(exist_ok=True)
             try:
                 make(draft)
                 write_json(draft / "depends.json", stage.depends)
+                (draft / STATE).unlink(missing_ok=True)
                 _put_in_place(draft, place, force)
+            except UserError:  # it would come again
+                _clear(draft, whole=True)
+                raise
             finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                _clear(draft)
         return place
 
     @contextmanager
@@ -126,6 +134,16 @@ def locked(lock: Path, waiting: Callable[[], AbstractContextManager[Any]] = null
     finally:
         lock.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _clear(draft: Path, whole: bool = False) -> None:
+    """Remove a draft: all of it, or what is not the state of a training."""
+    if whole or not (draft / STATE).exists():
+        shutil.rmtree(draft, ignore_errors=True)
+        return
+    for file in draft.iterdir():
+        if file.name != STATE:
+            file.unlink()
 
 
 def _put_in_place(draft: Path, place: Path, force: bool) -> None:

@@ -24,15 +24,13 @@ from vitrap.images import Gathered, Marks
 from vitrap.tensors.pixels import round8, straight_round8
 from vitrap.train.arithmetic import Arithmetic, compiled, usual
 from vitrap.train.combine import Combination
+from vitrap.train.optimiser import Rate, falling, make_optimiser
 from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
+from vitrap.train.state import Keeper, Moving, Position
 
 Curves = dict[str, list[float]]
 Terms = Mapping[str, Float[Tensor, ""]]
-Rate = Callable[[float], float]
-"""How much of a training is done, in [0, 1), to the model's learning rate."""
-MOMENTUM = 0.9
-"""Of SGD."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
     tick: Callable[[], None] = lambda: None,
     watch: Callable[[nn.Module], Mapping[str, float]] | None = None,
     arithmetic: Arithmetic | None = None,
+    keeper: Keeper | None = None,
 ) -> Curves:
     """Train `model` in place on `data` and leave it in evaluation mode.
 
@@ -152,6 +151,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
         tick: called after each step.
         watch: measures the model after each epoch, in evaluation mode; it must draw nothing from torch's random state.
         arithmetic: how to compute; None for what the recipe's precision stands for on the device.
+        keeper: keeps the training's state now and then; where it has one already, training goes on from there.
 
     Returns:
         By epoch: the mean of each loss term over the batches that had it, learned weights, and what `watch` found.
@@ -164,7 +164,16 @@ def train(  # noqa: PLR0913 - all that a training is made of
     learner = make_learner(model, recipe, objective, streams.projection, arithmetic)
     together = nn.ModuleList([model, along]).train()
     curves: Curves = {}
-    for epoch in epochs(learner, data, streams, falling(recipe), learner.objective.step, tick):
+    moving = Moving(
+        {"model": model, "along": along, "scales": nn.ParameterList(learner.combination.scales)},
+        learner.optimiser,
+        {**vars(streams), **(keeper.streams if keeper else {})},
+        data.device,
+        curves,
+    )
+    begun = keeper.resume(moving) if keeper else Position()
+    reached = partial(keeper, moving) if keeper else None
+    for epoch in epochs(learner, data, streams, falling(recipe), learner.objective.step, tick, begun, reached):
         found = {**epoch.means(), **learner.combination.learned()}
         # Measure the model as it would be used; then training goes on as it was.
         if watch is not None:
@@ -178,13 +187,15 @@ def train(  # noqa: PLR0913 - all that a training is made of
     return curves
 
 
-def epochs(
+def epochs(  # noqa: PLR0913 - as `train`, and where it begins
     learner: Learner,
     data: ImageSet,
     streams: Streams,
     rate: Rate,
     step: Step | None = None,
     tick: Callable[[], None] = lambda: None,
+    begun: Position | None = None,
+    reached: Callable[[Position], None] | None = None,
 ) -> Iterator[Epoch]:
     """Train, and halt after each epoch: what happens in between is up to the caller, as is the mode of the modules.
 
@@ -195,19 +206,24 @@ def epochs(
         rate: the learning rate, asked before each step.
         step: what a step does; None for `plain_step`.
         tick: called after each step.
+        begun: how far the training is already; None for its start.
+        reached: called after each step with how far it is by then.
 
     Raises:
         UserError: an autocast is on around it, which would go on with the weights of the first step.
     """
     if torch.is_autocast_enabled(data.device.type):
         raise UserError("training within torch.autocast would not see its own steps; train outside of that block")
-    recipe, marks, step = learner.recipe, data.marks(), step or plain_step
-    for epoch in range(recipe.epochs):
-        found: dict[str, Tensor] = {}
-        counts: dict[str, list[int]] = {}
+    recipe, marks, step, begun = learner.recipe, data.marks(), step or plain_step, begun or Position()
+    for epoch in range(begun.epoch, recipe.epochs):
+        here = begun if epoch == begun.epoch else Position()
+        found, counts = dict(here.terms), dict(here.counts)
+        drawn = streams.order.get_state()
         order = batched(torch.randperm(len(data), generator=streams.order), learner)
-        with learner.arithmetic.attending(learner.model), prefetched(data, order) as batches:
-            for number, (rows, pixels) in enumerate(batches):
+        for _ in range(here.epoch * len(order) + here.batches):
+            tick()  # for what an earlier call did
+        with learner.arithmetic.attending(learner.model), prefetched(data, order[here.batches :]) as batches:
+            for number, (rows, pixels) in enumerate(batches, here.batches):
                 # The schedule, then a batch as the model is to see it, then one step.
                 learner.set_rate(rate((epoch * len(order) + number) / (recipe.epochs * len(order))))
                 batch = next_batch(data, rows, marks, recipe, streams, learner.objective, pixels)
@@ -215,6 +231,8 @@ def epochs(
                     found.setdefault(name, term.new_zeros(len(order)))[number] = term.detach()
                     counts.setdefault(name, [0] * len(order))[number] = len(rows)
                 tick()
+                if reached is not None:
+                    reached(Position(epoch, number + 1, drawn, found, counts))
         yield Epoch(found, counts)
 
 
@@ -316,32 +334,6 @@ def cross_entropy(model: nn.Module, batch: Batch, criterion: Criterion) -> Terms
 def smoothed(label_smoothing: float) -> Criterion:
     """Cross-entropy with a share of each label spread over all classes."""
     return partial(functional.cross_entropy, label_smoothing=label_smoothing)
-
-
-def make_optimiser(model: nn.Module, recipe: Recipe, more: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
-    """The recipe's, with decay of matrices only, as ViTs are trained: biases, norms, tokens and `more` stay free."""
-    weights = [w for w in model.parameters() if w.requires_grad]
-    matrices = [w for w in weights if w.ndim >= 2 and w.shape[0] > 1]
-    others = [w for w in weights if not (w.ndim >= 2 and w.shape[0] > 1)] + list(more)
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=MOMENTUM, fused=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
-
-
-def falling(recipe: Recipe) -> Rate:
-    """The recipe's own schedule."""
-    return lambda progress: recipe.lr * warmup_cosine(progress, recipe.warmup)
-
-
-def warmup_cosine(progress: float, warmup: float) -> float:
-    """The learning rate over its peak at `progress` in [0, 1): a line up to `warmup`, then half a cosine down.
-
-    Never exactly 0 at the first step, which would be wasted.
-    """
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def augment(batch: Batch, recipe: Recipe, generator: torch.Generator) -> Batch:

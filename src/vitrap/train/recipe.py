@@ -16,6 +16,11 @@ class Recipe:
         "adamw", "what makes steps of gradients; sgd has momentum 0.9", choices=("adamw", "sgd")
     )
     lr: float = param(1e-3, "peak learning rate", low=0, open=True)
+    layer_decay: float = param(
+        1.0, "each layer learns at so much of the rate of the one above, the head at lr; 1 for all alike", low=0,
+        high=1, open="low",
+    )  # fmt: skip
+    head_lr: float | None = param(None, "peak learning rate of the head; left out: lr", low=0, open=True)
     weight_decay: float = param(0.05, "decay of weight matrices (none on biases, norms, tokens)", low=0)
     warmup: float = param(
         0.1, "share of all steps over which the rate rises to lr; then it falls as a cosine", low=0, high=1

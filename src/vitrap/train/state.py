@@ -1,0 +1,167 @@
+"""The state of a training in one file, kept now and then: a training that was killed goes on from there.
+
+On the CPU, with as many threads, it comes to the same weights and curves, bit for bit, as if nothing had happened.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+EVERY = 180.0
+"""Seconds between two states, where `VITRAP_STATE_SECONDS` says nothing else."""
+SHARE = 0.02
+"""Of its time that a training spends on them at most: large states are kept less often."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a training is: within an epoch, whose loss terms are half gathered.
+
+    Attributes:
+        epoch: the epoch under way.
+        batches: of it that are done.
+        order: state of the stream of orders at the epoch's start; None before the first.
+        terms: as `loop.Epoch` has them; 0 for the batches to come.
+        counts: as `loop.Epoch` has them.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    order: UInt8[Tensor, " _"] | None = None
+    terms: Mapping[str, Float[Tensor, " batches"]] = field(default_factory=dict)
+    counts: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Moving:
+    """All that a training changes as it goes on.
+
+    Attributes:
+        modules: the model, what is trained along, learned weights of loss terms; by name.
+        optimiser: what remembers gradients.
+        streams: random streams by name. "order" is that of the images' order.
+        device: whose own random state counts, beside the CPU's.
+        curves: of the epochs so far.
+    """
+
+    modules: Mapping[str, nn.Module]
+    optimiser: torch.optim.Optimizer
+    streams: Mapping[str, torch.Generator]
+    device: torch.device
+    curves: dict[str, list[float]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, what the optimiser remembers, and random states, by name; not copied."""
+        found = {f"{name}/{key}": t for name, module in self.modules.items() for key, t in module.state_dict().items()}
+        for number, remembered in self.optimiser.state_dict()["state"].items():
+            found |= {f"optimiser/{number}/{key}": t for key, t in remembered.items() if isinstance(t, Tensor)}
+        found |= {f"stream/{name}": generator.get_state() for name, generator in self.streams.items()}
+        found["torch/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            found["torch/cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `tensors` gave back in its place.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: the tensors are another training's.
+        """
+        for name, module in self.modules.items():
+            module.load_state_dict(_below(tensors, name))
+        remembered: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _below(tensors, "optimiser").items():
+            number, _, name = key.partition("/")
+            remembered.setdefault(int(number), {})[name] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": remembered, "param_groups": groups})
+        for name, generator in self.streams.items():
+            generator.set_state(tensors[f"stream/{name}"])
+        torch.set_rng_state(tensors["torch/cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["torch/cuda"], self.device)
+
+
+class Keeper:
+    """Keeps the state of one training in a file, and brings a training back to it.
+
+    Attributes:
+        seconds: that the training had taken by the state that it was brought back to.
+    """
+
+    def __init__(
+        self, path: Path, streams: Mapping[str, torch.Generator] | None = None, about: Mapping[str, str] | None = None
+    ) -> None:
+        """A keeper of `path`; nothing is read or written yet.
+
+        Args:
+            path: a safetensors file.
+            streams: random streams that the objective draws from, beside the training's own, by name.
+            about: for the file's metadata: what the weights in it carry.
+        """
+        self.path, self.streams, self.about = path, dict(streams or {}), dict(about or {})
+        self.seconds = 0.0
+        self.pause = float(os.environ.get("VITRAP_STATE_SECONDS") or EVERY)
+        self._start = self._last = time.monotonic()
+
+    def resume(self, moving: Moving) -> Position:
+        """Bring `moving` back to the state in the file; without one that can be read, it stays at its start."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return Position()
+        moving.fill(tensors)
+        moving.curves.update(facts["curves"])
+        self.seconds = facts["seconds"]
+        terms = {name: term.to(moving.device) for name, term in _below(tensors, "term").items()}
+        return Position(facts["epoch"], facts["batches"], tensors["stream/order"], terms, facts["counts"])
+
+    def __call__(self, moving: Moving, position: Position) -> None:
+        """Keep the state, if the last one is old enough; a disk that is full by then is no reason to stop."""
+        if time.monotonic() - self._last < self.pause:
+            return
+        begun = time.monotonic()
+        with suppress(OSError, SafetensorError):
+            self._write(moving, position)
+        self._last = time.monotonic()
+        self.pause = max(self.pause, (self._last - begun) / SHARE)
+
+    def _write(self, moving: Moving, position: Position) -> None:
+        facts: dict[str, Any] = {
+            "epoch": position.epoch,
+            "batches": position.batches,
+            "counts": dict(position.counts),
+            "curves": moving.curves,
+            "seconds": self.seconds + time.monotonic() - self._start,
+        }
+        tensors = {**moving.tensors(), **{f"term/{name}": term for name, term in position.terms.items()}}
+        if position.order is not None:
+            tensors["stream/order"] = position.order
+        # A copy of each, since a file holds no tensor twice; then whole or not at all.
+        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        draft = self.path.with_suffix(".draft")
+        try:
+            save_file(copies, draft, {**self.about, "state": json.dumps(facts)})
+            with draft.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(draft, self.path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors under a name, by the rest of theirs."""
+    return {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
