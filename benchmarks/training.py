@@ -25,7 +25,7 @@ WANTED = 1.03
 
 
 def figures(scale: Scale) -> Iterator[Figure]:
-    """Both precisions, as the bound has it; then with crop and flip, for information."""
+    """Both precisions, with one rate and with rates by layer, as the bound has it; crop and flip for information."""
     data = image_set(scale.steps * scale.batch, scale.device)
     usual = Recipe(epochs=1, batch_size=scale.batch)
     for precision in ("fp32", "bf16"):
@@ -33,6 +33,8 @@ def figures(scale: Scale) -> Iterator[Figure]:
             recipe = replace(usual, precision=precision, crop=4 if augmented else 0, flip=augmented)
             name = f"{precision}, with crop and flip" if augmented else precision
             yield figure(name, data, recipe, scale, None if augmented else WANTED)
+        by_layer = replace(usual, precision=precision, layer_decay=0.65, head_lr=2e-3)
+        yield figure(f"{precision}, rates by layer", data, by_layer, scale, WANTED)
 
 
 def figure(name: str, data: ImageSet, recipe: Recipe, scale: Scale, wanted: float | None) -> Figure:
@@ -75,14 +77,16 @@ class Bare:
         layers: list[Any] = [m for m in body.modules() if isinstance(m, Attention)]
         for layer in layers:
             layer.fused_attn = not (bf16 and device.type == "cpu")
-        optimiser = torch.optim.AdamW(decay_groups(body, how.weight_decay), lr=how.lr, fused=True)
+        groups = decay_groups(body, how.weight_decay) if how.layer_decay == 1 else layer_groups(body, how)
+        optimiser = torch.optim.AdamW(groups, lr=how.lr, fused=True)
+        peaks = [group["lr"] for group in optimiser.param_groups]
         steps, step, total = how.epochs * math.ceil(len(labels) / how.batch_size), 0, torch.zeros((), device=device)
         body.train()
         for _ in range(how.epochs):
             total.zero_()
             for rows in torch.randperm(len(labels), generator=order).to(device).split(how.batch_size):
-                for group in optimiser.param_groups:
-                    group["lr"] = how.lr * schedule(step / steps, how.warmup)
+                for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                    group["lr"] = peak * schedule(step / steps, how.warmup)
                 x = crop_and_flip(pixels[rows].float() / 255, how, chances)
                 with torch.autocast(device.type, torch.bfloat16, bf16):
                     logits = body((x - self.mean) / self.std)
@@ -102,6 +106,20 @@ def decay_groups(body: nn.Module, decay: float) -> list[dict[str, object]]:
     matrices = [w for w in body.parameters() if w.ndim >= 2 and w.shape[0] > 1]
     others = [w for w in body.parameters() if w.ndim < 2 or w.shape[0] == 1]
     return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def layer_groups(body: nn.Module, how: Recipe) -> list[dict[str, object]]:
+    """A ViT's groups, a rate for each block: the patches' embedding is lowest, the last norm learns as its block."""
+    depth = len(body.get_submodule("blocks")._modules)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, weight in body.named_parameters():
+        block = depth - 1 if name.startswith("norm") else int(name.split(".")[1]) if name.startswith("blocks") else -1
+        below = 0 if name.startswith("head") else depth - block
+        matrix = weight.ndim >= 2 and weight.shape[0] > 1
+        peak = how.lr * how.layer_decay**below if below or how.head_lr is None else how.head_lr
+        empty = {"params": [], "lr": peak, "weight_decay": how.weight_decay if matrix else 0.0}
+        groups.setdefault((below, matrix), empty)["params"].append(weight)
+    return list(groups.values())
 
 
 def schedule(progress: float, warmup: float) -> float:
