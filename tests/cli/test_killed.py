@@ -185,7 +185,7 @@ def test_interrupted_it_says_so_in_one_line_and_leaves_no_draft(forks: Forks, tm
     assert ended.code == 130
     assert "Traceback" not in ended.said
     lines = ended.said.splitlines()
-    assert lines[-1] == "vitrap: interrupted; the next call goes on from what is finished, or kept of a long training"
+    assert lines[-1] == "vitrap: interrupted; the next call goes on from finished stages and kept states"
     assert os.listdir(out) == ["stages"]
     assert os.listdir(out / "stages") == []
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.test_killed import AFTER, Forks
+from tests.states import OFTEN, mark, marked, states
 from vitrap import registry
 from vitrap.contracts import AllToOne, ImageSet, Threat, undeclared
 from vitrap.data.sources import open_data
@@ -319,6 +320,24 @@ def test_killed_in_the_middle_the_next_call_goes_on(name: str, forks: Forks, mad
     (file,) = (tmp_path / "runs").glob("*/record.json")
     found = json.loads(file.read_text())
     assert (found["victim"], found["attack"]) == (made(name)[1].victim, made(name)[1].attack)
+
+
+@pytest.mark.parametrize("name", ["generator", "batches", "covers"])
+def test_killed_within_an_epoch_the_training_goes_on(name: str, forks: Forks, made: Made, tmp_path: Path) -> None:
+    """In the second of three steps of the second epoch: with a module along, with poison made batch by batch."""
+    out = tmp_path / "runs"
+    words = ["run", *SMALL, f"name={name}", *ATTACKS[name], "--device", "cpu", "--out", str(out)]
+    killed = forks.call(out, words, within=("victim", signal.SIGKILL, 5), **OFTEN)
+    assert killed.code == -signal.SIGKILL, killed.said
+    for state in states(out):
+        mark(state)
+    ended = forks.call(out, words)
+    assert ended.code == 0, ended.said
+    assert [place.partition("-")[0] for place in marked(out)] == ["victim"]
+    (file,) = out.glob("*/record.json")
+    found, wanted = json.loads(file.read_text()), made(name)[1]
+    assert (found["victim"], found["attack"]) == (wanted.victim, wanted.attack)
+    assert {k: v for k, v in found["curves"]["victim"].items() if k != "mark"} == wanted.curves["victim"]
 
 
 # What the contracts refuse

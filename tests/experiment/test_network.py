@@ -76,6 +76,26 @@ def test_a_run_with_a_linear_probe_as_surrogate(file: str, tmp_path: Path) -> No
     assert changed_layers(twin) > 3
 
 
+def test_a_linear_probe_keeps_the_statistics_of_batch_norm(tmp_path: Path) -> None:
+    tiny = {"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 8]}
+    with torch.random.fork_rng(devices=[]):
+        start = open_model(Architecture("resnet18", 16, 7, tiny)).body.state_dict()
+    file = tmp_path / "resnet.safetensors"
+    save_file(start, file)
+    settings = [f"{table}.{k}={v}" for table in ("model",) for k, v in {"name": "resnet18", **tiny}.items()]
+    probe = [f"model.weights={file}", "model.linear_probe=true", "attack.name=badnets"]
+    run(load_spec(None, [*settings, *probe, "data.limit=100", "recipe.epochs=1"]), tmp_path / "runs", device="cpu")
+    for stage in ("clean", "victim"):
+        (model,) = (tmp_path / "runs").glob(f"stages/{stage}-*/model.safetensors")
+        after = load_file(model)
+        assert [k for k in after if not k.startswith("fc.") and not torch.equal(after[k], start[k])] == []
+
+
+def test_a_network_from_outside_is_no_linear_probe() -> None:
+    with pytest.raises(UserError, match=r"^model\.linear_probe = true says nothing of a network given from outside; "):
+        network_of(ModelTable(weights="x", linear_probe=True), open_data("digits"), nn.Identity())
+
+
 def changed_layers(file: Path) -> int:
     """How many of a stage's weights are other ones than training started from; heads aside."""
     start = trained()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.states import OFTEN, mark, marked, states
 from tests.waiting import wait_until
 from vitrap.experiment.records import read_records
 
@@ -61,7 +62,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        for name, value in PATIENT.items():
+        for name, value in {**PATIENT, **OFTEN}.items():
             monkeypatch.setenv(name, value)
         head = ["--head", "--port", port, "--node-ip-address", "127.0.0.2", "--include-dashboard", "false"]
         node = ["--address", f"127.0.0.2:{port}", "--node-ip-address", "127.0.0.3"]
@@ -126,12 +127,15 @@ def test_workers_and_driver_may_be_killed_and_every_run_is_done_once(cluster: st
     wait_until(lambda: len(tasks(out)) == 2, driver)  # one on each node
     killed = tasks(out)[0]
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: len(records(out)) >= 2 and tasks(out), driver)
+    wait_until(lambda: len(records(out)) >= 2 and tasks(out) and states(out), driver)
     driver.kill()
     driver.communicate()
     wait_until(lambda: not tasks(out))
     first = records(out)
     assert killed not in tasks(out)
+    under_way = {state.parent.name.removeprefix(".").removesuffix("-draft") for state in states(out)}
+    for state in states(out):
+        mark(state)
 
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -140,6 +144,7 @@ def test_workers_and_driver_may_be_killed_and_every_run_is_done_once(cluster: st
     assert {name: last[name] for name in first} == first
     assert f"6 runs: {6 - len(first)} done, {len(first)} had a record" in done.stdout
     assert read_records(out).failures == ()
+    assert set(marked(out)) == under_way  # trainings went on where they had been
 
     long = subprocess.Popen([*words, "recipe.epochs=1000000000"], **pipes)
     wait_until(lambda: len(tasks(out)) == 2, long)

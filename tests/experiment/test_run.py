@@ -92,6 +92,8 @@ def test_settings_are_chosen_on_what_was_held_out(tmp_path: Path) -> None:
     assert record.victim["asr"]["n"] == int((held.labels != 0).sum())
     assert record.victim["stealth"]["n"] == 45
     assert record.spec["data"]["measured"] == "choose"
+    given = run(spec, tmp_path / "given", device="cpu", world=open_data("digits", limit=100))
+    assert given.victim == record.victim
 
 
 @BOTH

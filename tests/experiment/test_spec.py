@@ -402,6 +402,8 @@ def test_a_spec_is_frozen() -> None:
 def test_a_linear_probe_needs_weights_to_start_from() -> None:
     with pytest.raises(UserError, match=r"^surrogate\.linear_probe = true trains a head on pretrained weights; give "):
         parse_spec({"surrogate": {"linear_probe": True}})
+    with pytest.raises(UserError, match="give pretrained or weights, in place of checkpoint$"):
+        parse_spec({"surrogate": {"linear_probe": True, "checkpoint": "x"}})
     for start in ({"pretrained": True}, {"weights": "x"}):
         assert parse_spec({"surrogate": {"linear_probe": True, **start}}).surrogate
 

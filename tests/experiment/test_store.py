@@ -267,6 +267,23 @@ def test_checking_makes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_draft_that_is_gone_on_with_is_no_old_one(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / STATE).write_text("step 7")
+        raise KeyboardInterrupt
+
+    def slow(folder: Path) -> None:
+        Store(tmp_path).check()  # as another run does meanwhile
+        make("whole")(folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).stage(STAGE, fail)
+    (draft,) = (tmp_path / "stages").glob(".*-draft")
+    then = time.time() - STALE - 60
+    os.utime(draft, (then, then))
+    assert content(Store(tmp_path).stage(STAGE, slow))["model"] == "whole"
+
+
 def test_old_drafts_are_swept_and_young_ones_and_stages_stay(tmp_path: Path) -> None:
     place = Store(tmp_path).stage(STAGE, make())
     drafts = [tmp_path / "stages" / name for name in (".clean-old", ".victim-old", ".old-old", ".clean-young")]

@@ -1,5 +1,6 @@
 """The training loop: its schedule and groups by hand, its determinism, its curves, and that it never waits."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -199,6 +200,21 @@ def test_training_is_done_in_training_mode(data: ImageSet) -> None:
     model.register_forward_hook(lambda module, args, output: modes.add(module.training))
     train(model.eval(), data, recipe(epochs=1), streams())
     assert modes == {True}
+
+
+def test_what_is_frozen_stays_as_it_is(data: ImageSet) -> None:
+    """Batch norm keeps its statistics, and nothing drops out, but in what learns."""
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).requires_grad_(False),
+        nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, CLASSES)),
+    )
+    before, modes = copy.deepcopy(model[0].state_dict()), []
+    model.register_forward_hook(
+        lambda *_: modes.append((model[0].training, model[0][2].training, model[1][0].training))
+    )
+    train(model, data, recipe(), streams(), watch=lambda _: {})
+    assert set(modes) == {(False, False, True)}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model[0].state_dict().items())
 
 
 def test_training_leaves_torchs_own_random_state_and_the_data_alone(data: ImageSet) -> None:

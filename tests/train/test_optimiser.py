@@ -1,5 +1,6 @@
 """Which weight learns at which rate, and which of them decays; by hand, and against a loop of its own."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -63,7 +64,7 @@ def test_decay_is_for_matrices_however_weights_are_grouped(change: dict[str, flo
 
 def test_a_rate_of_one_for_all_is_two_groups() -> None:
     optimiser = make_optimiser(vit(), replace(RECIPE, layer_decay=1.0))
-    assert [(g["lr"], g["weight_decay"]) for g in optimiser.param_groups] == [(1e-2, 0.3), (1e-2, 0.0)]
+    assert [(g["lr"], g["weight_decay"]) for g in optimiser.param_groups if g["params"]] == [(1e-2, 0.3), (1e-2, 0.0)]
 
 
 @pytest.mark.parametrize("layer_decay", [0.5, 1.0])
@@ -77,20 +78,55 @@ def test_the_head_may_have_its_own_rate(layer_decay: float) -> None:
 
 def test_both_heads_of_a_distilled_network_are_its_head() -> None:
     body = timm.create_model("deit_tiny_distilled_patch16_224", img_size=SIZE, num_classes=CLASSES, **TINY)
-    assert [tuple(w.shape) for w in head_weights(body)] == [(CLASSES, 16), (CLASSES,)] * 2
+    assert [tuple(w.shape) for w in head_weights(body, "recipe.head_lr")] == [(CLASSES, 16), (CLASSES,)] * 2
 
 
-def test_a_network_from_outside_has_its_layers_by_order() -> None:
-    """timm's own fallback: parts of twelve weights; here one, so that all learn alike."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.ReLU(), nn.Linear(4, CLASSES))
-    assert {rate for rate, _ in rates(model, RECIPE).values()} == {1e-2}
-    with pytest.raises(UserError, match=r"^network Sequential does not say which layer is its head .*recipe\.head_lr$"):
-        make_optimiser(model, replace(RECIPE, head_lr=0.1))
+class Outsider(nn.Module):
+    """A network of somebody else's, with a part that is called as a part of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))
+
+
+def test_all_of_a_network_from_outside_learns() -> None:
+    assert rates(Outsider(), replace(RECIPE, layer_decay=1.0)) == {
+        "body.1.weight": (1e-2, 0.3),
+        "body.1.bias": (1e-2, 0.0),
+        "head.weight": (1e-2, 0.3),
+        "head.bias": (1e-2, 0.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"layer_decay": 0.5},
+            "recipe.layer_decay = 0.5 needs a network whose layers timm knows, and Outsider is none",
+        ),
+        ({"layer_decay": 1.0, "head_lr": 0.1}, "recipe.head_lr needs a network that says what its head is"),
+    ],
+)
+def test_layers_that_a_network_does_not_name_are_refused(change: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(said)}.*leave it out$"):
+        make_optimiser(Outsider(), replace(RECIPE, **change))
+
+
+def test_something_else_may_learn_where_the_network_does_not() -> None:
+    extra = nn.Parameter(torch.zeros(1))
+    optimiser = make_optimiser(Outsider().requires_grad_(False), replace(RECIPE, layer_decay=1.0), [extra])
+    assert [w for group in optimiser.param_groups for w in group["params"]] == [extra]
+    assert optimiser.param_groups[-1]["weight_decay"] == 0
 
 
 def test_frozen_weights_are_left_out() -> None:
     model = vit().requires_grad_(False)
-    for weight in head_weights(model.body):
+    for weight in head_weights(model.body, "linear_probe"):
         weight.requires_grad_(True)
     assert set(rates(model, RECIPE)) == {"body.head.weight", "body.head.bias"}
 

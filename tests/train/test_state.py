@@ -1,6 +1,7 @@
 """A training that was interrupted comes to the same end, bit for bit, whatever was random or remembered about it."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrap.contracts import Along, Batch, Criterion, ImageSet, Objective
+from vitrap.errors import UserError
 from vitrap.models.classifier import Architecture, open_model
 from vitrap.train import state
 from vitrap.train.loop import Curves, Streams, cross_entropy, train
 from vitrap.train.recipe import Recipe
-from vitrap.train.state import Keeper, Moving, Position
+from vitrap.train.state import Keeper, Moving, Position, state_seconds
 
 N, CLASSES, SIZE = 50, 3, 8
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -159,6 +162,53 @@ def test_killed_again_and_again_it_comes_to_the_same_end(data: ImageSet, tmp_pat
     assert all(torch.equal(weights[key], again[key]) for key in weights)
 
 
+class Conv(nn.Module):
+    """A network with batch norm, and with something to remember that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(8 * 36, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layers(images))
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"made by": "somebody"}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_kind_of_network_comes_to_the_same_end(
+    data: ImageSet, tmp_path: Path, precision, order: torch.memory_format, optimizer
+) -> None:
+    def ended(path: Path | None, dies_at: int = 0) -> dict[str, Tensor]:
+        ticks = iter(range(1000))
+
+        def tick() -> None:
+            if next(ticks) == dies_at > 0:
+                raise Killed
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            model = Conv().to(memory_format=order)
+            recipe = replace(RECIPE, optimizer=optimizer, precision=precision)
+            streams = Streams(generator(1), generator(2), generator(3), generator(4))
+            train(model, data, recipe, streams, tick=tick, keeper=Keeper(path) if path else None)
+        return {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+    weights = ended(None)
+    with pytest.raises(Killed):
+        ended(tmp_path / "state.safetensors", 6)
+    assert (tmp_path / "state.safetensors").exists()
+    again = ended(tmp_path / "state.safetensors")
+    assert [key for key in weights if not torch.equal(weights[key], again[key])] == []
+
+
 def test_a_bar_counts_what_was_done_before(data: ImageSet, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     with pytest.raises(Killed):
@@ -190,13 +240,13 @@ def test_a_disk_that_is_full_stops_no_training(data: ImageSet, tmp_path: Path, m
 
 
 def test_states_are_kept_now_and_then_and_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch) -> None:
-    now, kept = [0.0], []
+    now, written = [0.0], []
     monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(state, "SHARE", 0.02)
     monkeypatch.delenv("VITRAP_STATE_SECONDS")
 
     def write(*_: Any) -> None:
-        kept.append(now[0])
+        written.append(now[0])
         now[0] += 8  # seconds: a large state
 
     monkeypatch.setattr(Keeper, "_write", write)
@@ -205,7 +255,60 @@ def test_states_are_kept_now_and_then_and_take_a_small_share_of_the_time(tmp_pat
     while now[0] < 1500:
         now[0] += 1
         keeper(moving, Position())
-    assert kept == [180, 588, 996, 1404]  # after 180 s; then 8 s are 2 % of 400 s
+    assert written == [180, 588, 996, 1404]  # after 180 s; then 8 s are 2 % of 400 s
+
+
+def kept(data: ImageSet, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the facts of a state after six steps."""
+    with pytest.raises(Killed):
+        trained(data, plain, RECIPE, path, 6)
+    with safe_open(path, "pt") as file:
+        return load_file(path), json.loads(file.metadata()["state"])
+
+
+def renamed(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    tensors["model/body.other"] = tensors.pop("model/body.pos_embed")
+
+
+def reshaped(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    tensors["model/body.pos_embed"] = torch.zeros(3)
+
+
+def misremembered(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    tensors["optimiser/0/exp_avg"] = torch.zeros(3)
+
+
+def overcounted(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    tensors["optimiser/999/exp_avg"] = torch.zeros(3)
+
+
+def forgotten(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    del facts["seconds"]
+
+
+@pytest.mark.parametrize("change", [renamed, reshaped, misremembered, overcounted, forgotten], ids=lambda f: f.__name__)
+def test_a_state_of_another_training_is_none(data: ImageSet, tmp_path: Path, change) -> None:
+    path = tmp_path / "state.safetensors"
+    tensors, facts = kept(data, path)
+    change(tensors, facts)
+    save_file(tensors, path, {"state": json.dumps(facts)})
+    weights, curves, _ = trained(data, plain, RECIPE)
+    again, more, _ = trained(data, plain, RECIPE, path)
+    assert more == curves
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+@pytest.mark.parametrize(("said", "seconds"), [("", 180), ("5.5", 5.5), (" 60 ", 60), ("0", math.inf)])
+def test_how_often_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, said: str, seconds: float) -> None:
+    monkeypatch.setenv("VITRAP_STATE_SECONDS", said)
+    assert state_seconds() == seconds
+
+
+@pytest.mark.parametrize("said", ["3min", "-1", "nan"])
+def test_what_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("VITRAP_STATE_SECONDS", said)
+    with pytest.raises(UserError, match=f"^VITRAP_STATE_SECONDS = '{said}' is no number of seconds; set it to 180"):
+        state_seconds()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors file", "cut"])

@@ -57,8 +57,7 @@ class Bars:
         elif live.is_started:
             self.progress.stop()
         if kind is KeyboardInterrupt:
-            kept = "what is finished, or kept of a long training"
-            err.print(f"vitrap: interrupted; the next call goes on from {kept}", soft_wrap=True)
+            err.print("vitrap: interrupted; the next call goes on from finished stages and kept states", soft_wrap=True)
             raise typer.Exit(130) from None
 
     @contextmanager

@@ -237,12 +237,12 @@ app.command()(table)
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:
-    from vitrap.report.tables import adapted, measures, verdict
+    from vitrap.report.tables import adapted, measured_on, measures, verdict
 
     data = record["data"]
     out.print(
         f"[bold]{escape(record['name'])}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
-        f" images poisoned, {data['n_test']} test images",
+        f" images poisoned, measured on {data['n_test']} {measured_on(record['spec'])} images",
         highlight=False,
     )
     table = Table("measure", "victim", "clean twin", "n", header_style="bold")

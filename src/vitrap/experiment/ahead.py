@@ -83,7 +83,7 @@ def _has(record: Table | None, defence: Any) -> bool:
 
 def _kin(spec: Mapping[str, Any]) -> str:
     """What decides how long a training takes."""
-    return digest([spec["data"], spec["model"], spec["recipe"]])
+    return digest([_images(spec), spec["model"], spec["recipe"]])
 
 
 def _cost(point: Point, alike: Sequence[Table], parts: Sequence[str], missing: Sequence[Any], threads: int) -> float:
@@ -114,8 +114,13 @@ def total(ahead: Sequence[Ahead], workers: int) -> tuple[float, int]:
 
 def twin(spec: Mapping[str, Any]) -> str:
     """What stands for the clean twin of a spec's table."""
-    return digest({key: spec[key] for key in ("seed", "data", "model", "recipe")})
+    return digest([spec["seed"], _images(spec), spec["model"], spec["recipe"]])
 
 
 def _surrogate(spec: Mapping[str, Any]) -> str:
-    return digest([spec["data"], spec.get("surrogate", spec["model"]), spec["recipe"]])
+    return digest([_images(spec), spec.get("surrogate", spec["model"]), spec["recipe"]])
+
+
+def _images(spec: Mapping[str, Any]) -> Table:
+    """What of a spec decides the training images."""
+    return {key: value for key, value in spec["data"].items() if key != "measured"}

@@ -49,7 +49,7 @@ class Network:
             network = open_model(self.architecture, **start)
         if self.linear_probe:
             network.requires_grad_(False)
-            for weight in head_weights(network.body):
+            for weight in head_weights(network.body, "linear_probe"):
                 weight.requires_grad_(True)
         return network.to(device)
 
@@ -90,7 +90,13 @@ class Network:
 
 
 def network_of(table: ModelTable, world: World, module: nn.Module | None = None) -> Network:
-    """The network that a spec's table stands for, for images of `world`; or `module`, given from outside."""
+    """The network that a spec's table stands for, for images of `world`; or `module`, given from outside.
+
+    Raises:
+        UserError: a network from outside is to be a linear probe.
+    """
+    if module is not None and table.linear_probe:
+        raise UserError("model.linear_probe = true says nothing of a network given from outside; freeze its weights")
     start = (table.pretrained, table.checkpoint, module, table.weights)
     return Network(architecture_of(table, world), *start, table.linear_probe)
 

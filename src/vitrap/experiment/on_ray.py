@@ -17,6 +17,8 @@ from vitrap.experiment.code import running_code
 from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, reporting, work
 
 TOKEN = "RAY_AUTH_TOKEN_PATH"
+CHOSEN = ("VITRAP_MEMORY", "VITRAP_STATE_SECONDS")
+"""Variables of the driver's environment that its tasks get."""
 REACH = 5.0
 """Seconds within which a cluster's head must answer."""
 
@@ -39,14 +41,15 @@ def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hea
         gpus = 1 if ray.cluster_resources().get("GPU") and jobs[0].device != "cpu" else 0
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(do)
         desk = ray.remote(num_cpus=0)(Desk).remote()
-        waiting, running, memory = deque(jobs), {}, os.environ.get("VITRAP_MEMORY")
+        waiting, running = deque(jobs), {}
+        chosen = {name: os.environ[name] for name in CHOSEN if name in os.environ}
         while waiting or running:
             room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) // threads  # nodes come and go
             while waiting and len(running) < max(1, room):
                 job, taken = waiting.popleft(), {place for _, place in running.values()}
                 place = min(set(range(len(taken) + 1)) - taken)
                 told = asdict(replace(job, device=job.device.partition(":")[0]))  # which of its GPUs, Ray decides
-                running[task.remote(told, os.getcwd(), threads, running_code(), (desk, place, memory))] = job, place
+                running[task.remote(told, os.getcwd(), threads, running_code(), (desk, place, chosen))] = job, place
             done = ray.wait(list(running), timeout=1.0)[0]
             with suppress(ray.exceptions.RayError):  # a desk that went with its node: the runs go on unwatched
                 for news in ray.get(desk.take.remote(), timeout=REACH):
@@ -86,20 +89,21 @@ def load_ray() -> Any:
         raise UserError("--ray asks for Ray, which is not installed; pip install 'vitrap[ray]'") from error
 
 
-def do(job: dict[str, Any], folder: str, threads: int, code: str, told: tuple[Any, int, str | None]) -> dict[str, Any]:
+def do(
+    job: dict[str, Any], folder: str, threads: int, code: str, told: tuple[Any, int, dict[str, str]]
+) -> dict[str, Any]:
     """A task: a run, on whatever node; paths are as seen from the driver's folder.
 
-    `told` is desk, place and the driver's memory limit; where the driver has none, each node keeps its own.
+    `told` is desk, place and the driver's own `CHOSEN` variables; where it has none, each node keeps its own.
     """
-    found, (desk, place, memory) = Job(**job), told
+    found, (desk, place, chosen) = Job(**job), told
     desk.tell.remote(Started(found.number, place))
     if code != running_code():
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
     if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
         return asdict(_refuse(found, f"this node does not see {found.out!r}; --out must lie where all nodes see it"))
     os.chdir(folder)
-    if memory is not None:
-        os.environ["VITRAP_MEMORY"] = memory
+    os.environ |= chosen
     import torch
 
     torch.set_num_threads(threads)

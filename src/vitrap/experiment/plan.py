@@ -30,6 +30,8 @@ from vitrap.images import CHUNK
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
 from vitrap.train.arithmetic import Arithmetic, usual
+from vitrap.train.optimiser import make_optimiser
+from vitrap.train.state import state_seconds
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,15 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
         with steps("read the data", None):
             world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
         content = world.fingerprint
-        if data.measured == "choose":
-            world = replace(world, test=world.choose)
+    if data.measured == "choose":
+        world = replace(world, test=world.choose)
     _check_attack(spec, world)
     victim = network_of(spec.model, world, model)
     surrogate, second = _surrogates(spec, world, victim) if attacking else (None, None)
     tried = try_out(victim if attacking else replace(victim, checkpoint=None, weights=None, pretrained=False), world)
     _check_batches(spec, tried)
+    make_optimiser(tried, spec.recipe)
+    state_seconds()
     if hasattr(spec.params, "check_victim"):
         spec.params.check_victim(tried)
     if any(defence.params.needs_attention for defence in spec.defences):

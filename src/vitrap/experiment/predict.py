@@ -13,9 +13,10 @@ from vitrap.tensors.pixels import to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
 BATCH = 256
-"""Most images that a model looks at together."""
+"""Images that a model looks at together."""
 FEWEST, PIXELS = 32, 2**20
-"""Of large images a processor looks at fewer, down to so many: about so many pixels stay in its cache."""
+"""On a CPU, large images come in smaller batches: of about so many pixels, since these stay in the processor's cache,
+but of at least `FEWEST` images."""
 
 
 def batch_of(data: ImageSet) -> int:

@@ -107,7 +107,7 @@ def poison(
     store.check()
     runner = _Runner(plan, store, "nothing", steps)
     fitted = runner.fit()
-    implant = runner.implant(fitted, read_stream(runner.made["trigger"], spec.seed))
+    implant = runner.implant(fitted, runner.stream())
     with steps("poison the training set", None) as tick:
         write_poisoned(plan, fitted, implant, folder, tick)
 
@@ -170,7 +170,7 @@ class _Runner:
         forget_peaks(self.plan.device)
         plan, spec = self.plan, self.plan.spec
         fitted = self.fit()
-        generator = self._stream()
+        generator = self.stream()
         implant = self.implant(fitted, generator)
         if spec.params.threat == "weights":  # the victim starts from the twin
             self._clean(plan.victim, spec.seed, "twin")
@@ -182,7 +182,7 @@ class _Runner:
         self._clean(plan.victim, spec.seed, "twin")
         # From here on the trigger is as training or an edit has left it, in this call or an earlier one.
         fitted = self._fitted(victim)
-        implant = self.implant(fitted, self._stream())
+        implant = self.implant(fitted, self.stream())
         rows = _rows(folder) if self.redo == "nothing" else []
         (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
         assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
@@ -222,7 +222,7 @@ class _Runner:
         self.seconds["fit"] = facts["seconds"]
         return replace(self._fitted(place), report=facts["report"])
 
-    def _stream(self) -> torch.Generator:
+    def stream(self) -> torch.Generator:
         """The attacker's random stream, where `fit` ended."""
         return read_stream(self.made["trigger"], self.plan.spec.seed)
 

@@ -91,7 +91,10 @@ class ModelTable:
         if len(starts) > 1:
             raise UserError(f"{' and '.join(starts)} are given, and weights start from one of them; leave out the rest")
         if self.linear_probe and not (self.pretrained or self.weights):
-            raise UserError("linear_probe = true trains a head on pretrained weights; give pretrained or weights, too")
+            instead = "in place of checkpoint" if self.checkpoint else "too"
+            raise UserError(
+                f"linear_probe = true trains a head on pretrained weights; give pretrained or weights, {instead}"
+            )
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Store:
             draft = place.with_name(f".{place.name}-draft")
             _clear(draft, whole=force)
             draft.mkdir(exist_ok=True)
+            os.utime(draft)  # it is under way again: nobody sweeps it
             try:
                 make(draft)
                 write_json(draft / "depends.json", stage.depends)

@@ -37,6 +37,11 @@ def measures(victim: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def measured_on(spec: Mapping[str, Any]) -> str:
+    """Which images a record's figures are of: those of the test set, or some that were held out to choose settings."""
+    return "held-out" if spec.get("data", {}).get("measured") == "choose" else "test"
+
+
 def adapted(models: Mapping[str, Any]) -> list[str]:
     """A line for each network whose starting weights were adapted, from a record's `models`."""
     found = {name: (how or {}).get("weights") for name, how in models.items()}

@@ -162,7 +162,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
     along = nn.ModuleList([one.module for one in objective.along.values()] if objective else ()).requires_grad_(True)
     arithmetic = arithmetic or usual(recipe.precision, data.device)
     learner = make_learner(model, recipe, objective, streams.projection, arithmetic)
-    together = nn.ModuleList([model, along]).train()
+    together = set_training(nn.ModuleList([model, along]))
     curves: Curves = {}
     moving = Moving(
         {"model": model, "along": along, "scales": nn.ParameterList(learner.combination.scales)},
@@ -179,12 +179,22 @@ def train(  # noqa: PLR0913 - all that a training is made of
         if watch is not None:
             together.eval()
             found |= watch(model)
-            together.train()
+            set_training(together)
         if wrong := keep(curves, found):
             raise UserError(f"training diverged ({wrong}); lower recipe.lr = {recipe.lr:g}")
     together.eval()
     along.requires_grad_(False).zero_grad(set_to_none=True)
     return curves
+
+
+def set_training(modules: nn.ModuleList) -> nn.ModuleList:
+    """Training mode, but for what is frozen: there nothing drops out, and batch norm keeps its statistics."""
+    modules.train()
+    for module in modules.modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
+    return modules
 
 
 def epochs(  # noqa: PLR0913 - as `train`, and where it begins

@@ -9,6 +9,7 @@ from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivate
 from torch import nn
 
 from vitrap.errors import UserError
+from vitrap.models.classifier import Classifier
 from vitrap.train.recipe import Recipe
 
 Rate = Callable[[float], float]
@@ -23,15 +24,32 @@ def make_optimiser(model: nn.Module, recipe: Recipe, more: Sequence[nn.Parameter
     """The recipe's optimiser over the weights that require a gradient, and `more`, which never decay.
 
     Raises:
-        UserError: the head has a rate of its own, and the network does not say what its head is.
+        UserError: layers are to learn at different rates, and the network does not say what its layers are.
     """
-    plain = recipe.layer_decay == 1 and recipe.head_lr is None
-    groups = _two_groups(model, recipe) if plain else _groups_by_layer(model, recipe)
-    groups.append({"params": list(more), "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
+    groups = groups_of(model.body if isinstance(model, Classifier) else model, recipe)
+    if more:
+        groups.append({"params": list(more), "weight_decay": 0.0})
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=MOMENTUM, fused=True)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def groups_of(body: nn.Module, recipe: Recipe) -> list[Group]:
+    """Each layer learns at `layer_decay` times the rate of the one above it, and the head at its own, if it has one.
+
+    Raises:
+        UserError: the network has no layers that timm knows, or no layer that it calls its head.
+    """
+    groups = _by_decay(body, recipe) if recipe.layer_decay == 1 else _by_layer(body, recipe)
+    if recipe.head_lr is None:
+        return groups
+    head = {id(weight) for weight in head_weights(body, "recipe.head_lr")}
+    found: list[Group] = []
+    for group in groups:
+        own = [weight for weight in group["params"] if id(weight) in head]
+        found.append({**group, "params": [weight for weight in group["params"] if id(weight) not in head]})
+        found.append({**group, "params": own, "lr": recipe.head_lr, "peak": recipe.head_lr})
+    return found
 
 
 def decays(weight: nn.Parameter) -> bool:
@@ -39,47 +57,46 @@ def decays(weight: nn.Parameter) -> bool:
     return weight.ndim >= 2 and weight.shape[0] > 1
 
 
-def _two_groups(model: nn.Module, recipe: Recipe) -> list[Group]:
-    """All layers learn at one rate."""
-    weights = [w for w in model.parameters() if w.requires_grad]
-    matrices = [w for w in weights if decays(w)]
-    others = [w for w in weights if not decays(w)]
+def _by_decay(body: nn.Module, recipe: Recipe) -> list[Group]:
+    weights = [w for w in body.parameters() if w.requires_grad]
     return [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [w for w in weights if decays(w)], "weight_decay": recipe.weight_decay},
+        {"params": [w for w in weights if not decays(w)], "weight_decay": 0.0},
     ]
 
 
-def _groups_by_layer(model: nn.Module, recipe: Recipe) -> list[Group]:
-    """Timm's groups: each layer learns at `layer_decay` times the rate of the one above; the head may have its own."""
-    body = getattr(model, "body", model)
+def _by_layer(body: nn.Module, recipe: Recipe) -> list[Group]:
+    """As BEiT was fine-tuned, in timm's groups: the scale of a layer becomes its own peak."""
+    if not hasattr(body, "group_matcher"):
+        raise UserError(
+            f"recipe.layer_decay = {recipe.layer_decay:g} needs a network whose layers timm knows, and"
+            f" {type(body).__name__} is none; leave it out"
+        )
     free = [name for name, weight in body.named_parameters() if not decays(weight)]
     layers = param_groups_layer_decay(body, recipe.weight_decay, free, layer_decay=recipe.layer_decay)
-    head = {id(weight) for weight in head_weights(body)} if recipe.head_lr is not None else set()
-    groups: list[Group] = []
-    for layer in layers:
-        peaks = {recipe.lr * layer["lr_scale"]: [w for w in layer["params"] if id(w) not in head]}
-        if recipe.head_lr is not None:
-            peaks.setdefault(recipe.head_lr, []).extend(w for w in layer["params"] if id(w) in head)
-        groups += [
-            {"params": weights, "weight_decay": layer["weight_decay"], "lr": peak, "peak": peak}
-            for peak, weights in peaks.items()
-        ]
-    return groups
+    peaks = [recipe.lr * layer["lr_scale"] for layer in layers]
+    return [
+        {"params": layer["params"], "weight_decay": layer["weight_decay"], "lr": peak, "peak": peak}
+        for layer, peak in zip(layers, peaks, strict=True)
+    ]
 
 
-def head_weights(body: nn.Module) -> Iterator[nn.Parameter]:
+def head_weights(body: nn.Module, asked: str) -> Iterator[nn.Parameter]:
     """The weights of a network's head, which gives the logits; a distilled ViT has two.
+
+    Args:
+        body: a network.
+        asked: the key of a spec that asks for the head, for a refusal.
 
     Raises:
         UserError: the network does not name its head, as timm's do.
     """
+    named: Any = body
     if not hasattr(body, "get_classifier"):
         raise UserError(
-            f"network {type(body).__name__} does not say which layer is its head (timm's get_classifier);"
-            " leave out recipe.head_lr"
+            f"{asked} needs a network that says what its head is, as timm's do, and {type(body).__name__} does not;"
+            " leave it out"
         )
-    named: Any = body
     found = named.get_classifier()
     for layer in found if isinstance(found, (tuple, list)) else (found,):
         yield from layer.parameters()

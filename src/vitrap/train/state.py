@@ -4,6 +4,7 @@ On the CPU, with as many threads, it comes to the same weights and curves, bit f
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from vitrap.errors import UserError
 
 EVERY = 180.0
 """Seconds between two states, where `VITRAP_STATE_SECONDS` says nothing else."""
@@ -63,7 +66,8 @@ class Moving:
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, what the optimiser remembers, and random states, by name; not copied."""
-        found = {f"{name}/{key}": t for name, module in self.modules.items() for key, t in module.state_dict().items()}
+        named = ((f"{k}/{key}", t) for k, module in self.modules.items() for key, t in module.state_dict().items())
+        found = {name: tensor for name, tensor in named if isinstance(tensor, Tensor)}
         for number, remembered in self.optimiser.state_dict()["state"].items():
             found |= {f"optimiser/{number}/{key}": t for key, t in remembered.items() if isinstance(t, Tensor)}
         found |= {f"stream/{name}": generator.get_state() for name, generator in self.streams.items()}
@@ -72,25 +76,62 @@ class Moving:
             found["torch/cuda"] = torch.cuda.get_rng_state(self.device)
         return found
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put what `tensors` gave back in its place.
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether tensors are of this training, by names and shapes. It may not have made a step yet."""
+        own, weights = self.tensors(), self._weights()
+        theirs = {name: t for name, t in tensors.items() if name.partition("/")[0] not in ("optimiser", "term")}
+        if {name: t.shape for name, t in theirs.items()} != {
+            name: t.shape for name, t in own.items() if not name.startswith("optimiser/")
+        }:
+            return False
+        remembered = [(key.split("/")[0], t) for key, t in _below(tensors, "optimiser").items()]
+        return all(
+            number.isdecimal() and int(number) < len(weights) and t.shape in ((), weights[int(number)].shape)
+            for number, t in remembered
+        )
 
-        Raises:
-            KeyError, RuntimeError, ValueError: the tensors are another training's.
-        """
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `tensors` gave back in its place."""
         for name, module in self.modules.items():
-            module.load_state_dict(_below(tensors, name))
+            module.load_state_dict(_below(tensors, name), strict=False)  # some modules hold what is no tensor
         remembered: dict[int, dict[str, Tensor]] = {}
         for key, tensor in _below(tensors, "optimiser").items():
             number, _, name = key.partition("/")
             remembered.setdefault(int(number), {})[name] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": remembered, "param_groups": groups})
+        # A fused step pairs a weight with what is remembered of it in the order of memory.
+        for weight, memory in self.optimiser.state.items():
+            for key, tensor in memory.items():
+                if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+                    memory[key] = torch.empty_like(weight).copy_(tensor)
         for name, generator in self.streams.items():
             generator.set_state(tensors[f"stream/{name}"])
         torch.set_rng_state(tensors["torch/cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["torch/cuda"], self.device)
+
+    def _weights(self) -> list[Tensor]:
+        """What the optimiser trains, by its numbers."""
+        return [weight for group in self.optimiser.param_groups for weight in group["params"]]
+
+
+def state_seconds() -> float:
+    """Seconds between two states: `$VITRAP_STATE_SECONDS`, else `EVERY`; infinity where that is 0.
+
+    Raises:
+        UserError: the variable holds no number of seconds.
+    """
+    chosen = os.environ.get("VITRAP_STATE_SECONDS", "").strip()
+    try:
+        seconds = float(chosen) if chosen else EVERY
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise UserError(
+            f"VITRAP_STATE_SECONDS = {chosen!r} is no number of seconds; set it to 180, say, or to 0 to keep no states"
+        )
+    return seconds or math.inf
 
 
 class Keeper:
@@ -112,32 +153,36 @@ class Keeper:
         """
         self.path, self.streams, self.about = path, dict(streams or {}), dict(about or {})
         self.seconds = 0.0
-        self.pause = float(os.environ.get("VITRAP_STATE_SECONDS") or EVERY)
+        self.every = self.pause = state_seconds()
         self._start = self._last = time.monotonic()
 
     def resume(self, moving: Moving) -> Position:
-        """Bring `moving` back to the state in the file; without one that can be read, it stays at its start."""
+        """Bring `moving` back to the state in the file; without one of this training, it stays at its start."""
         try:
             with safe_open(self.path, "pt") as file:
                 facts = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            terms = {name: term.to(moving.device) for name, term in _below(tensors, "term").items()}
+            position = Position(facts["epoch"], facts["batches"], tensors["stream/order"], terms, facts["counts"])
+            curves, seconds = facts["curves"], facts["seconds"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return Position()
+        if not moving.fits(tensors):
+            return Position()
         moving.fill(tensors)
-        moving.curves.update(facts["curves"])
-        self.seconds = facts["seconds"]
-        terms = {name: term.to(moving.device) for name, term in _below(tensors, "term").items()}
-        return Position(facts["epoch"], facts["batches"], tensors["stream/order"], terms, facts["counts"])
+        moving.curves.update(curves)
+        self.seconds = seconds
+        return position
 
     def __call__(self, moving: Moving, position: Position) -> None:
-        """Keep the state, if the last one is old enough; a disk that is full by then is no reason to stop."""
+        """Keep the state, if the last one is old enough; too little disk or memory for it is no reason to stop."""
         if time.monotonic() - self._last < self.pause:
             return
         begun = time.monotonic()
-        with suppress(OSError, SafetensorError):
+        with suppress(OSError, SafetensorError, RuntimeError):
             self._write(moving, position)
         self._last = time.monotonic()
-        self.pause = max(self.pause, (self._last - begun) / SHARE)
+        self.pause = max(self.every, (self._last - begun) / SHARE)
 
     def _write(self, moving: Moving, position: Position) -> None:
         facts: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from vitrap.experiment.records import Found
 from vitrap.report.frame import settings
-from vitrap.report.tables import verdict
+from vitrap.report.tables import measured_on, verdict
 
 Rate = Mapping[str, Any]
 HEADED = ("name", "seed", "data.name", "attack.name", "attack.setting", "attack.poison_rate")
@@ -121,13 +121,19 @@ def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
         found.place,
         anchor,
         attack_label(record),
-        text(record["spec"]["data"]["name"]),
+        data_label(record["spec"]),
         differs,
         100 * (victim["asr"]["value"] - victim["asr_clean_model"]["value"]),
         number(attempt(lambda: victim["stealth"]["psnr_db"]["mean"])),
         said or "no verdict: the record lacks what it takes",
         None if said is None else short_faults(said),
     )
+
+
+def data_label(spec: Mapping[str, Any]) -> str:
+    """The data set's name; where settings are chosen, that figures are not of its test set."""
+    name = text(spec["data"]["name"])
+    return name if measured_on(spec) == "test" else f"{name}, {measured_on(spec)} images"
 
 
 def attack_label(record: Mapping[str, Any]) -> str:
