@@ -24,6 +24,9 @@ from vitrap.goals import SourceToTarget as SourceToTarget
 from vitrap.images import Batch as Batch
 from vitrap.images import Images as Images
 from vitrap.images import ImageSet as ImageSet
+from vitrap.keeping import Keeper as Keeper
+from vitrap.keeping import Moving as Moving
+from vitrap.keeping import Position as Position
 
 Threat = Literal["data", "training", "weights"]
 
@@ -50,6 +53,7 @@ class Access:
         generator: the attacker's random stream, on the CPU; `implant` goes on where `fit` left it.
         test_surrogate: a second one, for the trigger at test time; None where the spec has no `[test_surrogate]`.
         other: images that are not the training set, where a setting of the attack names a data set; else None.
+        keeper: keeps the state of a long `fit` now and then, where the attack hands it over.
     """
 
     train: ImageSet
@@ -57,6 +61,7 @@ class Access:
     generator: torch.Generator
     test_surrogate: nn.Module | None = None
     other: ImageSet | None = None
+    keeper: Keeper = field(default_factory=Keeper)
 
 
 Trigger = Callable[[Images], Images]

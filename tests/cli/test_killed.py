@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import TINY, command, vitrap
 from tests.states import OFTEN, mark, marked, states
@@ -222,6 +223,25 @@ def test_killed_within_an_epoch_a_training_goes_on_bit_for_bit(
     mark(states(another)[0])
     assert forks.run(another, *words, *LONGER).code == 0
     assert [name.partition("-")[0] for name in marked(another)] == [kind]
+
+
+def test_killed_while_a_pattern_is_shaped_it_goes_on_bit_for_bit(forks: Forks, tmp_path: Path) -> None:
+    words = ("attack.name=megatron", "attack.setting=clean-label", "attack.poison_rate=0.5", "attack.steps=300")
+    assert forks.run(tmp_path / "whole", *words).code == 0
+    for name, changed in (("runs", False), ("another", True)):
+        out = tmp_path / name
+        assert forks.run(out, *words, within=("trigger", signal.SIGKILL, 250), **OFTEN).code == -signal.SIGKILL
+        (state,) = states(out, "trigger")
+        with safe_open(state, "pt") as file:
+            about = file.metadata()
+        assert json.loads(about["vitrap"])["backdoor"]
+        assert 1 <= json.loads(about["state"])["steps"] <= 250
+        if changed:  # it is that state, not a second beginning
+            tensors = load_file(state)
+            save_file({**tensors, "pattern/0": torch.ones_like(tensors["pattern/0"])}, state, about)
+        ended = forks.run(out, *words)
+        assert ended.code == 0, ended.said
+        assert (record(out) == record(tmp_path / "whole")) == (not changed)
 
 
 def test_a_sweep_goes_on_from_the_states_of_its_workers(tmp_path: Path) -> None:

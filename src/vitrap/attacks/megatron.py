@@ -31,7 +31,9 @@ from vitrap.contracts import (
     ImageSet,
     Implant,
     Labels,
+    Moving,
     Objective,
+    Position,
     Threat,
 )
 from vitrap.data.masked import Masked, pattern_of
@@ -285,10 +287,12 @@ def optimise(trigger: Masked, losses: Losses, access: Access) -> tuple[Masked, d
     s, train, surrogate = losses.settings, access.train, access.surrogate
     assert surrogate is not None, "a pattern is shaped on a surrogate"
     weights, last = term_weights(s), Terms()
-    pattern = trigger.pattern.clone().requires_grad_()
+    pattern = nn.Parameter(trigger.pattern.clone())
     others = (train.labels != s.target).nonzero().squeeze(1)
     adam = torch.optim.Adam([pattern], lr=s.step_size)
-    for _ in range(s.steps):
+    moving = Moving({"pattern": nn.ParameterList([pattern])}, adam, access.keeper.streams, train.device)
+    for step in range(access.keeper.resume(moving).steps, s.steps):
+        access.keeper(moving, Position(steps=step))
         drawn = torch.randint(len(others), (2 * s.batch,), generator=losses.generator).to(train.device)
         _, last = losses(surrogate, replace(trigger, pattern=pattern)(train.images(others[drawn])))
         adam.zero_grad()

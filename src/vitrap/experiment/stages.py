@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitrap.contracts import Access, Along, Fitted, Goal, ImageSet, Implant, Objective
+from vitrap.contracts import Access, Along, Fitted, Goal, ImageSet, Implant, Keeper, Objective
 from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.predict import every_row, predict, spread, timed, triggered
 from vitrap.experiment.progress import Steps, Tick
@@ -27,7 +27,6 @@ from vitrap.models.classifier import Classifier, save_model
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
-from vitrap.train.state import Keeper
 
 STREAM = "stream.safetensors"
 """In a trigger's stage: the state of the attacker's random stream after `fit`, where `implant` goes on."""
@@ -99,6 +98,8 @@ class Retraining:
 def make_trigger(plan: Plan, access: Access, show: AbstractContextManager[Tick], folder: Path) -> None:
     """Fit the attack into `folder`: its triggers, what it says of itself, and where its random stream ended."""
     spec, start = plan.spec, time.perf_counter()
+    keeper = _keeper(folder, carries(spec, "trigger"), access.generator)
+    access = replace(access, keeper=keeper)
     with show, ambient(spec.seed, "fit", plan.device):  # for first weights of networks, which draw from torch's state
         fitted = spec.params.fit(access)
     for trigger in (fitted.trigger, fitted.stored):
@@ -107,7 +108,9 @@ def make_trigger(plan: Plan, access: Access, show: AbstractContextManager[Tick],
     keep_triggers(spec, fitted, folder)
     carried = {"vitrap": json.dumps(carries(spec, "trigger"))}
     save_file({"state": access.generator.get_state()}, folder / STREAM, carried)
-    write_json(folder / "facts.json", {"report": dict(fitted.report), "seconds": time.perf_counter() - start})
+    write_json(
+        folder / "facts.json", {"report": dict(fitted.report), "seconds": keeper.seconds + time.perf_counter() - start}
+    )
 
 
 def read_stream(folder: Path, seed: int) -> torch.Generator:
@@ -273,7 +276,7 @@ def _train(  # noqa: PLR0913 - as `train`
 
 
 def _keeper(folder: Path, carried: dict[str, Any], generator: torch.Generator | None = None) -> Keeper:
-    """Keeps the state of a stage's training in its draft, with what the attack's own stream has drawn by then."""
+    """Keeps the state of a stage's work in its draft, with what the attack's own stream has drawn by then."""
     streams = {"attack": generator} if generator is not None else {}
     return Keeper(folder / STATE, streams, {"vitrap": json.dumps(carried)})
 

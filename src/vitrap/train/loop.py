@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitrap.contracts import Batch, Criterion, ImageSet, Objective
+from vitrap.contracts import Batch, Criterion, ImageSet, Keeper, Moving, Objective, Position
 from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
 from vitrap.images import Gathered, Marks
@@ -27,7 +27,6 @@ from vitrap.train.combine import Combination
 from vitrap.train.optimiser import Rate, falling, make_optimiser
 from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
-from vitrap.train.state import Keeper, Moving, Position
 
 Curves = dict[str, list[float]]
 Terms = Mapping[str, Float[Tensor, ""]]
@@ -164,15 +163,15 @@ def train(  # noqa: PLR0913 - all that a training is made of
     learner = make_learner(model, recipe, objective, streams.projection, arithmetic)
     together = set_training(nn.ModuleList([model, along]))
     curves: Curves = {}
+    keeper = keeper or Keeper()
     moving = Moving(
         {"model": model, "along": along, "scales": nn.ParameterList(learner.combination.scales)},
         learner.optimiser,
-        {**vars(streams), **(keeper.streams if keeper else {})},
+        {**vars(streams), **keeper.streams},
         data.device,
         curves,
     )
-    begun = keeper.resume(moving) if keeper else Position()
-    reached = partial(keeper, moving) if keeper else None
+    begun, reached = keeper.resume(moving), partial(keeper, moving)
     for epoch in epochs(learner, data, streams, falling(recipe), learner.objective.step, tick, begun, reached):
         found = {**epoch.means(), **learner.combination.learned()}
         # Measure the model as it would be used; then training goes on as it was.
@@ -230,10 +229,10 @@ def epochs(  # noqa: PLR0913 - as `train`, and where it begins
         found, counts = dict(here.terms), dict(here.counts)
         drawn = streams.order.get_state()
         order = batched(torch.randperm(len(data), generator=streams.order), learner)
-        for _ in range(here.epoch * len(order) + here.batches):
+        for _ in range(here.epoch * len(order) + here.steps):
             tick()  # for what an earlier call did
-        with learner.arithmetic.attending(learner.model), prefetched(data, order[here.batches :]) as batches:
-            for number, (rows, pixels) in enumerate(batches, here.batches):
+        with learner.arithmetic.attending(learner.model), prefetched(data, order[here.steps :]) as batches:
+            for number, (rows, pixels) in enumerate(batches, here.steps):
                 # The schedule, then a batch as the model is to see it, then one step.
                 learner.set_rate(rate((epoch * len(order) + number) / (recipe.epochs * len(order))))
                 batch = next_batch(data, rows, marks, recipe, streams, learner.objective, pixels)

@@ -1,6 +1,6 @@
-"""The state of a training in one file, kept now and then: a training that was killed goes on from there.
+"""The state of long work in one file, kept now and then: a training, or a fitting, that was killed goes on from there.
 
-On the CPU, with as many threads, it comes to the same weights and curves, bit for bit, as if nothing had happened.
+On the CPU, with as many threads, it comes to the same end, bit for bit, as if nothing had happened.
 """
 
 import json
@@ -24,23 +24,23 @@ from vitrap.errors import UserError
 EVERY = 180.0
 """Seconds between two states, where `VITRAP_STATE_SECONDS` says nothing else."""
 SHARE = 0.02
-"""Of its time that a training spends on them at most: large states are kept less often."""
+"""Of its time that the work spends on them at most: large states are kept less often."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a training is: within an epoch, whose loss terms are half gathered.
+    """How far the work is: a training within an epoch, whose loss terms are half gathered, or steps without epochs.
 
     Attributes:
         epoch: the epoch under way.
-        batches: of it that are done.
-        order: state of the stream of orders at the epoch's start; None before the first.
+        steps: of it that are done.
+        order: state of the stream of orders at the epoch's start; None where there is none.
         terms: as `loop.Epoch` has them; 0 for the batches to come.
         counts: as `loop.Epoch` has them.
     """
 
     epoch: int = 0
-    batches: int = 0
+    steps: int = 0
     order: UInt8[Tensor, " _"] | None = None
     terms: Mapping[str, Float[Tensor, " batches"]] = field(default_factory=dict)
     counts: Mapping[str, list[int]] = field(default_factory=dict)
@@ -48,10 +48,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Moving:
-    """All that a training changes as it goes on.
+    """All that the work changes as it goes on.
 
     Attributes:
-        modules: the model, what is trained along, learned weights of loss terms; by name.
+        modules: whose weights change, by name: of a training the model, what is trained along, learned weights of loss
+            terms.
         optimiser: what remembers gradients.
         streams: random streams by name. "order" is that of the images' order.
         device: whose own random state counts, beside the CPU's.
@@ -62,7 +63,7 @@ class Moving:
     optimiser: torch.optim.Optimizer
     streams: Mapping[str, torch.Generator]
     device: torch.device
-    curves: dict[str, list[float]]
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, what the optimiser remembers, and random states, by name; not copied."""
@@ -77,7 +78,7 @@ class Moving:
         return found
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether tensors are of this training, by names and shapes. It may not have made a step yet."""
+        """Whether tensors are of this work, by names and shapes; it may not have made a step yet."""
         own, weights = self.tensors(), self._weights()
         theirs = {name: t for name, t in tensors.items() if name.partition("/")[0] not in ("optimiser", "term")}
         if {name: t.shape for name, t in theirs.items()} != {
@@ -135,20 +136,23 @@ def state_seconds() -> float:
 
 
 class Keeper:
-    """Keeps the state of one training in a file, and brings a training back to it.
+    """Keeps the state of one piece of work in a file, and brings it back to that state.
 
     Attributes:
-        seconds: that the training had taken by the state that it was brought back to.
+        seconds: that the work had taken by the state that it was brought back to.
     """
 
     def __init__(
-        self, path: Path, streams: Mapping[str, torch.Generator] | None = None, about: Mapping[str, str] | None = None
+        self,
+        path: Path | None = None,
+        streams: Mapping[str, torch.Generator] | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
         """A keeper of `path`; nothing is read or written yet.
 
         Args:
-            path: a safetensors file.
-            streams: random streams that the objective draws from, beside the training's own, by name.
+            path: a safetensors file; None to keep nothing.
+            streams: random streams that the work draws from, beside those that it names itself, by name.
             about: for the file's metadata: what the weights in it carry.
         """
         self.path, self.streams, self.about = path, dict(streams or {}), dict(about or {})
@@ -157,13 +161,15 @@ class Keeper:
         self._start = self._last = time.monotonic()
 
     def resume(self, moving: Moving) -> Position:
-        """Bring `moving` back to the state in the file; without one of this training, it stays at its start."""
+        """Bring `moving` back to the state in the file; without one of this work, it stays at its start."""
+        if self.path is None:
+            return Position()
         try:
             with safe_open(self.path, "pt") as file:
                 facts = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             terms = {name: term.to(moving.device) for name, term in _below(tensors, "term").items()}
-            position = Position(facts["epoch"], facts["batches"], tensors["stream/order"], terms, facts["counts"])
+            position = Position(facts["epoch"], facts["steps"], tensors.get("stream/order"), terms, facts["counts"])
             curves, seconds = facts["curves"], facts["seconds"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return Position()
@@ -176,18 +182,18 @@ class Keeper:
 
     def __call__(self, moving: Moving, position: Position) -> None:
         """Keep the state, if the last one is old enough; too little disk or memory for it is no reason to stop."""
-        if time.monotonic() - self._last < self.pause:
+        if self.path is None or time.monotonic() - self._last < self.pause:
             return
         begun = time.monotonic()
         with suppress(OSError, SafetensorError, RuntimeError):
-            self._write(moving, position)
+            self._write(self.path, moving, position)
         self._last = time.monotonic()
         self.pause = max(self.every, (self._last - begun) / SHARE)
 
-    def _write(self, moving: Moving, position: Position) -> None:
+    def _write(self, path: Path, moving: Moving, position: Position) -> None:
         facts: dict[str, Any] = {
             "epoch": position.epoch,
-            "batches": position.batches,
+            "steps": position.steps,
             "counts": dict(position.counts),
             "curves": moving.curves,
             "seconds": self.seconds + time.monotonic() - self._start,
@@ -197,12 +203,12 @@ class Keeper:
             tensors["stream/order"] = position.order
         # A copy of each, since a file holds no tensor twice; then whole or not at all.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        draft = self.path.with_suffix(".draft")
+        draft = path.with_suffix(".draft")
         try:
             save_file(copies, draft, {**self.about, "state": json.dumps(facts)})
             with draft.open("rb") as written:
                 os.fsync(written.fileno())
-            os.replace(draft, self.path)
+            os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
 
