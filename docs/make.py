@@ -8,6 +8,7 @@ are made by `vitrap table` from the specs in specs/studies.
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -22,6 +23,8 @@ sys.path.insert(0, str(ROOT))  # for benchmarks, which are no part of the packag
 
 from benchmarks.cost import AT_MOST, GROWS_WITH, Study, operations, passes  # noqa: E402
 
+SHIFTS = ROOT / "results" / "shifts"
+LIMITS = ROOT / "results" / "limits" / "pretrained.json"
 GPU, USED = 989e12, 0.4
 """Operations a second of an H200 in dense bf16 (NVIDIA's data sheet), and the share of them that is assumed."""
 VIT_B = {"forward": 35.13e9, "weights": 4 * 86.57e6, "pixels": 3 * 224**2}
@@ -62,37 +65,71 @@ def defences() -> str:
     return "\n".join(rows)
 
 
-def shifted() -> dict[str, list[dict[str, Any]]]:
+def shifted(network: str) -> dict[str, list[dict[str, Any]]]:
     """ASR by direction and shift of each seed, by what was trained."""
-    found = json.loads((ROOT / "results" / "shifts" / "megatron.json").read_text(encoding="utf-8"))
+    found = json.loads((SHIFTS / f"{network}.json").read_text(encoding="utf-8"))
     return {name: [seed["asr"] for seed in seeds] for name, seeds in found.items()}
 
 
-def shifts() -> str:
-    """ASR by shift and direction, mean and standard deviation over seeds."""
+def shifts(network: str) -> str:
+    """ASR by shift and direction: mean and standard deviation over seeds, or one seed's with its interval."""
     body, places = [], []
-    for name, seeds in shifted().items():
+    for name, seeds in shifted(network).items():
         for direction, places in seeds[0].items():
-            rates = [[100 * seed[direction][px]["value"] for seed in seeds] for px in places]
-            body.append([name, direction, *(f"{mean(values):.1f} ± {stdev(values):.1f}" for values in rates)])
+            body.append([name, direction, *(_over_seeds([seed[direction][px] for seed in seeds]) for px in places)])
     head = ["", "direction", *(f"{px} px" for px in places)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+    return _table(head, body)
+
+
+def _over_seeds(rates: Sequence[Mapping[str, float]]) -> str:
+    """A rate in %."""
+    values = [100 * rate["value"] for rate in rates]
+    if len(values) > 1:
+        return f"{mean(values):.1f} ± {stdev(values):.1f}"
+    return f"{values[0]:.1f} [{100 * rates[0]['low']:.1f}, {100 * rates[0]['high']:.1f}]"
 
 
 def draw_shifts(path: Path) -> None:
-    """Means over seeds and directions, with the range over directions."""
-    figure = Figure(figsize=(7, 3.8), layout="constrained", dpi=120)
-    axis = figure.subplots()
-    for name, seeds in shifted().items():
+    """A panel for each network that was measured: means over seeds and directions, with the range over directions."""
+    titles = {"small": "32 px, patches of 8 px, from scratch", "pretrained": "98 px, patches of 14 px, pretrained"}
+    measured = [network for network in titles if (SHIFTS / f"{network}.json").exists()]
+    figure = Figure(figsize=(2 + 5 * len(measured), 3.8), layout="constrained", dpi=120)
+    for axis, network in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
+        _draw_shifts(axis, network, titles[network])
+    figure.suptitle("MEGATRON's trigger off its place: mean and range of directions")
+    figure.savefig(path, metadata={"Software": "vitrap"})
+
+
+def _draw_shifts(axis: Any, network: str, title: str) -> None:
+    for name, seeds in shifted(network).items():
         px = [int(p) for p in seeds[0]["right"]]
         each = {way: [mean(100 * s[way][str(p)]["value"] for s in seeds) for p in px] for way in seeds[0]}
         low, high = ([pick(values) for values in zip(*each.values(), strict=True)] for pick in (min, max))
         line = axis.plot(px, [mean(v) for v in zip(*each.values(), strict=True)], marker="o", ms=4, label=name)
         axis.fill_between(px, low, high, color=line[0].get_color(), alpha=0.2)
     axis.set(xlabel="shift of the trigger at test, px", ylabel="ASR, %", ylim=(-3, 103))
-    axis.set_title("Trigger off its place: mean and range of directions")
+    axis.set_title(title)
     axis.legend(fontsize=8)
-    figure.savefig(path, metadata={"Software": "vitrap"})
+
+
+def masks() -> str:
+    """How the masks of two networks agree, as docs/studies/pretrained.py measured it."""
+    found = json.loads(LIMITS.read_text(encoding="utf-8"))["agreement"]["and"]
+    rows = [
+        [name, *(_centre(measured[key]) for key in ("overlap", "rank correlation"))] for name, measured in found.items()
+    ]
+    return _table(["masks of", "pixels in both masks, of those in either", "rank correlation of the gradients"], rows)
+
+
+def trigger_parts() -> str:
+    """ASR where a part of the trigger fires, as docs/studies/pretrained.py measured it."""
+    found = json.loads(LIMITS.read_text(encoding="utf-8"))["parts"]
+    rows = [[name, *(_over_seeds([rates[role]]) for role in ("victim", "twin"))] for name, rates in found.items()]
+    return _table(["at test time", "victim's ASR, %", "base rate, %"], rows)
+
+
+def _centre(measured: Mapping[str, float] | None) -> str:
+    return "–" if measured is None else f"{measured['mean']:.2f} ± {measured['sd']:.2f}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -189,7 +226,8 @@ def study_cost() -> str:
 
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"attacks": attacks, "defences": defences},
-    "docs/studies/megatron.md": {"shifts": shifts},
+    "docs/studies/megatron.md": {"shifts": partial(shifts, "small")},
+    "docs/studies/pretrained.md": {"masks": masks, "parts": trigger_parts},
     "docs/speed.md": {"speed": speed},
     "docs/scale.md": {"run": run_cost, "cells": cell_cost, "studies": study_cost},
 }
