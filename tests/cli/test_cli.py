@@ -125,7 +125,7 @@ def test_a_second_call_prints_the_measures_at_once(call: Call, tiny_run) -> None
     assert said.code == 0
     assert said.err == ""
     record = json.loads(tiny_run[0].stdout)
-    for text in ("ageb-digits seed 0: 10 of 100 training images poisoned, measured on 450 test images",
+    for text in ("ageb-digits seed 0: 10 of 100 training images poisoned, 450 test images",
                  "attack success (ASR)",
                  "clean twin", "PSNR, dB", f"{100 * record['victim']['cda']['value']:.2f} %"):  # fmt: skip
         assert text in said.out

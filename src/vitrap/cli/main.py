@@ -242,7 +242,7 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
     data = record["data"]
     out.print(
         f"[bold]{escape(record['name'])}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
-        f" images poisoned, measured on {data['n_test']} {measured_on(record['spec'])} images",
+        f" images poisoned, {data['n_test']} {measured_on(record['spec'])} images",
         highlight=False,
     )
     table = Table("measure", "victim", "clean twin", "n", header_style="bold")
