@@ -23,7 +23,6 @@ from vitrap.defences.sage import (
     even,
     losses,
     mean_losses,
-    recipe,
     shall_lower,
     token_map,
 )
@@ -32,6 +31,7 @@ from vitrap.models.classifier import Classifier
 from vitrap.models.observe import token_layout
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import Epoch, smoothed
+from vitrap.train.tuning import recipe_of
 
 Build = Callable[..., Classifier]
 QUICK = {"epochs": 2, "every": 1, "lr": 0.001}
@@ -364,7 +364,7 @@ def test_it_trains_where_gradients_are_off_and_as_the_suspect_computes(tiny_vit:
 def test_one_image_and_missing_classes(tiny_vit: Build, clean: ImageSet, attention: Any) -> None:
     model, one = tiny_vit(n_classes=15), clean.take(torch.tensor([3]))
     found = Sage(**QUICK, attention=attention).apply(suspect(model, one, n_classes=15))
-    assert (recipe(Sage(), 1).batch_size, recipe(Sage(), 24).batch_size) == (1, 24)
+    assert (recipe_of(Sage(), 1).batch_size, recipe_of(Sage(), 24).batch_size) == (1, 24)
     assert found.model(clean.images(torch.arange(2))).isfinite().all()
 
 

@@ -15,13 +15,13 @@ in training mode; here the model stays in evaluation mode, so dropout is off and
 normalisation, the statistics stay as they were. Its 100 epochs are one choice for all models.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from vitrap.contracts import Card, OutcomeKind, Repaired, Suspect
 from vitrap.params import check, param
 from vitrap.train.recipe import Recipe
-from vitrap.train.tuning import Tuning, streams_of, tune
+from vitrap.train.tuning import Tuning, recipe_of, streams_of, tune
 
 SGD_RATE = 0.01
 """Of BackdoorBench's `ft`."""
@@ -76,15 +76,5 @@ class FineTune:
 
 
 def recipe(settings: FineTune, images: int) -> Recipe:
-    """How a model is trained on so many images."""
-    return Recipe(
-        epochs=settings.epochs,
-        batch_size=min(settings.batch_size, images),
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        warmup=0.0,
-        clip=settings.clip,
-        crop=settings.crop,
-        flip=settings.flip,
-    )
+    """How a model is trained on so many images: the rate falls from the first step on."""
+    return replace(recipe_of(settings, images), warmup=0.0)

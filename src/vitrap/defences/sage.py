@@ -42,8 +42,7 @@ from vitrap.errors import UserError
 from vitrap.models.observe import block_outputs, observe, read_tokens, token_layout, transformer
 from vitrap.params import check, param
 from vitrap.train.loop import Epoch, Streams
-from vitrap.train.recipe import Recipe
-from vitrap.train.tuning import Tuning, tune
+from vitrap.train.tuning import Tuning, recipe_of, tune
 
 Map = Float[Tensor, "b image_tokens"]
 SGD_RATE = 0.05
@@ -109,7 +108,7 @@ class Sage:
         # The order of the images comes from the defender's own stream; nothing else is drawn.
         drawn = suspect.generator
         streams = Streams(order=drawn, augmentation=drawn, projection=drawn, preparation=drawn)
-        tuned = tune(suspect, Tuning("sage", recipe(self, len(suspect.clean)), streams, objective, control=follow))
+        tuned = tune(suspect, Tuning("sage", recipe_of(self, len(suspect.clean)), streams, objective, control=follow))
         report = {**follow.losses, "clean accuracy": looked_at(suspect, tuned.model), "last lr": follow.lr}
         return Repaired(tuned.model, "blocks " + ", ".join(str(block + 1) for block in blocks), report)
 
@@ -145,18 +144,6 @@ class Follow:
             self.lowered = shall_lower(self.history, s.every, s.rises, self.lowered)
             self.lr *= s.factor if self.lowered else 1
         return self.lr
-
-
-def recipe(settings: Sage, images: int) -> Recipe:
-    """How a model is trained on so many images."""
-    return Recipe(
-        epochs=settings.epochs,
-        batch_size=min(settings.batch_size, images),
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-    )
 
 
 def even(depth: int, count: int) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ channels at 0), which weights learn, a learning rate that follows what the clean
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,6 +99,12 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
                 model.train(tuning.training)
     model.zero_grad(set_to_none=True)
     return Tuned(model.eval().requires_grad_(False), curves)
+
+
+def recipe_of(settings: Any, images: int) -> Recipe:
+    """The recipe that a repair's settings of the same names stand for; a batch has at most all images."""
+    named = {f.name: getattr(settings, f.name) for f in fields(Recipe) if hasattr(settings, f.name)}
+    return Recipe(**{**named, "batch_size": min(settings.batch_size, images)})
 
 
 def streams_of(generator: torch.Generator, device: torch.device) -> Streams:
