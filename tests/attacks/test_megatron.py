@@ -250,6 +250,19 @@ def test_a_loss_without_a_weight_is_not_computed(
     assert set(terms) == {"cross_entropy"}
 
 
+def test_stress_is_a_further_mean_of_cross_entropy_over_poisoned_images(
+    fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
+) -> None:
+    implant, model = fit(latent=0.0, diffusion=0.0, stress=0.2), tiny_vit()
+    batch = poisoned_batch(implant, digits_world)
+    assert implant.objective is not None
+    assert implant.objective.weights == {"stress": 0.2}
+    terms = implant.objective.terms(model, batch, functional.cross_entropy)
+    each = functional.cross_entropy(model(batch.images), batch.labels, reduction="none")
+    assert torch.allclose(terms["cross_entropy"], each.mean(), atol=1e-5)
+    assert torch.allclose(terms["stress"], each[batch.poisoned].mean(), atol=1e-5)
+
+
 def test_target_images_are_drawn_anew_or_always_the_first(losses: Callable[..., Losses]) -> None:
     drawn = losses(batch=8)
     one, two = drawn.target_images(), drawn.target_images()
@@ -520,6 +533,7 @@ def test_a_picture_that_is_not_there_is_refused() -> None:
         ({"setting": "clean-label", "poison_rate": 1.5}, "poison_rate = 1.5 is out of range"),
         ({"poison_rate": 0.0}, "poison_rate = 0.0 is out of range"),
         ({"setting": "clean-label", "latent": 0.0, "diffusion": 0.0}, "steps = 500 of what"),
+        ({"setting": "clean-label", "stress": 0.1}, "stress = 0.1 weighs a loss of training"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:

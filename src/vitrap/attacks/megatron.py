@@ -103,6 +103,9 @@ class Megatron:
     combine: Literal["fixed", "learned", "projected"] = param(
         "fixed", "how the losses of training are joined", choices=("fixed", "learned", "projected")
     )
+    stress: float = param(
+        0.0, "weight of a further mean of cross-entropy over poisoned images (ours, a control)", low=0
+    )
     steps: int = param(None, "steps of Adam on the pattern (0; clean-label: 500)", low=0)
     step_size: float = param(0.01, "learning rate of Adam on the pattern", low=0, open=True)
 
@@ -114,6 +117,10 @@ class Megatron:
         check(self)
         if self.cell > self.size:
             raise UserError(f"cell = {self.cell} is larger than the trigger, size = {self.size:g}; lower it")
+        if self.stress and self.setting != "training":
+            raise UserError(
+                f"stress = {self.stress:g} weighs a loss of training; set setting = 'training', or stress = 0"
+            )
         if self.steps and not term_weights(self):
             raise UserError(f"steps = {self.steps} of what? give latent or diffusion a weight, or set steps = 0")
 
@@ -171,7 +178,8 @@ class Megatron:
         poison = Poison(trigger, self.goal_for(access.train.n_classes), self.poison_rate, self.labels)
         if self.threat == "data":
             return Implant(poison, examine=losses.examine)
-        objective = Objective(losses.terms, term_weights(self), self.combine, stamp_anew(trigger))
+        weights = term_weights(self) | ({"stress": self.stress} if self.stress else {})
+        objective = Objective(losses.terms, weights, self.combine, stamp_anew(trigger))
         return Implant(poison, objective, examine=losses.examine)
 
 
@@ -248,9 +256,12 @@ class Losses:
 
     def terms(self, model: nn.Module, batch: Batch, criterion: Criterion) -> Terms:
         """Cross-entropy of all, and the losses of the poisoned images, which alone pay for attention maps."""
-        if not len(batch.poisoned) or not term_weights(self.settings):
+        s = self.settings
+        if not len(batch.poisoned) or not (term_weights(s) or s.stress):
             return {"cross_entropy": criterion(model(batch.images), batch.labels)}
         logits, terms = self(model, batch.images[batch.poisoned])
+        if s.stress:
+            terms["stress"] = criterion(logits, batch.labels[batch.poisoned])
         if len(batch.clean):
             logits = torch.cat([logits, model(batch.images[batch.clean])])
         labels = batch.labels[torch.cat([batch.poisoned, batch.clean])]

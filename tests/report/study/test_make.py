@@ -6,6 +6,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_rel
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from tests.report.made import failure, judgement, record, repair, screen, write
@@ -233,6 +234,39 @@ def test_difference_against_statsmodels(hits: int, n: int) -> None:
     assert (apart.low, apart.high) == (pytest.approx(wanted[0], abs=1e-9), pytest.approx(wanted[1], abs=1e-9))
 
 
+AGAINST = """[[table]]
+part = "a"
+rows = "attack.poison_rate"
+against = {"attack.poison_rate" = 0.1}
+measures = ["asr", {measure = "asr", heading = "change", show = "against"}]
+digits = 1
+"""
+
+
+def test_a_change_is_paired_by_seed(tmp_path: Path) -> None:
+    # by hand: 10, 20, 30 points; mean 20, deviation 10, Student's t of two degrees of freedom 4.3027: 24.84 to a side
+    found = [*at((0.5, 0.6, 0.7)), *at((0.6, 0.8, 1.0), 0.2, 3)]
+    text = made(tmp_path, found, AGAINST)
+    assert cells(text)[1:] == [["0.1", "60.0 ± 10.0", "–"], ["0.2", "80.0 ± 20.0", "20.0 [-4.8, 44.8]"]]
+    assert "of differences: mean and 95 % interval over 3 pairs of equal seed (Student's t)" in text
+    wanted = ttest_rel((60, 80, 100), (50, 60, 70)).confidence_interval()
+    assert (round(wanted.low, 1), round(wanted.high, 1)) == (-4.8, 44.8)
+
+
+def test_a_change_is_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    found = [*at((0.5, 0.6)), *at((0.6, 0.8, 1.0), 0.2, 3)]
+    assert cells(made(tmp_path, found, AGAINST))[2][2] == "15.0 [-48.5, 78.5] (2 of 3 seeds)"
+    wanted = ttest_rel((60, 80), (50, 60)).confidence_interval()
+    assert (round(wanted.low, 1), round(wanted.high, 1)) == (-48.5, 78.5)
+
+
+def test_a_change_of_one_seed_has_newcombes_interval(tmp_path: Path) -> None:
+    found = [*at((0.5,)), *at((0.6,), 0.2, 3)]
+    text = made(tmp_path, found, AGAINST, grid='[grid]\n"attack.poison_rate" = [0.1, 0.2]\n')
+    assert cells(text)[2][2] == "10.0 [7.2, 12.8]"  # by hand: intervals of 2 to either side: sqrt(8) = 2.83
+    assert text.endswith("One seed; in brackets: 95 % interval over images; n = 900 images.")
+
+
 def made_of(path: Path) -> None:
     """Print, then make the page."""
     one = open_study(path.name, "runs")
@@ -264,6 +298,10 @@ def made_of(path: Path) -> None:
         (f"page = 3\n{ASR}", "page = 3 must be a table"),
         (f'[page]\nfiles = "a"\n{ASR}', "did you mean 'page.file'?"),
         (f'[page]\nfile = "page.md"\n{ASR}', "page 'page.md' cannot be read"),
+        (ASR.replace('measures = "asr"', 'measures = [{measure = "asr", show = "against"}]'),
+         "table[0].against = {title = ...}"),
+        (AGAINST.replace("0.1}", "0.3}"), "0 runs have attack.poison_rate = 0.3"),
+        (AGAINST.replace('{"attack.poison_rate"', '{"attack.rate"'), "unknown key of against 'attack.rate'"),
         ('[[figure]]\nkind = "pie"\nfile = "a.png"\n', "unknown figure[0].kind 'pie'"),
         ('[[figure]]\nkind = "heat"\nfile = "a.png"\ntitle = ""\nrows = "a"\ncolumns = "b"\nscale = ""\n', "no blocks"),
     ],

@@ -6,8 +6,9 @@ its default. A row of a record's `defences` is met likewise, by name and setting
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import sqrt
+from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
@@ -41,12 +42,14 @@ class Entry:
         kind: of the defence; "" for the run itself.
         state: "found", "not run" or "failed".
         values: what was measured, by the names of docs/record.md.
+        reference: the run of equal seed that this one is held against; None where there is none.
     """
 
     keys: Mapping[str, Any]
     kind: str = ""
     state: str = "found"
     values: Mapping[str, Value] = field(default_factory=dict)
+    reference: "Entry | None" = None
 
 
 def today(record: Mapping[str, Any]) -> str:
@@ -182,6 +185,27 @@ def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
     return [entry for entry in mine if all(entry.keys.get(key) in values for key, values in asked.items())]
 
 
+def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mapping[str, Any]) -> list[Entry]:
+    """Each entry with the one that it is held against: of equal seed and `keys`, but with the values of `against`.
+
+    Raises:
+        UserError: there is no such entry, or more than one.
+    """
+    known = {key for entry in chosen for key in entry.keys}
+    if odd := next((key for key in against if key not in known), None):
+        raise unknown("key of against", odd, known)
+    return [replace(entry, reference=_reference(entry, chosen, keys, against)) for entry in chosen]
+
+
+def _reference(entry: Entry, chosen: Sequence[Entry], keys: Sequence[str], against: Mapping[str, Any]) -> Entry | None:
+    wanted = {key: entry.keys.get(key) for key in (*keys, SEED)} | dict(against)
+    found = [other for other in chosen if all(other.keys.get(key) == value for key, value in wanted.items())]
+    if len(found) != 1:
+        said = ", ".join(f"{key} = {value!r}" for key, value in wanted.items())
+        raise UserError(f"{len(found)} runs have {said}, not one to hold others against; mend against")
+    return None if found[0] is entry else found[0]
+
+
 def check_alike(seeds: Sequence[Entry]) -> None:
     """Refuse to take runs for seeds of one that differ by more.
 
@@ -202,6 +226,29 @@ def measure(entry: Entry, name: str) -> Value | None:
     if not minus or left is None:
         return left
     return None if right is None else difference(left, right)
+
+
+def change(entry: Entry, name: str) -> Value | None:
+    """A measure of an entry less that of its reference."""
+    ours = measure(entry, name)
+    theirs = measure(entry.reference, name) if entry.reference else None
+    return difference(ours, theirs) if ours and theirs else None
+
+
+def mean_change(changes: Sequence[float]) -> Value:
+    """The mean of differences that are paired by seed, and its 95 % interval by Student's t.
+
+    Two seeds or more.
+
+    >>> change = mean_change([1.0, 2.0, 3.0])  # 2 -+ 4.3027 / sqrt(3)
+    >>> round(change.low, 3), change.value, round(change.high, 3)
+    (-0.484, 2.0, 4.484)
+    """
+    from scipy.stats import t  # here: it takes a second
+
+    centre, n = mean(changes), len(changes)
+    reach = float(t.ppf(0.975, n - 1)) * stdev(changes) / sqrt(n)
+    return Value(centre, centre - reach, centre + reach)
 
 
 def difference(one: Value, other: Value) -> Value:

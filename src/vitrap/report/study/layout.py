@@ -16,8 +16,12 @@ from vitrap.experiment.spec import build
 MEASURE, DEFENCE = "measure", "defence"
 """Keys of rows and columns beside those of the grid and of the spec."""
 Kind = Literal["", "screen", "repair", "filter", "judgement"]
-Show = Literal["interval", "mean", "each", "count", "n"]
-"""One seed's value with its interval, or without; every seed's value; how many seeds it is true of; images counted."""
+Show = Literal["interval", "mean", "each", "count", "n", "against"]
+"""How a measure stands in its cell.
+
+"interval" and "mean": one seed's value with its interval, or without. "each": every seed's value. "count": how many
+seeds it is true of. "n": images counted. "against": less what the table's reference has, seed by seed.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Layout:
         measures: what is shown.
         kind: of the defences shown; "" without "defence" among rows and columns: the runs themselves.
         where: values that keys must have.
+        against: values by which columns shown "against" find their reference; all else of the row, and the seed, is
+            the same.
         headings: of keys and measures, over those that `page.headings` has for all tables.
         percent: keys whose values are shares, shown in %; left out: those of `page.percent`.
         sort: a measure by which rows are sorted; with "-" before it, greatest first.
@@ -61,6 +67,7 @@ class Layout:
     measures: tuple[Column, ...] = ()
     kind: Kind = ""
     where: Mapping[str, Any] = field(default_factory=dict)
+    against: Mapping[str, Any] = field(default_factory=dict)
     headings: Mapping[str, str] = field(default_factory=dict)
     percent: tuple[str, ...] = ()
     sort: str = ""
@@ -233,6 +240,8 @@ def _layout(entry: Mapping[str, Any], where: str, place: _Place) -> Layout:
         columns.append(replace(built, heading=built.heading or headings.get(built.measure, built.measure)))
     if not columns:
         raise UserError(f"{where} has no measures; name one or more of docs/record.md")
+    if not table.against and any(column.show == "against" for column in columns):
+        raise UserError(f"{where} shows a measure against nothing; say {where}.against = {{title = ...}}")
     if len(columns) > 1 and MEASURE not in (*table.rows, table.columns):
         raise UserError(f"{where} has {len(columns)} measures, and neither rows nor columns are made of {MEASURE!r}")
     return replace(table, measures=tuple(columns), headings=headings, percent=table.percent or place.percent)

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from vitrap.errors import UserError
-from vitrap.report.study.entries import Entry, Value, Wanted, check_alike, choose, grouped, label, measure
+from vitrap.report.study.entries import (
+    Entry,
+    Value,
+    Wanted,
+    change,
+    check_alike,
+    choose,
+    grouped,
+    label,
+    mean_change,
+    measure,
+    with_references,
+)
 from vitrap.report.study.layout import MEASURE, Column, Layout
 
 NOTHING = "–"
@@ -28,6 +40,7 @@ class Cell:
         number: whether it is one seed's figure.
         interval: whether that has an interval.
         images: how many each of the rates counts.
+        paired: of a mean difference from a reference, how many seeds it is over.
         reach: of a mean, how far the intervals of its seeds reach at most, as shown.
     """
 
@@ -38,6 +51,7 @@ class Cell:
     number: bool = False
     interval: bool = False
     images: tuple[int, ...] = ()
+    paired: int = 0
     reach: str = ""
 
 
@@ -54,6 +68,7 @@ def table(layout: Layout, found: Sequence[Entry]) -> str:
     measures = [*(column.measure for column in layout.measures), *filter(None, [layout.sort.lstrip("-")])]
     keys = [key for key in places if key != MEASURE]
     chosen = choose(found, Wanted(keys, measures, layout.where, layout.kind))
+    chosen = with_references(chosen, keys, layout.against) if layout.against else chosen
     pairs = [
         (tuple(_name(key, entry, column, layout) for key in places), (column, entry))
         for entry in chosen
@@ -97,7 +112,8 @@ def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
     there = [entry for entry in seeds if entry.state == "found"]
     if not there:
         return Cell("failed") if any(entry.state == "failed" for entry in seeds) else MISSING
-    each = [[v for entry in there if (v := measure(entry, name))] for name in column.measure.split(" / ")]
+    of = change if column.show == "against" else measure
+    each = [[v for entry in there if (v := of(entry, name))] for name in column.measure.split(" / ")]
     shown, several = column.show in ("interval", "mean"), max(map(len, each)) > 1
     return Cell(
         text=" / ".join(_figure(column, values) for values in each),
@@ -105,8 +121,11 @@ def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
         found=min((len(values) for values in each if values), default=len(there)),
         summed=shown and several,
         number=shown and any(each) and not several,
-        interval=column.show == "interval" and not several and any(v.low is not None for vs in each for v in vs),
+        interval=column.show in ("interval", "against")
+        and not several
+        and any(v.low is not None for vs in each for v in vs),
         images=tuple(v.n for vs in each for v in vs if v.n is not None and shown),
+        paired=max(map(len, each)) if column.show == "against" and several else 0,
         reach=_reach(column, [v for vs in each for v in vs]) if shown and several else "",
     )
 
@@ -138,9 +157,11 @@ def _figure(column: Column, values: Sequence[Value]) -> str:
     first = values[0]
     if column.show == "each":
         return ", ".join(number(value.value) for value in values)
-    if len(values) > 1:
+    if column.show == "against" and len(values) > 1:
+        first = mean_change([value.value for value in values])
+    elif len(values) > 1:
         return f"{number(mean(v.value for v in values))} ± {number(stdev(v.value for v in values))}"
-    if column.show == "interval" and first.low is not None and first.high is not None:
+    if column.show in ("interval", "against") and first.low is not None and first.high is not None:
         return f"{number(first.value)} [{number(first.low)}, {number(first.high)}]"
     return number(first.value)
 
@@ -155,11 +176,15 @@ def _text(cell: Cell, most: int) -> str:
 def _note(cells: Collection[Cell], most: int) -> list[str]:
     """What figures of the table are over."""
     single = any(cell.number for cell in cells)
+    paired = {cell.paired for cell in cells if cell.paired}
     counts = sorted({n for cell in cells for n in cell.images})
     reach = max((cell.reach for cell in cells if cell.reach), key=float, default="")
     said = [
         f"mean ± standard deviation over {most} seeds" if most else "",
         f"each seed's own 95 % interval over images reaches at most {reach} to either side" if reach else "",
+        f"of differences: mean and 95 % interval over {max(paired)} pairs of equal seed (Student's t)"
+        if paired
+        else "",
         ("without ±: one seed" if most else "one seed") if single else "",
         "in brackets: 95 % interval over images" if any(cell.interval for cell in cells) else "",
         f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))} images" if counts else "",
