@@ -46,9 +46,9 @@ NETWORKS = {
         "both losses": ("megatron_rate", "+ both", 0.1),
         "clean label": ("megatron_clean", "clean", 0.5),
     }),
-    "pretrained": Network(14, 2000, {
-        "both losses": ("pretrained_rest", "`megatron_cifar10`", 0.1),
-        "clean label": ("pretrained_rest", "`megatron_clean_cifar10`", 0.5),
+    "pretrained": Network(14, 1000, {
+        "both losses": ("pretrained", "`megatron_cifar10`", 0.1),
+        "clean label": ("pretrained", "`megatron_clean_cifar10`", 0.5),
     }),
 }  # fmt: skip
 
