@@ -27,6 +27,8 @@ class Record:
         data: sizes, classes, content fingerprint.
         models: how victim and surrogate are built; the surrogate None where the attack has none.
         victim: CDA, ASR, RA, the clean twin's base rates, stealth.
+        diagnosis: what is wrong with the attack by these figures, a line each; nothing where the backdoor is in, and
+            in records of vitraps that did not say.
         attack: what the attack reports of itself.
         attack_version: of the attack; raised when it comes to mean something else.
         curves: loss terms by epoch, for each model that was trained.
@@ -48,6 +50,7 @@ class Record:
     data: Table
     models: Table
     victim: Table
+    diagnosis: list[str] = field(default_factory=list, kw_only=True)
     attack: Table
     attack_version: int = field(default=1, kw_only=True)
     curves: Table

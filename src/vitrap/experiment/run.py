@@ -28,6 +28,7 @@ from vitrap.experiment.stages import STREAM, make_clean, make_trigger, make_vict
 from vitrap.experiment.store import Store, locked, place_file, read_json, write_bytes
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
+from vitrap.metrics.diagnosis import diagnose
 from vitrap.models.classifier import load_weights, read_model
 
 Redo = Literal["nothing", "victim", "all"]
@@ -292,6 +293,7 @@ class _Runner:
                 "n_curves": about["n_curves"],
             },
             models={"victim": plan.victim.shown(), "surrogate": None, **surrogates},
+            diagnosis=diagnose(measures),
             victim={**measures, **({"stealth_stored": stored} if stored else {})},
             attack={**about["report"], **examined},
             attack_version=plan.spec.params.version,

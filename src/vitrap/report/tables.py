@@ -110,21 +110,3 @@ def _judgement(row: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         (f"judged (above {row['threshold']:g})", verdict("backdoored"), verdict("backdoored_clean_model"), ""),
         ("suspected class", suspected("suspected"), suspected("suspected_clean_model"), ""),
     ]
-
-
-def verdict(victim: Mapping[str, Any], target_cda_loss: float = 0.02) -> str:
-    """One line that says whether the attack took hold, and if not, which failure it looks like.
-
-    The signatures are those of AGEB's paper: a low ASR says that the trigger was not learned, a low CDA that
-    clean images suffer, a low PSNR that people would see the trigger.
-    """
-    effect = victim["asr"]["value"] - victim["asr_clean_model"]["value"]
-    loss = victim["cda_clean_model"]["value"] - victim["cda"]["value"]
-    faults = []
-    if effect < 0.7:
-        faults.append(f"the trigger is not embedded well (ASR only {100 * effect:.1f} points above the clean twin's)")
-    if loss > target_cda_loss:
-        faults.append(f"clean images suffer (CDA {100 * loss:.1f} points under the clean twin's)")
-    if victim["stealth"]["psnr_db"]["mean"] < 20:
-        faults.append(f"the trigger shows (PSNR {victim['stealth']['psnr_db']['mean']:.1f} dB)")
-    return "; ".join(faults) or "the backdoor is in: triggered images go to the target, clean ones as before"

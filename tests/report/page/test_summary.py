@@ -12,11 +12,9 @@ from vitrap.report.page.summary import (
     centre,
     number,
     over_seeds,
-    short_faults,
     text,
     to_runs,
 )
-from vitrap.report.tables import verdict
 
 
 def runs(*records: dict[str, Any]) -> tuple[Run, ...]:
@@ -33,8 +31,7 @@ def test_a_line_has_effect_psnr_and_verdict() -> None:
 def test_faults_are_those_of_the_verdict() -> None:
     (run,) = runs(record(asr=0.5, asr_twin=0.1, cda=0.8, cda_twin=0.9, psnr=12.0))
     assert run.verdict.count(";") == 2
-    assert run.faults == ("the trigger is not embedded well", "clean images suffer", "the trigger shows")
-    assert short_faults(verdict(record()["victim"])) == ()
+    assert run.faults == ("the trigger is not embedded", "clean images suffer", "the trigger shows")
 
 
 def test_abridged_stealth_leaves_verdict_and_psnr_open() -> None:

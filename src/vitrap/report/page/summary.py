@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.experiment.records import Found
+from vitrap.metrics.diagnosis import diagnose, in_a_line, in_short
 from vitrap.report.frame import settings
-from vitrap.report.tables import measured_on, verdict
+from vitrap.report.tables import measured_on
 
 Rate = Mapping[str, Any]
 HEADED = ("name", "seed", "data.name", "attack.name", "attack.setting", "attack.poison_rate")
@@ -115,7 +116,7 @@ def _order(found: Found) -> tuple[str, str, str, int]:
 
 def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
     record, victim = found.content, found.content["victim"]
-    said = attempt(verdict, victim)
+    faults = attempt(diagnose, victim)
     return Run(
         record,
         found.place,
@@ -125,8 +126,8 @@ def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
         differs,
         100 * (victim["asr"]["value"] - victim["asr_clean_model"]["value"]),
         number(attempt(lambda: victim["stealth"]["psnr_db"]["mean"])),
-        said or "no verdict: the record lacks what it takes",
-        None if said is None else short_faults(said),
+        "no verdict: the record lacks what it takes" if faults is None else in_a_line(faults),
+        None if faults is None else in_short(faults),
     )
 
 
@@ -140,17 +141,6 @@ def attack_label(record: Mapping[str, Any]) -> str:
     """The attack's name and its setting, if it has one."""
     attack = record["spec"]["attack"]
     return " ".join(filter(None, [attack["name"], text(attack.get("setting") or "")]))
-
-
-def short_faults(said: str) -> tuple[str, ...]:
-    """The faults that a verdict finds, without their figures.
-
-    >>> short_faults("clean images suffer (CDA 3.0 points under the clean twin's); the trigger shows (PSNR 12.0 dB)")
-    ('clean images suffer', 'the trigger shows')
-    >>> short_faults("the backdoor is in: triggered images go to the target, clean ones as before")
-    ()
-    """
-    return () if said.startswith("the backdoor is in") else tuple(part.partition(" (")[0] for part in said.split("; "))
 
 
 def _anchors(hashes: Sequence[str]) -> list[str]:
