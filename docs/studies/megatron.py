@@ -1,7 +1,7 @@
 """MEGATRON's trigger off its place: `python docs/studies/megatron.py RUNS NETWORK`, NETWORK a key of NETWORKS.
 
 RUNS holds what `vitrap sweep` made of the specs in specs/studies that stand there, and of those runs the ones named are
-measured: a few minutes on one core for the small network, a quarter of an hour for the pretrained one. Writes
+measured: a few minutes on one core for a small network, a quarter of an hour for the pretrained one. Writes
 results/shifts/NETWORK.json, from which docs/make.py makes tables and picture.
 """
 
@@ -19,6 +19,7 @@ from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.predict import every_row, predict, spread, triggered
 from vitrap.experiment.run import run_folder
 from vitrap.metrics.accuracy import attack_success
+from vitrap.report.frame import settings
 from vitrap.train.arithmetic import usual
 
 ROOT = Path(__file__).parents[2]
@@ -32,24 +33,31 @@ class Network:
     Attributes:
         furthest: greatest shift, in pixels: one whole patch.
         images: test images, spread evenly over the set; None for all.
-        lines: by what was trained: sweep, title of the case, poison rate.
+        lines: by what was trained: a sweep, the title of its case, and settings that its runs must have.
     """
 
     furthest: int
     images: int | None
-    lines: Mapping[str, tuple[str, str, float]]
+    lines: Mapping[str, tuple[str, str, Mapping[str, Any]]]
 
 
+RATE, PATCH = "attack.poison_rate", "model.patch_size"
+TRIED = (
+    "cross-entropy alone", "both losses", "both losses, margin 4 px", "both losses, margin 8 px", "both losses, crops",
+    "clean label", "clean label, crops",
+)  # fmt: skip
 NETWORKS = {
     "small": Network(8, None, {
-        "cross-entropy alone": ("megatron_rate", "cross-entropy alone", 0.1),
-        "both losses": ("megatron_rate", "+ both", 0.1),
-        "clean label": ("megatron_clean", "clean", 0.5),
+        "cross-entropy alone": ("megatron_rate", "cross-entropy alone", {RATE: 0.1}),
+        "both losses": ("megatron_rate", "+ both", {RATE: 0.1}),
+        "clean label": ("megatron_clean", "clean", {RATE: 0.5}),
     }),
     "pretrained": Network(14, 1000, {
-        "both losses": ("pretrained", "`megatron_cifar10`", 0.1),
-        "clean label": ("pretrained", "`megatron_clean_cifar10`", 0.5),
+        "both losses": ("pretrained", "`megatron_cifar10`", {}),
+        "clean label": ("pretrained", "`megatron_clean_cifar10`", {}),
     }),
+    "patches of 8 px": Network(8, 2000, {name: ("megatron_shift", name, {PATCH: 8}) for name in TRIED}),
+    "patches of 4 px": Network(8, 2000, {name: ("megatron_shift", name, {PATCH: 4}) for name in TRIED}),
 }  # fmt: skip
 
 
@@ -72,12 +80,13 @@ def main(runs: str, name: str) -> None:
     """Measure every seed, then write."""
     network = NETWORKS[name]
     found: dict[str, list[dict[str, Any]]] = {}
-    for line, (sweep, title, rate) in network.lines.items():
+    for line, (sweep, title, wanted) in network.lines.items():
         for point in load_sweep(ROOT / "specs" / "studies" / f"{sweep}.toml").points:
-            if (point.settings["title"], point.spec.params.poison_rate) == (title, rate):
+            known = dict(settings(point.spec.table())) | point.settings
+            if all(known[key] == value for key, value in {"title": title, **wanted}.items()):
                 measured = shifts(point.spec, run_folder(point.spec, Path(runs)), network)
                 found.setdefault(line, []).append({"seed": point.spec.seed, "asr": measured})
-    result = ROOT / "results" / "shifts" / f"{name}.json"
+    result = ROOT / "results" / "shifts" / f"{name.replace(' ', '_')}.json"
     result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

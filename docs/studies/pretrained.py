@@ -22,6 +22,7 @@ from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.predict import batch_of, predict, spread, triggered
 from vitrap.experiment.run import Opened, run_folder
 from vitrap.metrics.accuracy import attack_success
+from vitrap.metrics.agreement import overlap, rank_correlation
 from vitrap.models.classifier import read_model
 from vitrap.train.arithmetic import usual
 
@@ -61,19 +62,9 @@ def maps_of(network: nn.Module, settings: Ageb, images: ImageSet) -> tuple[Tenso
     return torch.cat([trigger.mask(some) for some in parts]), torch.cat([trigger.gradient(some) for some in parts])
 
 
-def overlap(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Of each pair of masks: pixels in both over pixels in either."""
-    return (ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))
-
-
-def rank_correlation(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Spearman's, of each pair of maps, over the tokens that they are up-sampled from."""
-    ranks = [
-        nn.functional.adaptive_avg_pool2d(maps[:, None], 7).flatten(1).argsort(1).argsort(1).float()
-        for maps in (ours, theirs)
-    ]
-    centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
-    return (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
+def coarse(maps: Tensor) -> Tensor:
+    """Maps on the grid of tokens that they are up-sampled from."""
+    return nn.functional.adaptive_avg_pool2d(maps, 7)
 
 
 def agreement(networks: Mapping[str, nn.Module], settings: Ageb, images: ImageSet) -> dict[str, Any]:
@@ -86,7 +77,7 @@ def agreement(networks: Mapping[str, nn.Module], settings: Ageb, images: ImageSe
         their_masks, their_gradients = maps_of(other, settings, images)
         found[name] = {
             "overlap": summary(overlap(masks, their_masks)),
-            "rank correlation": summary(rank_correlation(gradients, their_gradients)),
+            "rank correlation": summary(rank_correlation(coarse(gradients), coarse(their_gradients))),
         }
     return {"between": first, "and": found}
 
