@@ -1,12 +1,12 @@
 """Hyper-parameters as fields: what is allowed, how it reads, and what is refused."""
 
 from dataclasses import MISSING, FrozenInstanceError, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from vitrap.errors import UserError
-from vitrap.params import Param, check, param
+from vitrap.params import Param, check, hyperparameters, param
 
 
 @pytest.mark.parametrize(
@@ -97,3 +97,42 @@ def test_values_in_range_and_fields_without_parameter_pass() -> None:
 def test_a_parameter_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Param("d").low = 3  # type: ignore[misc]
+
+
+@hyperparameters
+class Tuned:
+    """One that fills in what another setting decides."""
+
+    kind: Literal["fast", "slow"] = param("fast", "which")
+    way: Literal["up", "down"] | None = param(None, "where to")
+    picture: str = param("noise", "what", choices=("noise",), file=True)
+    rate: float | None = param(None, "how fast", low=0)
+
+    def __post_init__(self) -> None:
+        """Fill in the rate of the kind."""
+        if self.rate is None:
+            object.__setattr__(self, "rate", 1.0 if self.kind == "fast" else 0.1)
+        if self.way == "down" and self.kind == "fast":
+            raise UserError("way = 'down' is slow; set kind = 'slow'")
+
+
+def test_choices_are_those_of_the_type() -> None:
+    about = {f.name: f.metadata["param"].choices for f in fields(Tuned)}
+    assert about == {"kind": ("fast", "slow"), "way": ("up", "down"), "picture": ("noise",), "rate": ()}
+
+
+def test_hyperparameters_are_checked_then_completed_and_frozen() -> None:
+    assert (Tuned().rate, Tuned("slow").rate, Tuned(rate=3.0).rate) == (1.0, 0.1, 3.0)
+    with pytest.raises(UserError, match="rate = -1 is out of range: it must be >= 0"):
+        Tuned(rate=-1)
+    with pytest.raises(UserError, match="kind = 'slwo' is out of range: it must be one of fast, slow"):
+        Tuned("slwo")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="set kind = 'slow'"):
+        Tuned(way="down")
+    with pytest.raises(FrozenInstanceError):
+        Tuned().rate = 2.0  # type: ignore[misc]
+
+
+def test_an_unknown_setting_is_named_with_the_nearest_that_is_known() -> None:
+    with pytest.raises(UserError, match="unknown setting of Tuned 'rte'; did you mean 'rate'?"):
+        Tuned(rte=1.0)  # type: ignore[call-arg]

@@ -1,9 +1,13 @@
 """A hyper-parameter as a dataclass field: its default, meaning, unit, range, and where the default stands."""
 
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import wraps
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
-from vitrap.errors import UserError
+from vitrap.errors import UserError, unknown
+
+T = TypeVar("T")
 
 Stands = Literal["paper", "code", "field", "assumed"]
 """Where a default comes from: the paper, its reference code, what the field commonly uses, or nowhere but us."""
@@ -74,8 +78,58 @@ def param(default: Any, doc: str, **facts: Any) -> Any:
     return field(default=default, metadata=about) if default is not MISSING else field(metadata=about)
 
 
+@dataclass_transform(frozen_default=True)
+def hyperparameters(kind: type[T]) -> type[T]:
+    """Make of a class of `param` fields a frozen dataclass that refuses what is out of range.
+
+    Choices are read from the type: those of a `Literal` need not be repeated. A `__post_init__` of the class's own runs
+    after the check, to fill in what other settings decide and to refuse combinations.
+
+    Raises:
+        UserError: at making one: a setting is unknown, or its value out of range.
+    """
+    own = kind.__dict__.get("__post_init__")
+
+    def check_and_complete(self: Any) -> None:
+        check(self)
+        if own:
+            own(self)
+
+    setattr(kind, "__post_init__", check_and_complete)  # noqa: B010 - pyright knows no such attribute of a type
+    made: Any = dataclass(frozen=True)(kind)
+    hints = get_type_hints(kind)
+    for each in fields(made):
+        about: Param | None = each.metadata.get("param")
+        if about and not about.choices:
+            known = replace(about, choices=_words(hints[each.name]))
+            each.metadata = MappingProxyType({**each.metadata, "param": known})
+    _refuse_unknown(made)
+    return made
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    """The words of a `Literal`, also where None is allowed beside them; () of any other type."""
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(word for part in get_args(hint) for word in _words(part))
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _refuse_unknown(kind: type) -> None:
+    """Have a class name a setting that it does not know, and what may have been meant."""
+    init, names = kind.__init__, [each.name for each in fields(kind)]
+
+    @wraps(init)
+    def checked(self: Any, *values: Any, **settings: Any) -> None:
+        odd = next((name for name in settings if name not in names), None)
+        if odd is not None:
+            raise unknown(f"setting of {kind.__name__}", odd, names)
+        init(self, *values, **settings)
+
+    setattr(kind, "__init__", checked)  # noqa: B010
+
+
 def check(record: Any) -> None:
-    """Refuse a record (a dataclass of `param` fields) with a value out of range: call it in `__post_init__`.
+    """Refuse a record (a dataclass of `param` fields) with a value out of range.
 
     Raises:
         UserError: naming the field, the value and what is allowed.

@@ -658,7 +658,10 @@ def test_spec_to_toml_to_spec_is_the_identity(name: str) -> None:
     assert_identity(spec)
 
 
-COMPANIONS = {("badnets", "source"): {"goal": "source-to-target", "source": 7}}
+COMPANIONS = {
+    ("badnets", "source"): {"goal": "source-to-target", "source": 7},
+    ("megatron/clean-label", "stress"): {"setting": "training"},
+}
 """Settings without which another is refused."""
 
 

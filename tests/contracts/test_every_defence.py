@@ -941,5 +941,5 @@ def test_values_out_of_range_are_refused(name: str) -> None:
 
 @each_defence
 def test_unknown_settings_are_refused(name: str) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match=r"unknown setting of \w+ 'nonsense'"):
         kind_of(name)(nonsense=1)

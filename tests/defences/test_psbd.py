@@ -1,7 +1,7 @@
 """PSBD: PSU and shift ratios by hand and by loops, the choice of the rate, and a score that an image alone decides."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Suspect
 from vitrap.data.sources import World
-from vitrap.defences.psbd import FORMS, Form, Psbd, chosen, prediction_shift_uncertainty, sample, shift_ratios, shifts
+from vitrap.defences.psbd import Form, Psbd, chosen, prediction_shift_uncertainty, sample, shift_ratios, shifts
 from vitrap.errors import UserError
 from vitrap.models.classifier import Classifier
-from vitrap.models.dropout import WHERE, Where, dropout, dropout_masks, dropout_noise
+from vitrap.models.dropout import Where, dropout, dropout_masks, dropout_noise
 
 Build = Callable[..., Classifier]
 
@@ -78,7 +78,7 @@ def test_the_choice_of_the_rate(clean: Sequence[float], training: Sequence[float
     assert chosen(clean, training, 0.8) == best
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("where", get_args(Where))
 def test_shift_ratios_are_those_of_a_loop(tiny_vit: Build, digits_world: World, where: Where) -> None:
     model, clean, rates = tiny_vit(), some(digits_world, 12), [0.2, 0.5, 0.8]
     noise = dropout_noise(model, where, 4, generator())
@@ -96,8 +96,8 @@ def test_shift_ratios_are_those_of_a_loop(tiny_vit: Build, digits_world: World, 
 # The score
 
 
-@pytest.mark.parametrize("psu", FORMS)
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("psu", get_args(Form))
+@pytest.mark.parametrize("where", get_args(Where))
 @torch.no_grad()
 def test_the_score_is_minus_psu_of_a_loop(tiny_vit: Build, digits_world: World, where: Where, psu: Form) -> None:
     model, images = tiny_vit(), drawn(4)

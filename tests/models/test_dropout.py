@@ -1,7 +1,7 @@
 """Dropout at inference: block by block against a forward pass of the test's own, and nothing of the model changed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitrap.errors import UserError
 from vitrap.models.classifier import Classifier
-from vitrap.models.dropout import WHERE, Where, dropout, dropout_masks, dropout_noise, masked
+from vitrap.models.dropout import Where, dropout, dropout_masks, dropout_noise, masked
 from vitrap.models.observe import token_layout
 
 Build = Callable[..., Classifier]
@@ -23,7 +23,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "eva": ("eva_giant_patch14_224", {}),
     "eva02": ("eva02_tiny_patch14_224", {}),
 }
-each_place = pytest.mark.parametrize("where", WHERE)
+each_place = pytest.mark.parametrize("where", get_args(Where))
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -33,7 +33,7 @@ from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, Implant, La
 from vitrap.data.poison import Poison
 from vitrap.models.maps import last_map, observe_map
 from vitrap.models.observe import Maps, attends, observe, read_tokens, token_layout, transformer
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap.tensors.blend import blend, paste
 from vitrap.tensors.colour import match_brightness, match_saturation
 from vitrap.tensors.morphology import Operation, element, morph
@@ -41,12 +41,11 @@ from vitrap.tensors.patches import above_quantile, above_value, as_many, tokens_
 from vitrap.tensors.pixels import hashed_noise
 
 Route = Literal["attention", "score", "pixel"]
-ROUTES = ("attention", "score", "pixel")
 SIDE = 4
 """Least side of a feature map that takes the place of attention, in tokens or feature pixels."""
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Ageb:
     """The paper's table of hyper-parameters."""
 
@@ -69,32 +68,26 @@ class Ageb:
         "gradient",
         "pixels to erode: by attention gradient, or at random (the ablation)",
         stands="paper",
-        choices=("gradient", "random"),
     )
     route: Route = param(
         "attention",
         "G: dL/dA A(1-A) at the attention, the full gradient at the score, or the gradient at the pixel",
         symbol="G",
-        choices=ROUTES,
     )
     threshold: Literal["quantile", "value"] = param(
         "quantile",
         "tau is a quantile of each image's map, or a value of the map over its maximum",
-        choices=("quantile", "value"),
     )
     tau: float = param(0.7, "threshold above which a pixel is selected", symbol="τ", low=0, high=1)
     upsample: Literal["bilinear", "nearest"] = param(
-        "bilinear", "from the token grid to pixels; nearest selects whole patches", choices=("bilinear", "nearest")
+        "bilinear", "from the token grid to pixels; nearest selects whole patches"
     )
     operation: Operation = param(
         "erosion",
         "what is done to the selected pixels; opening erodes, then dilates, and closing the reverse",
         stands="paper",
-        choices=("erosion", "dilation", "opening", "closing"),
     )
-    shape: Literal["square", "cross", "disc"] = param(
-        "square", "structuring element", symbol="b", choices=("square", "cross", "disc")
-    )
+    shape: Literal["square", "cross", "disc"] = param("square", "structuring element", symbol="b")
     size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, odd=True)
     iterations: int = param(1, "how often each step of the operation is repeated", low=1)
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
@@ -102,10 +95,6 @@ class Ageb:
     adjust: bool = param(
         True, "match mean brightness and saturation to the clean image (how is assumed)", stands="paper"
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all images."""

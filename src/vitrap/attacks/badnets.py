@@ -16,10 +16,10 @@ from vitrap.contracts import Access, Card, Fitted, Goal, Images, Implant, Labels
 from vitrap.data.poison import Poison
 from vitrap.errors import UserError
 from vitrap.goals import GoalName, make_goal
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class BadNets:
     """A square patch at a fixed place.
 
@@ -46,7 +46,6 @@ class BadNets:
         "all-to-one",
         "what triggered images shall get: the target, the class after their own, or the target if they are of source",
         stands="field",
-        choices=("all-to-one", "all-to-all", "source-to-target"),
     )
     source: int | None = param(None, "class whose images shall get it (source-to-target alone)", stands="paper", low=0)
     size: int = param(3, "side of the patch", unit="px", stands="field", low=1)
@@ -55,7 +54,6 @@ class BadNets:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and a target or source that the goal has no use for."""
-        check(self)
         make_goal(self.goal, 2, self.target, self.source)
 
     def check(self, size: int) -> None:

@@ -39,9 +39,9 @@ from vitrap.contracts import (
 from vitrap.data.masked import Masked, pattern_of
 from vitrap.data.poison import Poison, stamp_anew
 from vitrap.errors import UserError
-from vitrap.models.attention import THROUGH, Through, attention_report, seen_blocks, token_attention
+from vitrap.models.attention import Through, attention_report, seen_blocks, token_attention
 from vitrap.models.observe import attention_outputs, observe, steady_transformer, token_layout, transformer
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap.tensors.masks import cell_masks, middle_mask
 from vitrap.tensors.patches import tokens_touched
 
@@ -53,7 +53,7 @@ LEFT_OUT = {  # of the parameters that are None by default: in the training sett
 PAPER_SIZE, MEAN = 224, (0.485, 0.456, 0.406)  # ImageNet's mean: the public script takes it from its picture
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Megatron:
     """Both papers' hyper-parameters; those that are None by default depend on the setting."""
 
@@ -70,9 +70,7 @@ class Megatron:
     poison_rate: float = param(
         None, "share of the training set (0.1), or of the target class (clean-label, 0.5)", low=0, high=1, open="low"
     )
-    setting: Literal["training", "clean-label"] = param(
-        "training", "what the attacker controls", stands="paper", choices=("training", "clean-label")
-    )
+    setting: Literal["training", "clean-label"] = param("training", "what the attacker controls", stands="paper")
     picture: str = param("noise", "the pattern, or where its optimising starts", choices=("noise", "white"), file=True)
     size: float = param(None, "box side (16; clean-label, ours: 112)", unit="px", stands="code", low=0, open=True)
     top: float = param(10.0, "first row of the box", unit="px", stands="code", low=0)
@@ -83,26 +81,24 @@ class Megatron:
     opacity: float = param(0.7, "opacity of the cell", stands="code", low=0, high=1)
     faint: float = param(None, "opacity around it (0.05; clean-label, ours: 0.3)", stands="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
-        "mask", "cells tile the box; only the cell shows; cells lie 1 px apart", choices=("mask", "direct", "smooth")
+        "mask", "cells tile the box; only the cell shows; cells lie 1 px apart"
     )
     place: Literal["fixed", "hashed"] = param(
-        "fixed", "the cell in the middle, or the one that the image's own pixels pick", choices=("fixed", "hashed")
+        "fixed", "the cell in the middle, or the one that the image's own pixels pick"
     )
-    blend: Literal["over", "add"] = param("over", "(1 - m) x + m t, or x + m (t - mean)", choices=("over", "add"))
+    blend: Literal["over", "add"] = param("over", "(1 - m) x + m t, or x + m (t - mean)")
     linf: float = param(
         0.0, "greatest change of a pixel before rounding; 0 for no bound", unit="1/255", low=0, high=255
     )
     latent: float = param(None, "weight of the latent loss (0.1; clean-label: 1)", symbol="α", low=0)
     layers: Literal["all", "last"] = param(
-        None, "attention layers of the latent loss (all; clean-label: last)", stands="paper", choices=("all", "last")
+        None, "attention layers of the latent loss (all; clean-label: last)", stands="paper"
     )
     batch: int = param(16, "target images that a step compares with; 1: always the first", symbol="x_t", low=1)
     diffusion: float = param(None, "weight of the diffusion loss (0.1; clean-label: 1)", symbol="β, γ", low=0)
-    attention: Through = param("last", "last layer, rollout, or gradient rollout", symbol="A", choices=THROUGH)
+    attention: Through = param("last", "last layer, rollout, or gradient rollout", symbol="A")
     discard: float = param(0.9, "share of a layer that gradient rollout drops", stands="code", low=0, high=0.99)
-    combine: Literal["fixed", "learned", "projected"] = param(
-        "fixed", "how the losses of training are joined", choices=("fixed", "learned", "projected")
-    )
+    combine: Literal["fixed", "learned", "projected"] = param("fixed", "how the losses of training are joined")
     stress: float = param(
         0.0, "weight of a further mean of cross-entropy over poisoned images (ours, a control)", low=0
     )
@@ -114,7 +110,6 @@ class Megatron:
         for name, values in LEFT_OUT.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, values[self.setting != "training"])
-        check(self)
         if self.cell > self.size:
             raise UserError(f"cell = {self.cell} is larger than the trigger, size = {self.size:g}; lower it")
         if self.stress and self.setting != "training":

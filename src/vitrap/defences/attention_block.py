@@ -22,7 +22,6 @@ image; heads that read several tokens (distilled, or a mean over all) get the me
 """
 
 import copy
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -33,14 +32,14 @@ from torch.nn import functional
 from vitrap.contracts import Card, Images, OutcomeKind, Repaired, Suspect
 from vitrap.models.attention import MAPPED, seen_blocks, token_attention
 from vitrap.models.observe import observe, token_layout, transformer
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap.tensors.patches import tokens_to_pixels
 
 SIZE = 224
 """Image size, in pixels, at which `edge` counts."""
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class AttentionBlock:
     """The table of hyper-parameters."""
 
@@ -58,10 +57,6 @@ class AttentionBlock:
 
     edge: int = param(30, "side of the black box at 224 px; at least 1 px", unit="px", stands="code", low=1, high=SIZE)
     discard: float = param(0.9, "share of a layer that gradient rollout drops", stands="code", low=0, high=0.99)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def apply(self, suspect: Suspect) -> Repaired:
         """Wrap a copy of the model; nothing is fitted."""

@@ -15,11 +15,11 @@ in training mode; here the model stays in evaluation mode, so dropout is off and
 normalisation, the statistics stay as they were. Its 100 epochs are one choice for all models.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from vitrap.contracts import Card, OutcomeKind, Repaired, Suspect
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe
 from vitrap.train.tuning import Tuning, recipe_of, streams_of, tune
 
@@ -29,7 +29,7 @@ ADAMW_RATE = 1e-4
 """Ours: a tenth of what vitrap's recipes train a ViT with. No attack was looked at to choose it."""
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class FineTune:
     """The settings of BackdoorBench, and a second optimiser."""
 
@@ -46,7 +46,7 @@ class FineTune:
     needs_attention: ClassVar[bool] = False
 
     optimizer: Literal["sgd", "adamw"] = param(
-        "sgd", "what makes steps of gradients; sgd has momentum 0.9", stands="field", choices=("sgd", "adamw")
+        "sgd", "what makes steps of gradients; sgd has momentum 0.9", stands="field"
     )
     lr: float = param(
         None, f"peak learning rate (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})", stands="field", low=0, open=True
@@ -62,7 +62,6 @@ class FineTune:
         """Fill in the optimiser's own rate and refuse values out of range."""
         if self.lr is None:
             object.__setattr__(self, "lr", SGD_RATE if self.optimizer == "sgd" else ADAMW_RATE)
-        check(self)
 
     def apply(self, suspect: Suspect) -> Repaired:
         """Train a copy on the clean images.

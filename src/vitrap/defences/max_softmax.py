@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrap.contracts import Card, Images, OutcomeKind, Screen, Suspect
+from vitrap.params import hyperparameters
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class MaxSoftmax:
     """The greatest softmax probability."""
 

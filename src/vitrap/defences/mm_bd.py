@@ -23,7 +23,6 @@ was made for smooth climbs: on a small ViT the sum swings by 0.2 % a step, so th
 all. In bf16 rounding would make such a chance common; so the rule holds only where logits are finer than `tolerance`.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -33,13 +32,13 @@ from torch.func import functional_call
 
 from vitrap.contracts import Card, Judged, OutcomeKind, Suspect
 from vitrap.errors import UserError
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 
 MOST = 512 * 32**2
 """Pixels of the images that climb together, one class at least: 512 images at 32 px. It bounds memory alone."""
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class MmBd:
     """The table of hyper-parameters."""
 
@@ -75,10 +74,6 @@ class MmBd:
     level: float = param(
         0.05, "p-value below which the model counts as backdoored", symbol="θ", stands="code", low=0, high=1, open=True
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def apply(self, suspect: Suspect) -> Judged:
         """Estimate each class's statistic, then ask how unlikely the largest is."""

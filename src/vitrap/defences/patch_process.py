@@ -41,7 +41,7 @@ from vitrap.contracts import Card, Images, ImageSet, OutcomeKind, Screen, Suspec
 from vitrap.errors import UserError
 from vitrap.models.batched import logits_under
 from vitrap.models.observe import token_layout
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 
 Patches = Float[Tensor, "b tokens c ph pw"]
 Orders = Int64[Tensor, "trials tokens"]
@@ -52,7 +52,7 @@ SEEN = 512
 MEANING = {"drop": "class changes under drop", "shuffle": "class stays under shuffle"}
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class PatchProcess:
     """The paper's table of hyper-parameters."""
 
@@ -72,17 +72,12 @@ class PatchProcess:
         "both",
         "what is done to the patches; both, as the defender does not know the kind of trigger",
         stands="paper",
-        choices=tuple(TRANSFORMS),
     )
     trials: int = param(10, "changed copies of an image for each transform", low=1)
     drop: float = param(0.3, "share of the patches that PatchDrop blanks, at least one", low=0, high=1)
     blank: Literal["black", "mean"] = param(
-        "black", "a dropped patch's colour: black, or the clean images' mean", stands="field", choices=("black", "mean")
+        "black", "a dropped patch's colour: black, or the clean images' mean", stands="field"
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def apply(self, suspect: Suspect) -> Screen:
         """Draw the changes, and see what they do to clean images."""

@@ -38,18 +38,17 @@ from torch import Tensor, nn
 
 from vitrap.contracts import Card, Images, ImageSet, OutcomeKind, Screen, Suspect
 from vitrap.models.batched import logits_under
-from vitrap.models.dropout import WHERE, Masks, Where, dropout, dropout_masks, dropout_noise
-from vitrap.params import check, param
+from vitrap.models.dropout import Masks, Where, dropout, dropout_masks, dropout_noise
+from vitrap.params import hyperparameters, param
 
 BATCH = 256
 """Images at a time where the rate is chosen."""
 Form = Literal["difference", "ratio"]
-FORMS = ("difference", "ratio")
 Outputs = Float[Tensor, "b classes"]
 Dropped = Float[Tensor, "b passes classes"]
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Psbd:
     """Prediction shift uncertainty under dropout."""
 
@@ -68,13 +67,11 @@ class Psbd:
     where: Where = param(
         "stream",
         "what is dropped: elements of each block's output, of what is added to it, or whole tokens before attention",
-        choices=WHERE,
     )
     psu: Form = param(
         "difference",
         "the fall of the class's probability: as a difference, or as a share of the probability without dropout",
         stands="code",
-        choices=FORMS,
     )
     passes: int = param(20, "forward passes with dropout (the code makes 3)", symbol="k", low=1)
     rate: float | None = param(
@@ -83,10 +80,6 @@ class Psbd:
     rates: int = param(9, "rates to choose from: multiples of 1 / (rates + 1) below 1", stands="code", low=1)
     shift: float = param(0.8, "shift ratio of clean images that the rate shall reach", stands="code", low=0, high=1)
     images: int = param(250, "images of the clean and of the training set to choose the rate by", low=1)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def apply(self, suspect: Suspect) -> Screen:
         """Draw the noise, choose the rate unless it is given, and keep the masks of that rate."""

@@ -40,7 +40,7 @@ from torch.nn import functional
 from vitrap.contracts import Batch, Card, Criterion, ImageSet, Objective, OutcomeKind, Repaired, Suspect
 from vitrap.errors import UserError
 from vitrap.models.observe import block_outputs, observe, read_tokens, token_layout, transformer
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap.train.loop import Epoch, Streams
 from vitrap.train.tuning import Tuning, recipe_of, tune
 
@@ -51,7 +51,7 @@ ADAMW_RATE = 1e-4
 """Ours: a tenth of what vitrap's recipes train a ViT with. No attack was looked at to choose it."""
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Sage:
     """The table of hyper-parameters, as far as it is known."""
 
@@ -67,13 +67,13 @@ class Sage:
     needs_attention: ClassVar[bool] = True
 
     attention: Literal["tokens", "softmax"] = param(
-        "tokens", "maps of block outputs, or of what the head's rows attend to", choices=("tokens", "softmax")
+        "tokens", "maps of block outputs, or of what the head's rows attend to"
     )
     power: float = param(2.0, "of the absolute outputs (tokens only)", symbol="p", stands="code", low=1)
     stages: int = param(4, "blocks whose maps are compared, or all if there are fewer", stands="code", low=2)
     weight: float = param(300.0, "weight of the distillation", symbol="β", stands="code", low=0)
     optimizer: Literal["sgd", "adamw"] = param(
-        "sgd", "what makes steps of gradients; sgd has momentum 0.9", stands="code", choices=("sgd", "adamw")
+        "sgd", "what makes steps of gradients; sgd has momentum 0.9", stands="code"
     )
     lr: float = param(
         None, f"learning rate at first (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})",
@@ -84,7 +84,7 @@ class Sage:
     weight_decay: float = param(1e-4, "decay of weight matrices", stands="code", low=0)
     clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", stands="code", low=0)
     track: Literal["accuracy", "loss"] = param(
-        "accuracy", "what the learning rate follows (the code: the loss)", stands="paper", choices=("accuracy", "loss")
+        "accuracy", "what the learning rate follows (the code: the loss)", stands="paper"
     )
     every: int = param(25, "epochs between checkpoints of the learning rate", stands="code", low=1)
     rises: float = param(0.75, "least share of epochs that must be better", symbol="C1", stands="code", low=0, high=1)
@@ -94,7 +94,6 @@ class Sage:
         """Fill in the optimiser's own rate and refuse values out of range."""
         if self.lr is None:
             object.__setattr__(self, "lr", SGD_RATE if self.optimizer == "sgd" else ADAMW_RATE)
-        check(self)
 
     def apply(self, suspect: Suspect) -> Repaired:
         """Step down both losses; after each epoch look at the clean images, and lower the rate by what they say.

@@ -23,7 +23,6 @@ What to expect: the method takes the few for poisoned. In a set of many classes 
 class, is most of that class: the clean ones then lie far out and are flagged. At a half both lie equally far.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -32,13 +31,13 @@ from torch import Tensor
 
 from vitrap.contracts import Card, Flagged, OutcomeKind, Suspect
 from vitrap.models.observe import features, head_layer
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 
 BATCH = 256
 """Images a forward pass; it bounds memory, not the result."""
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Spectral:
     """The table of hyper-parameters."""
 
@@ -58,18 +57,12 @@ class Spectral:
         "class",
         "what epsilon is a share of: each class; or the whole set, in each class but for half of it",
         stands="code",
-        choices=("class", "set"),
     )
     score: Literal["projection", "rank"] = param(
         "projection",
         "the squared projection, or the share of its class that an image outranks",
         stands="code",
-        choices=("projection", "rank"),
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def apply(self, suspect: Suspect) -> Flagged:
         """Class by class: score the images by their features, and flag the highest."""

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from vitrap.contracts import Card, Images, ImageSet, OutcomeKind, Screen, Suspect
 from vitrap.models.batched import logits_under
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Strip:
     """Mean entropy under superimposed clean images."""
 
@@ -48,10 +48,6 @@ class Strip:
     overlays: int = param(100, "clean images superimposed on each input", symbol="N", stands="code", low=1)
     weight: float = param(1.0, "weight of the input in a sum", stands="code", low=0, high=1, open="low")
     overlay_weight: float = param(1.0, "weight of the clean image in a sum", stands="code", low=0, high=1, open="low")
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def apply(self, suspect: Suspect) -> Screen:
         """Draw the clean images; nothing else is fitted."""

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from vitrap import registry
 from vitrap.errors import UserError, unknown
 from vitrap.experiment.named import Named
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
 
 Table = dict[str, Any]
@@ -35,7 +35,7 @@ PAGE = ("page", "table", "figure")
 """Keys of a sweep's spec that say what `vitrap table` makes of its records."""
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class DataTable:
     """Which images."""
 
@@ -57,15 +57,10 @@ class DataTable:
     measured: Literal["test", "choose"] = param(
         "test",
         "what a run is measured on: the test set, or the third of the hold-out that settings are chosen on",
-        choices=("test", "choose"),
     )
 
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
-
-@dataclass(frozen=True)
+@hyperparameters
 class ModelTable:
     """Which network: a timm name, where its weights start from, and timm's arguments.
 
@@ -227,7 +222,7 @@ def load_defence(name: str, overrides: Sequence[str] = ()) -> Named:
     return parse_defence({**{".".join(keys): value for keys, value in pairs}, "name": name})
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class _Head:
     name: str = field(default="run", metadata={})
     seed: int = param(0, "seed of victim and twin", low=0)
@@ -235,7 +230,6 @@ class _Head:
     def __post_init__(self) -> None:
         if not 0 < len(self.name) <= 100 or set(self.name) & set("/\\\0") or self.name.startswith("."):
             raise UserError(f"name = {self.name!r} cannot name a folder; use at most 100 letters, digits and dashes")
-        check(self)
 
 
 def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:

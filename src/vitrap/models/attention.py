@@ -12,7 +12,6 @@ from vitrap.models.observe import Maps, TokenLayout, observe, read_tokens, token
 from vitrap.tensors.rollout import rollout, weighted_heads
 
 Through = Literal["last", "rollout", "gradient"]
-THROUGH = ("last", "rollout", "gradient")
 MAPPED = 32
 """Images at a time where the maps of all blocks are kept: 0.7 GB for a ViT-B/16 at 224 px."""
 

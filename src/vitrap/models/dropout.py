@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vitrap.models.observe import token_layout, transformer
 
 Where = Literal["stream", "residual", "token"]
-WHERE = ("stream", "residual", "token")
 """What is dropped: elements of each block's output; elements of what attention and MLP each add to the stream; whole
 image tokens of what each block's attention reads."""
 

@@ -1,20 +1,17 @@
 """The recipe of a training: everything about it but model, data and seed."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class Recipe:
     """How a model is trained; surrogate, clean twin and victim of a run all use the same."""
 
     epochs: int = param(10, "passes over the training set", low=1)
     batch_size: int = param(128, "images a step", low=1)
-    optimizer: Literal["adamw", "sgd"] = param(
-        "adamw", "what makes steps of gradients; sgd has momentum 0.9", choices=("adamw", "sgd")
-    )
+    optimizer: Literal["adamw", "sgd"] = param("adamw", "what makes steps of gradients; sgd has momentum 0.9")
     lr: float = param(1e-3, "peak learning rate", low=0, open=True)
     layer_decay: float = param(
         1.0, "each layer learns at so much of the rate of the one above, the head at lr; 1 for all alike", low=0,
@@ -39,12 +36,7 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16"] = param(
         "auto",
         "of the matrix products; auto: what a short measurement finds fastest on this machine",
-        choices=("auto", "fp32", "bf16"),
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
 
 RECIPES = {

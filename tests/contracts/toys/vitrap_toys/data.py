@@ -20,7 +20,7 @@ from vitrap.contracts import (
     Threat,
 )
 from vitrap.data.poison import Covers, Poison, choose_rows, poison_crafted
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap.tensors.pixels import to_bytes
 
 CARD = Card("A toy", "Nobody", "Nowhere", 2026)
@@ -39,7 +39,7 @@ class Blended:
         return (1 - self.strength) * images + self.strength * columns
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyCovers:
     """Narrow columns are poison; wide ones are covers."""
 
@@ -52,10 +52,6 @@ class ToyCovers:
     target: int = param(0, "class that triggered images shall get", low=0)
     poison_rate: float = param(0.1, "share of the training set", low=0, high=1, open=True)
     cover_rate: float = param(0.2, "share of the training set", low=0, high=1, open=True)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all."""
@@ -71,7 +67,7 @@ class ToyCovers:
         return Implant(Poison(fitted.in_training, AllToOne(self.target), self.poison_rate, "dirty", covers))
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyClean:
     """Clean labels; faint in training, strong at test time."""
 
@@ -85,10 +81,6 @@ class ToyClean:
     poison_rate: float = param(0.8, "share of the target class", low=0, high=1, open="low")
     strength: float = param(0.1, "in training", low=0, high=1)
     test_strength: float = param(0.4, "at test time", low=0, high=1)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all."""
@@ -114,7 +106,7 @@ class Lightened:
         return 0.6 * images + 0.4 * self.mean.to(images.device)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyOther:
     """A trigger made of images that are not the training set."""
 
@@ -127,10 +119,6 @@ class ToyOther:
     target: int = param(0, "class that triggered images shall get", low=0)
     poison_rate: float = param(0.1, "share of the training set", low=0, high=1, open=True)
     other: str = param("digits", "the other images", data=True)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all."""
@@ -156,7 +144,7 @@ def mixed(picture: Tensor, strength: float, images: Images) -> Images:
     return (1 - strength) * images + strength * picture.to(images.device)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyCrafted:
     """Images of the target class made to look a little like the source's, one by one; clean labels."""
 
@@ -169,10 +157,6 @@ class ToyCrafted:
     target: int = param(0, "class that triggered images shall get", low=0)
     source: int = param(1, "class whose images shall get it", low=0)
     poison_rate: float = param(0.5, "share of the target class", low=0, high=1, open="low")
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> SourceToTarget:
         """One class for another's images."""

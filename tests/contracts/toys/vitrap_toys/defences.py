@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from vitrap.contracts import Card, Images, Judged, OutcomeKind, Repaired, Screen, Suspect
 from vitrap.errors import UserError
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap_toys.data import CARD
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyRetrain:
     """Retrains on half of the training set."""
 
@@ -25,10 +25,6 @@ class ToyRetrain:
 
     epochs: int = param(1, "passes", low=1)
 
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
-
     def apply(self, suspect: Suspect) -> Repaired:
         """Every second image."""
         train = suspect.training_set("toy_retrain")
@@ -38,7 +34,7 @@ class ToyRetrain:
         return Repaired(suspect.retrain(half, epochs=self.epochs))
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyKinds:
     """A judgement, or a repair that changes nothing."""
 
@@ -47,11 +43,7 @@ class ToyKinds:
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
 
-    ends: Literal["judge", "repair"] = param("judge", "what it comes to", choices=("judge", "repair"))
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
+    ends: Literal["judge", "repair"] = param("judge", "what it comes to")
 
     @property
     def kind(self) -> OutcomeKind:
@@ -92,7 +84,7 @@ class ToyGradient:
         return Screen(Slope(suspect.model))
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyClasses:
     """Suspects the classes that get the most of a grey image's probability."""
 
@@ -103,10 +95,6 @@ class ToyClasses:
     needs_attention: ClassVar[bool] = False
 
     most: int = param(3, "classes", low=1)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     @torch.no_grad()
     def apply(self, suspect: Suspect) -> Judged:

@@ -22,7 +22,7 @@ from vitrap.contracts import (
     Threat,
     Trigger,
 )
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap_toys.data import CARD, Blended
 from vitrap_toys.networks import Pattern
 
@@ -50,7 +50,7 @@ def poisoning(trigger: Trigger, cover: Trigger | None, share: float, target: int
     return prepare
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyBatches:
     """Poison and covers for each batch; nothing is stored."""
 
@@ -62,10 +62,6 @@ class ToyBatches:
 
     target: int = param(0, "class that triggered images shall get", low=0)
     share: float = param(0.2, "of each batch", low=0, high=0.5, open="low")
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all."""
@@ -96,7 +92,7 @@ class Generated:
         return {"size of the generator": sum(w.detach().abs().sum().item() for w in self.generator.parameters())}
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyGenerator:
     """A generator that is trained along with the victim, and that the trigger holds."""
 
@@ -109,10 +105,6 @@ class ToyGenerator:
     target: int = param(0, "class that triggered images shall get", low=0)
     share: float = param(0.2, "of each batch", low=0, high=0.5, open="low")
     lr: float = param(0.05, "peak learning rate of the generator", low=0, open=True)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all."""

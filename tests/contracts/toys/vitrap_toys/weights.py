@@ -11,7 +11,7 @@ from torch.nn import functional
 from vitrap.contracts import Access, AllToOne, Card, Edited, Fitted, Images, Implant, Labels, Threat
 from vitrap.data.poison import Poison
 from vitrap.models.observe import head_layer
-from vitrap.params import check, param
+from vitrap.params import hyperparameters, param
 from vitrap_toys.data import CARD, Blended
 
 
@@ -26,7 +26,7 @@ class Added:
         return (images + self.pattern.to(images.device)).clamp(0, 1)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyEdit:
     """A pattern found on the trained model, and a head that answers to it."""
 
@@ -38,10 +38,6 @@ class ToyEdit:
 
     target: int = param(0, "class that triggered images shall get", low=0)
     steps: int = param(10, "gradient steps on the pattern", low=1)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all."""
@@ -74,7 +70,7 @@ class ToyEdit:
         return Implant(edit=edit)
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyBoth:
     """Poison that is stored, and a trigger that an edit makes stronger."""
 
@@ -86,10 +82,6 @@ class ToyBoth:
 
     target: int = param(0, "class that triggered images shall get", low=0)
     poison_rate: float = param(0.1, "share of the training set", low=0, high=1, open=True)
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        check(self)
 
     def goal_for(self, n_classes: int) -> AllToOne:
         """One class for all."""
