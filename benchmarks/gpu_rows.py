@@ -24,8 +24,8 @@ from vitrap.contracts import AllToOne, ImageSet
 from vitrap.data.poison import poison_set
 from vitrap.data.sources import open_data
 from vitrap.experiment.plan import Network
-from vitrap.experiment.sweep import cores
 from vitrap.models.classifier import Architecture, Classifier
+from vitrap.sweeps.sweep import cores
 from vitrap.train.arithmetic import usual
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe

@@ -24,8 +24,8 @@ from benchmarks.compare import Figure, Scale, in_turns
 from benchmarks.subjects import image_set
 from vitrap.contracts import Batch, ImageSet
 from vitrap.experiment.plan import Network
-from vitrap.experiment.sweep import cores
 from vitrap.models.classifier import Architecture
+from vitrap.sweeps.sweep import cores
 from vitrap.train.arithmetic import usual
 from vitrap.train.loop import Streams as Chances
 from vitrap.train.loop import make_learner, next_batch, plain_step

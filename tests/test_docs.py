@@ -12,12 +12,12 @@ import pytest
 from safetensors import safe_open
 
 from vitrap import registry
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.record import Record
 from vitrap.experiment.run import run
 from vitrap.experiment.spec import load_spec
 from vitrap.metrics.interval import Centre, Rate
 from vitrap.metrics.stealth import Stealth
+from vitrap.sweeps.grid import load_sweep
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

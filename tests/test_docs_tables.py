@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
 from vitrap.report.study.entries import today
 from vitrap.report.study.layout import FIGURES, Layout, Page, read_page
 from vitrap.report.study.make import make, open_study
+from vitrap.sweeps.grid import load_sweep
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

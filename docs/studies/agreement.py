@@ -19,10 +19,10 @@ from torch.nn import functional
 import vitrap
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.contracts import ImageSet
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.predict import batch_of, spread
 from vitrap.experiment.run import run_folder
 from vitrap.metrics.agreement import overlap, rank_correlation
+from vitrap.sweeps.grid import load_sweep
 from vitrap.tensors.patches import above_quantile, as_many
 from vitrap.tensors.pixels import hashed_noise
 

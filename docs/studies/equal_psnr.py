@@ -18,10 +18,10 @@ from torch import nn
 import vitrap
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.contracts import ImageSet
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.measure import stealth_of
 from vitrap.experiment.predict import every_row, triggered
 from vitrap.experiment.run import run_folder
+from vitrap.sweeps.grid import load_sweep
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "results" / "choice" / "equal_psnr.json"

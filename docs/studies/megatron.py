@@ -15,11 +15,11 @@ from typing import Any
 import vitrap
 from vitrap.attacks.megatron import Masked
 from vitrap.contracts import AllToOne
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.predict import every_row, predict, spread, triggered
 from vitrap.experiment.run import run_folder
 from vitrap.metrics.accuracy import attack_success
 from vitrap.report.frame import settings
+from vitrap.sweeps.grid import load_sweep
 from vitrap.train.arithmetic import usual
 
 ROOT = Path(__file__).parents[2]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 import vitrap
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.contracts import ImageSet
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.predict import batch_of, predict, spread, triggered
 from vitrap.experiment.run import Opened, run_folder
 from vitrap.metrics.accuracy import attack_success
 from vitrap.metrics.agreement import overlap, rank_correlation
 from vitrap.models.classifier import read_model
+from vitrap.sweeps.grid import load_sweep
 from vitrap.train.arithmetic import usual
 
 ROOT = Path(__file__).parents[2]

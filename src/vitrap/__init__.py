@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vitrap.data.sources import open_data as open_data
     from vitrap.errors import UserError as UserError
     from vitrap.experiment.defend import defend as defend
-    from vitrap.experiment.grid import load_sweep as load_sweep
     from vitrap.experiment.record import Record as Record
     from vitrap.experiment.run import open_run as open_run
     from vitrap.experiment.run import poison as poison
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
     from vitrap.experiment.spec import Spec as Spec
     from vitrap.experiment.spec import load_defence as load_defence
     from vitrap.experiment.spec import load_spec as load_spec
-    from vitrap.experiment.sweep import sweep as sweep
     from vitrap.report.frame import load_records as load_records
+    from vitrap.sweeps.grid import load_sweep as load_sweep
+    from vitrap.sweeps.sweep import sweep as sweep
 
 __version__ = "0.1.0"
 
@@ -41,13 +41,13 @@ _HOMES = {
     "load_defence": "vitrap.experiment.spec",
     "load_records": "vitrap.report.frame",
     "load_spec": "vitrap.experiment.spec",
-    "load_sweep": "vitrap.experiment.grid",
+    "load_sweep": "vitrap.sweeps.grid",
     "open_data": "vitrap.data.sources",
     "open_run": "vitrap.experiment.run",
     "poison": "vitrap.experiment.run",
     "read_scores": "vitrap.experiment.scores",
     "run": "vitrap.experiment.run",
-    "sweep": "vitrap.experiment.sweep",
+    "sweep": "vitrap.sweeps.sweep",
 }
 _ROOMS = ("attacks", "defences", "tensors")
 

@@ -25,15 +25,15 @@ from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment import stages
 from vitrap.experiment.defend import Finished, defend
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.progress import silent
 from vitrap.experiment.record import Record, read_record
 from vitrap.experiment.run import open_run, poison, run, run_folder
 from vitrap.experiment.spec import Spec, load_defence, load_spec
-from vitrap.experiment.sweep import sweep
 from vitrap.metrics.accuracy import attack_success
+from vitrap.sweeps.grid import load_sweep
+from vitrap.sweeps.sweep import sweep
 from vitrap.tensors.pixels import to_bytes
 from vitrap.train import loop
 from vitrap.train.arithmetic import Arithmetic

@@ -20,9 +20,7 @@ from tests.experiment.conftest import Runs, Trainings, tiny
 from vitrap.contracts import Batch, Criterion, Flagged, Implant, Objective, Repaired, Suspect
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
-from vitrap.experiment.ahead import look_ahead
 from vitrap.experiment.defend import add_row, defend, stored_set
-from vitrap.experiment.grid import Point, Sweep
 from vitrap.experiment.named import Named
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import silent
@@ -34,6 +32,8 @@ from vitrap.experiment.spec import load_defence, load_spec, parse_spec
 from vitrap.experiment.stages import Retraining
 from vitrap.experiment.store import locked
 from vitrap.metrics.detection import auroc
+from vitrap.sweeps.ahead import look_ahead
+from vitrap.sweeps.grid import Point, Sweep
 
 NULL = load_defence("max_softmax")
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.report.made import record, screen, write
-from vitrap.experiment.ahead import look_ahead
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import Found, read_records
 from vitrap.report.frame import load_records
 from vitrap.report.page.make import make_page
+from vitrap.sweeps.ahead import look_ahead
+from vitrap.sweeps.grid import load_sweep
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -15,9 +15,9 @@ from vitrap.cli.options import Memory
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
-    from vitrap.experiment.ahead import Ahead
-    from vitrap.experiment.grid import Sweep
-    from vitrap.experiment.jobs import Ended, News
+    from vitrap.sweeps.ahead import Ahead
+    from vitrap.sweeps.grid import Sweep
+    from vitrap.sweeps.jobs import Ended, News
 
 
 def sweep(
@@ -36,8 +36,8 @@ def sweep(
     yes: Annotated[bool, typer.Option("--yes", help="do more than 10,000 runs")] = False,
 ) -> None:
     """Do the runs of a grid side by side; the next call goes on where this one stopped."""
-    from vitrap.experiment.grid import load_sweep
-    from vitrap.experiment.sweep import sweep as run_sweep
+    from vitrap.sweeps.grid import load_sweep
+    from vitrap.sweeps.sweep import sweep as run_sweep
 
     if workers is not None and (ray or ray_address is not None):
         raise UserError(f"--workers {workers} and --ray exclude each other: a Ray cluster knows its own cores")
@@ -79,7 +79,7 @@ class Board:
 
     def hear(self, news: "News") -> None:
         """Show what happened."""
-        from vitrap.experiment.jobs import Ended, Started
+        from vitrap.sweeps.jobs import Ended, Started
 
         if self.whole is None:  # only now, so that a refusal before any run is the only line
             self.progress.start()
@@ -124,9 +124,9 @@ KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
 def _print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
-    from vitrap.experiment.ahead import look_ahead, total
     from vitrap.experiment.records import Shelf, read_records
-    from vitrap.experiment.sweep import share
+    from vitrap.sweeps.ahead import look_ahead, total
+    from vitrap.sweeps.sweep import share
 
     shelf = read_records(folder) if folder.is_dir() else Shelf((), (), ())
     tell_skipped(shelf.skipped)

@@ -11,13 +11,13 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 
 from tests.report.made import failure, judgement, record, repair, screen, write
 from vitrap.errors import UserError
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
 from vitrap.experiment.spec import parse_spec
 from vitrap.metrics.interval import wilson
 from vitrap.report.study.collected import abridge, collect
 from vitrap.report.study.entries import Value, difference, entries, grouped, today
 from vitrap.report.study.make import fill, make, open_study
+from vitrap.sweeps.grid import load_sweep
 
 HEAD = """
 name = "one"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
 from vitrap.experiment.store import write_bytes
 from vitrap.report.study.entries import find, today
 from vitrap.report.study.layout import read_page
+from vitrap.sweeps.grid import load_sweep
 
 FILE = "records.jsonl"
 DROPPED = ("memory", "curves")

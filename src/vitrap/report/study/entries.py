@@ -12,12 +12,12 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
-from vitrap.experiment.grid import DEFENCES, Point, Sweep
 from vitrap.experiment.named import SCREENED, Named, defence_settings
 from vitrap.experiment.records import Shelf
 from vitrap.experiment.spec import parse_defence, parse_spec
 from vitrap.report.frame import Measured, of_row, of_run, settings
 from vitrap.report.study.layout import DEFENCE
+from vitrap.sweeps.grid import DEFENCES, Point, Sweep
 
 SEED, NAME = "seed", "name"
 T = TypeVar("T")

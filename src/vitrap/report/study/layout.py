@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrap.errors import UserError, unknown
-from vitrap.experiment.grid import Sweep
 from vitrap.experiment.spec import build
+from vitrap.sweeps.grid import Sweep
 
 MEASURE, DEFENCE = "measure", "defence"
 """Keys of rows and columns beside those of the grid and of the spec."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitrap.errors import UserError
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.records import read_records
 from vitrap.experiment.store import write_bytes
 from vitrap.report.study.drawings import draw, is_current
 from vitrap.report.study.entries import Entry, entries
 from vitrap.report.study.layout import Page, read_page
 from vitrap.report.study.pivot import table
+from vitrap.sweeps.grid import load_sweep
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vitrap.errors import UserError
-from vitrap.experiment.grid import load_sweep
 from vitrap.experiment.spec import load_spec
+from vitrap.sweeps.grid import load_sweep
 
 Write = Callable[[str], Path]
 
@@ -143,7 +143,7 @@ def test_a_very_large_grid_is_asked_about(write: Write, monkeypatch: pytest.Monk
     path = write(f"[grid]\nseed = {list(range(101))}\nattack.target = {list(range(100))}\n")
     with pytest.raises(UserError, match="has 10100 runs, more than 10000; say --yes"):
         load_sweep(path)
-    monkeypatch.setattr("vitrap.experiment.grid.MOST", 3)
+    monkeypatch.setattr("vitrap.sweeps.grid.MOST", 3)
     path = write("[grid]\nseed = [0, 1]\nattack.target = [0, 1]\n")
     with pytest.raises(UserError, match="has 4 runs, more than 3"):
         load_sweep(path)

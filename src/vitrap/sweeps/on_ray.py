@@ -14,7 +14,7 @@ from typing import Any
 
 from vitrap.errors import UserError
 from vitrap.experiment.code import running_code
-from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, reporting, work
+from vitrap.sweeps.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, reporting, work
 
 TOKEN = "RAY_AUTH_TOKEN_PATH"
 CHOSEN = ("VITRAP_MEMORY", "VITRAP_STATE_SECONDS")

@@ -15,13 +15,13 @@ import pytest
 
 from tests.waiting import wait_until
 from vitrap.errors import UserError
-from vitrap.experiment import jobs, workers
-from vitrap.experiment.ahead import look_ahead, total
-from vitrap.experiment.grid import Sweep, load_sweep
-from vitrap.experiment.jobs import Ended, News, Started, Step, job, turns, work
 from vitrap.experiment.records import Shelf, read_records
 from vitrap.experiment.run import run
-from vitrap.experiment.sweep import cores, share, sweep
+from vitrap.sweeps import jobs, workers
+from vitrap.sweeps.ahead import look_ahead, total
+from vitrap.sweeps.grid import Sweep, load_sweep
+from vitrap.sweeps.jobs import Ended, News, Started, Step, job, turns, work
+from vitrap.sweeps.sweep import cores, share, sweep
 
 pytestmark = pytest.mark.usefixtures("two_cores")
 TINY = """
@@ -111,7 +111,7 @@ def test_jobs_that_share_a_twin_do_not_come_first_together(grid, tmp_path: Path)
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vitrap.experiment.sweep.cores", lambda: 8)
+    monkeypatch.setattr("vitrap.sweeps.sweep.cores", lambda: 8)
     assert share(None, "cpu", 100) == (["cpu"] * 8, 1)
     assert share(3, "cpu", 100) == (["cpu"] * 3, 2)
     assert share(None, "cpu", 2) == (["cpu"] * 2, 4)
@@ -226,9 +226,9 @@ DRIVER = """
 import os, signal, sys
 from multiprocessing import active_children
 from pathlib import Path
-from vitrap.experiment.grid import load_sweep
-from vitrap.experiment.jobs import Ended
-from vitrap.experiment.sweep import sweep
+from vitrap.sweeps.grid import load_sweep
+from vitrap.sweeps.jobs import Ended
+from vitrap.sweeps.sweep import sweep
 def hear(one):
     if isinstance(one, Ended):
         print(*(worker.pid for worker in active_children()), flush=True)

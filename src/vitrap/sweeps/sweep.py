@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitrap.errors import UserError
-from vitrap.experiment.ahead import twin
-from vitrap.experiment.grid import Point, Sweep
-from vitrap.experiment.jobs import Ended, Hear, News, job, turns
 from vitrap.experiment.store import Store
+from vitrap.sweeps.ahead import twin
+from vitrap.sweeps.grid import Point, Sweep
+from vitrap.sweeps.jobs import Ended, Hear, News, job, turns
 
 
 def deaf(news: News) -> None:
@@ -58,13 +58,13 @@ def sweep(
     jobs = [replace(job(i, point.label, point.spec, Path(out)), device=device) for i, point in enumerate(grid.points)]
     jobs = turns(jobs, lambda one: twin(one.spec))
     if ray is not None:
-        from vitrap.experiment.on_ray import run_on_ray
+        from vitrap.sweeps.on_ray import run_on_ray
 
         run_on_ray(jobs, None if ray == "local" else ray, 1, heard)
     else:
         _try_data(grid.points, device)
         devices, threads = share(workers, device, len(jobs))
-        from vitrap.experiment.workers import run_local
+        from vitrap.sweeps.workers import run_local
 
         run_local(jobs, devices, threads, heard)
     return [ended[i] for i in sorted(ended)]

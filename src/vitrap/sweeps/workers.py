@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 
-from vitrap.experiment.jobs import TRIES, Ended, Hear, Job, Started, fail, reporting, work
+from vitrap.sweeps.jobs import TRIES, Ended, Hear, Job, Started, fail, reporting, work
 
 PATIENCE = 2.0
 """Seconds that a worker has to clear its drafts away when it is to stop."""

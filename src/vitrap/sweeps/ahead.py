@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from vitrap.experiment.grid import Point, Sweep
 from vitrap.experiment.named import defence_settings
 from vitrap.experiment.record import Table
 from vitrap.experiment.records import Shelf
 from vitrap.experiment.spec import digest
+from vitrap.sweeps.grid import Point, Sweep
 
 State = Literal["record there", "defences missing", "failed before", "to run"]
 
