@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from tests.cli.conftest import TINY, Said, command, vitrap
+from tests.waiting import wait_until
 from vitrap import __version__, registry
 from vitrap.attacks.ageb import Ageb
 from vitrap.cli import console
@@ -28,6 +32,33 @@ Call = Callable[..., Said]
 def test_the_version() -> None:
     done = vitrap("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"vitrap {__version__}\n", "")
+
+
+def test_python_m_is_the_command_and_h_is_help() -> None:
+    done = subprocess.run([sys.executable, "-m", "vitrap", "run", "-h"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Implant a backdoor as a spec says" in done.stdout
+
+
+def test_off_a_terminal_a_step_is_told_in_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = StringIO()
+    monkeypatch.setattr(console, "err", Console(file=told, force_terminal=False))
+    monkeypatch.setattr(console, "EVERY", 0.01)
+    with console.Bars() as bars, bars.step("train the victim", 4) as tick, bars.step("fit", None):
+        tick()
+        wait_until(lambda: "train the victim: 1 of 4, 0 s so far\nfit: 0 s so far\n" in told.getvalue())
+    before = told.getvalue().count("so far")
+    sleep(0.1)
+    assert told.getvalue().count("so far") == before, "it goes on when all is done"
+
+
+def test_on_a_terminal_there_are_bars_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = StringIO()
+    monkeypatch.setattr(console, "err", Console(file=told, force_terminal=True))
+    monkeypatch.setattr(console, "EVERY", 0.01)
+    with console.Bars() as bars, bars.step("train the victim", 4):
+        sleep(0.1)
+    assert "so far" not in told.getvalue()
 
 
 @pytest.mark.parametrize(

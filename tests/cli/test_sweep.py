@@ -30,8 +30,21 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(call: Call, spec: Path, tmp
     said = call("sweep", spec, "--dry-run", "--out", tmp_path / "runs")
     assert said.code == 0
     assert said.out.count("to run") == 4
-    assert "4 runs, 4 to do: no estimate; 4 runs have no finished run like them" in said.out
+    assert "4 runs, 4 to do: no estimate; 4 runs without a finished run like it" in said.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_one_run_says_whether_it_is_done(call: Call, tmp_path: Path):
+    words = ["run", *TINY, "--out", tmp_path / "runs", "--device", "cpu"]
+    said = call(*words, "--dry-run")
+    assert (said.code, said.out.count("to run")) == (0, 1)
+    assert "1 run, 1 to do: no estimate; 1 run without a finished run like it" in said.out
+    assert not (tmp_path / "runs").exists()
+    assert call(*words).code == 0
+    said = call(*words, "--dry-run")
+    assert (said.out.count("record there"), said.out.count("to run")) == (1, 0)
+    said = call(*words, "attack.name=badnets", "--dry-run")
+    assert "1 run, 1 to do: about" in said.out
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -63,11 +76,11 @@ def test_a_sweep_tells_what_came_of_it_and_then_what_is_there(call: Call, spec: 
         ("[grid]\nattack.alhpa = [0.3]\n", [], "did you mean 'attack.alpha'"),
         (f"[grid]\nseed = {list(range(10001))}\n", [], "10001 runs, more than 10000; say --yes"),
         (TOML, ["--workers", "0"], "--workers 0 is too few"),
-        (TOML, ["--workers", "2", "--ray"], "exclude each other"),
         (TOML, ["--device", "tpu"], "unknown device 'tpu'"),
         (TOML, ["data.name=nowhere"], "nowhere"),
         (TOML, ["--ray-address", "127.0.0.1:9"], "nobody answers at --ray-address '127.0.0.1:9'"),
         (TOML, ["--ray-address", "head"], "give HOST:PORT"),
+        (TOML, ["--ray-address", "local"], "give HOST:PORT"),
         (TOML, ["--ray-address", ""], "give HOST:PORT"),
         (TOML, ["--ray-address", "", "--workers", "2"], "exclude each other"),
         ("grid = 5\n", [], "must be a table of lists"),
@@ -89,7 +102,7 @@ def test_ray_that_is_not_installed_is_named_with_the_remedy(
     call: Call, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "ray", None)
-    line = refusal(call("sweep", spec, "--ray", "--out", tmp_path / "runs"))
+    line = refusal(call("sweep", spec, "--ray-address", "auto", "--out", tmp_path / "runs"))
     assert "pip install 'vitrap[ray]'" in line
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer
+from threading import Event, Thread, Timer
 from typing import Any
 
 import typer
@@ -26,10 +26,15 @@ from vitrap.errors import UserError
 out, err = Console(), Console(stderr=True)
 PATIENCE = 1.0
 """Seconds without bars."""
+EVERY = 30.0
+"""Seconds from one line to the next where there is no terminal to draw bars in."""
 
 
 class Bars:
-    """Progress bars on stderr, one a step; a step of unknown length shows that it lives."""
+    """Progress bars on stderr, one a step; a step of unknown length shows that it lives.
+
+    Off a terminal, in a log, say, each step under way is told in a line of plain text every half minute.
+    """
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -42,11 +47,25 @@ class Bars:
             console=err,
         )
         self._begin = Timer(PATIENCE, self.progress.start)
+        self._over = Event()
 
     def __enter__(self) -> "Bars":
+        if not err.is_terminal:
+            Thread(target=self._tell, daemon=True).start()
         return self
 
+    def _tell(self) -> None:
+        """Say how far each unfinished step is, until the bars are over."""
+        while not self._over.wait(EVERY):
+            for task in self.progress.tasks:
+                if not task.finished:
+                    done = f"{task.completed:g} of {task.total:g}, " if task.total else ""
+                    ahead = f", about {task.time_remaining:.0f} s to go" if task.time_remaining else ""
+                    line = f"{task.description.strip()}: {done}{task.elapsed or 0:.0f} s so far{ahead}"
+                    err.print(line, highlight=False, soft_wrap=True)
+
     def __exit__(self, kind: object, *exception: object) -> None:
+        self._over.set()
         self._begin.cancel()
         if self._begin.is_alive():
             self._begin.join()

@@ -19,7 +19,7 @@ from vitrap import registry
 from vitrap.cli.console import Bars, err, out, print_json, split
 from vitrap.cli.options import Memory
 from vitrap.cli.report import report
-from vitrap.cli.sweep import sweep
+from vitrap.cli.sweep import print_ahead, sweep
 from vitrap.cli.table import table
 from vitrap.errors import UserError, unknown
 from vitrap.models.families import listed
@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="A test bench for backdoors in vision transformers.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
@@ -76,12 +77,20 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="print the record alone on stdout")] = False,
     force: Annotated[bool, typer.Option("--force", help="make victim and record anew")] = False,
     force_all: Annotated[bool, typer.Option("--force-all", help="make every stage anew")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say whether it is done, or about how long it takes")
+    ] = False,
 ) -> None:
     """Implant a backdoor as a spec says and measure it beside its clean twin."""
     from vitrap.experiment.spec import load_spec
 
     path, overrides = split(words or [])
     spec = load_spec(path, overrides)
+    if dry_run:
+        from vitrap.sweeps.grid import Point, Sweep
+
+        print_ahead(Sweep(spec.name, (Point({}, spec),)), out_folder, 1, device)
+        return
     with Bars() as bars:
         from vitrap.experiment.run import run as run_spec
 

@@ -27,10 +27,8 @@ def sweep(
     workers: Annotated[int | None, typer.Option(help="runs at once; left out: one a GPU, or one a core")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     memory: Memory = None,
-    ray: Annotated[bool, typer.Option("--ray", help="on Ray: a cluster started here for the sweep")] = False,
     ray_address: Annotated[
-        str | None,
-        typer.Option("--ray-address", help="on a running Ray cluster: HOST:PORT of its head, or auto; local as --ray"),
+        str | None, typer.Option("--ray-address", help="on a running Ray cluster: HOST:PORT of its head, or auto")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and about how long they take")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do more than 10,000 runs")] = False,
@@ -39,11 +37,11 @@ def sweep(
     from vitrap.sweeps.grid import load_sweep
     from vitrap.sweeps.sweep import sweep as run_sweep
 
-    if workers is not None and (ray or ray_address is not None):
-        raise UserError(f"--workers {workers} and --ray exclude each other: a Ray cluster knows its own cores")
+    if workers is not None and ray_address is not None:
+        raise UserError(f"--workers {workers} and --ray-address exclude each other: a Ray cluster knows its own cores")
     grid = load_sweep(spec, words or [], any_number=yes)
     if dry_run:
-        _print_ahead(grid, out_folder, workers, device)
+        print_ahead(grid, out_folder, workers, device)
         return
     with Bars() as bars, Board(grid, bars) as board:
         ended = run_sweep(
@@ -51,7 +49,7 @@ def sweep(
             out_folder,
             workers=workers,
             device=device,
-            ray=ray_address if ray_address is not None else "local" if ray else None,
+            ray=ray_address,
             hear=board.hear,
         )
     _print_ended(ended, grid, out_folder)
@@ -123,7 +121,8 @@ def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
 KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
-def _print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
+def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
+    """List runs, what there is of each, and about how long the rest takes by finished runs like them."""
     from vitrap.experiment.records import Shelf, read_records
     from vitrap.sweeps.ahead import look_ahead, total
     from vitrap.sweeps.sweep import share
@@ -142,8 +141,12 @@ def _print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) 
     crew = max(1, min(len(devices), to_do))
     seconds, unknown = total(ahead, crew)
     told = f"about {_span(seconds)} with {crew} worker{'s' * (crew > 1)}" if to_do > unknown else "no estimate"
-    some = f"; {unknown} runs have no finished run like them to go by" if unknown else ""
-    out.print(f"{len(ahead)} runs, {to_do} to do: {told if to_do else 'nothing to wait for'}{some}", highlight=False)
+    some = f"; {_runs(unknown)} without a finished run like it to go by" if unknown else ""
+    out.print(f"{_runs(len(ahead))}, {to_do} to do: {told if to_do else 'nothing to wait for'}{some}", highlight=False)
+
+
+def _runs(n: int) -> str:
+    return f"{n} run{'s' * (n != 1)}"
 
 
 def _duration(one: "Ahead") -> str:

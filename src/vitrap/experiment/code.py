@@ -90,7 +90,7 @@ def defending_code(defence: str, root: Path = PACKAGE) -> str:
 def running_code(root: Path = PACKAGE) -> str:
     """A digest of all that a run may come to use, whatever its attack and its defences."""
     methods = [str(file) for kind in ("attacks", "defences") for file in sorted((root / kind).glob("*.py"))]
-    return code_digest("experiment/jobs.py", "experiment/on_ray.py", *methods, root=root)
+    return code_digest("sweeps/jobs.py", "sweeps/on_ray.py", *methods, root=root)
 
 
 @cache

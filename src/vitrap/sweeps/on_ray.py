@@ -1,12 +1,10 @@
 """Runs as tasks of a Ray cluster, for more than one machine. Ray does a task again whose worker was killed."""
 
 import os
-import secrets
 import socket
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,19 +14,18 @@ from vitrap.errors import UserError
 from vitrap.experiment.code import running_code
 from vitrap.sweeps.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, reporting, work
 
-TOKEN = "RAY_AUTH_TOKEN_PATH"
 CHOSEN = ("VITRAP_MEMORY", "VITRAP_STATE_SECONDS")
 """Variables of the driver's environment that its tasks get."""
 REACH = 5.0
 """Seconds within which a cluster's head must answer."""
 
 
-def run_on_ray(jobs: Sequence[Job], address: str | None, threads: int, hear: Hear) -> None:
+def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Hear) -> None:
     """Do jobs as tasks of a cluster whose nodes all see the folder of runs.
 
     Args:
         jobs: in the order in which they are begun.
-        address: of the running cluster's head, "auto" for the one of this machine; None starts one here.
+        address: of the running cluster's head, "auto" for the one of this machine.
         threads: a task's share of CPU cores.
         hear: is told what happens.
 
@@ -86,7 +83,7 @@ def load_ray() -> Any:
     try:
         return import_module("ray")
     except ImportError as error:
-        raise UserError("--ray asks for Ray, which is not installed; pip install 'vitrap[ray]'") from error
+        raise UserError("--ray-address asks for Ray, which is not installed; pip install 'vitrap[ray]'") from error
 
 
 def do(
@@ -129,40 +126,19 @@ def _ended(ray: Any, reference: Any, job: Job) -> Ended:
 
 
 @contextmanager
-def _cluster(ray: Any, address: str | None) -> Iterator[None]:
-    """A connection to the cluster at `address`, or one started here for as long as the block lasts."""
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address is None:
-        quiet |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    else:
-        _reach(address)
-    with _own_token() if address is None else nullcontext():
-        try:
-            with _mute():
-                ray.init(address=address or "local", **quiet)
-        except Exception as error:
-            said = " ".join(str(error).split()).partition(". ")[0]
-            raise UserError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {said}") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _own_token() -> Iterator[None]:
-    """A token for a cluster that lives no longer than the block."""
-    before = os.environ.get(TOKEN)
-    with tempfile.TemporaryDirectory() as own:
-        token = Path(own) / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        os.environ[TOKEN] = str(token)
-        try:
-            yield
-        finally:
-            os.environ.pop(TOKEN)
-            os.environ.update({TOKEN: before} if before is not None else {})
+def _cluster(ray: Any, address: str) -> Iterator[None]:
+    """A connection to the cluster at `address`, for as long as the block lasts."""
+    _reach(address)
+    try:
+        with _mute():
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+    except Exception as error:
+        said = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(f"the Ray cluster at {address} cannot be joined: {said}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager

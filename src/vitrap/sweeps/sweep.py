@@ -37,7 +37,7 @@ def sweep(
         workers: how many runs at once on this machine; None for one a GPU, or one a core. On Ray the cluster decides:
             a run gets a GPU where there are any, or a core.
         device: "auto" or "cuda" (GPUs shared out), "cpu" or "cuda:N".
-        ray: address of a Ray cluster, "local" to start one here; None for worker processes of this machine.
+        ray: address of a running Ray cluster, HOST:PORT or "auto"; None for worker processes of this machine.
         hear: is told what happens.
 
     Returns:
@@ -60,7 +60,7 @@ def sweep(
     if ray is not None:
         from vitrap.sweeps.on_ray import run_on_ray
 
-        run_on_ray(jobs, None if ray == "local" else ray, 1, heard)
+        run_on_ray(jobs, ray, 1, heard)
     else:
         _try_data(grid.points, device)
         devices, threads = share(workers, device, len(jobs))
