@@ -47,8 +47,23 @@ def test_the_embedded_default_is_ageb_on_digits() -> None:
     assert spec.surrogate is None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "ageb-digits"),
+        (["attack.name=badnets"], "badnets-digits"),
+        (["attack.name=badnets", "data.name=gtsrb"], "badnets-gtsrb"),
+        (["data.name=imagefolder:/some/where/flowers/"], "ageb-flowers"),
+        (["data.name=imagefolder:/"], "ageb-data"),
+        (["name=mine", "attack.name=badnets"], "mine"),
+    ],
+)
+def test_a_run_without_a_name_is_called_by_attack_and_data(overrides: list[str], name: str) -> None:
+    assert load_spec(None, overrides).name == name
+
+
 def test_an_empty_spec_is_whole() -> None:
-    assert parse_spec({}) == Spec("run", 0, DataTable(), ModelTable(), None, "ageb", Ageb(), RECIPES["digits"])
+    assert parse_spec({}) == Spec("ageb-digits", 0, DataTable(), ModelTable(), None, "ageb", Ageb(), RECIPES["digits"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "specs").rglob("*.toml")), ids=lambda path: path.stem)

@@ -59,6 +59,11 @@ class DataTable:
         "what a run is measured on: the test set, or the third of the hold-out that settings are chosen on",
     )
 
+    @property
+    def short_name(self) -> str:
+        """The name without the folders before it; of `imagefolder:PATH`, the last folder."""
+        return self.name.rstrip("/").rpartition("/")[2].rpartition(":")[2][:60] or "data"
+
 
 @hyperparameters
 class ModelTable:
@@ -97,7 +102,7 @@ class Spec:
     """One experiment: everything that decides its result.
 
     Attributes:
-        name: what to call it; decides nothing.
+        name: what to call it; left out: attack and data set. It decides nothing.
         seed: of the victim and its twin; every random stream derives from it.
         data: which images.
         model: the victim's network.
@@ -189,13 +194,14 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
             raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
-    head = build(_Head, {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
     data = build(DataTable, table.get("data", {}), "data")
     model = _model(table.get("model", {}), "model")
     surrogates = {k: _model(table[k], k) if k in table else None for k in ("surrogate", "test_surrogate")}
     recipe = build(Recipe, {**asdict(recipe_for(data.name)), **table.get("recipe", {})}, "recipe")
     attack, params = _attack(table.get("attack", {}))  # last: its file imports torch
     defences = _defences(table.get("defences", []))
+    named = {"name": f"{attack}-{data.short_name}"} | {k: v for k, v in table.items() if k in {"name", "seed"}}
+    head = build(_Head, named, "")
     return Spec(
         head.name,
         head.seed,
@@ -224,7 +230,7 @@ def load_defence(name: str, overrides: Sequence[str] = ()) -> Named:
 
 @hyperparameters
 class _Head:
-    name: str = field(default="run", metadata={})
+    name: str = field(metadata={})
     seed: int = param(0, "seed of victim and twin", low=0)
 
     def __post_init__(self) -> None:
