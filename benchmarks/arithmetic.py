@@ -1,4 +1,4 @@
-"""Training in each arithmetic over plain PyTorch (fp32, fused attention), and which of them the probe would choose.
+"""Training in each arithmetic over plain PyTorch (fp32, fused attention), and which of them `vitrap tune` would choose.
 
 The plain loop is `benchmarks.training`'s. Compiled training is timed without its compilation, which the note has.
 """
@@ -12,14 +12,14 @@ import torch
 from benchmarks.compare import Figure, Scale, in_turns
 from benchmarks.subjects import CLASSES, SIZE, image_set, network
 from benchmarks.training import Bare, streams
-from vitrap.experiment.probe import PLAIN, fastest, name_of, time_ways
+from vitrap.experiment.tune import PLAIN, fastest, name_of, time_ways
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
 BATCH = 64
 LONG = 10_000
-"""Steps of a training, for the probe."""
+"""Steps of a training, for the choice."""
 NETWORKS = {
     "dim 64, depth 3, patch 8": {"patch_size": 8, "depth": 3, "embed_dim": 64, "num_heads": 4},
     "dim 96, depth 4, patch 8": {"patch_size": 8, "depth": 4, "embed_dim": 96, "num_heads": 3},
@@ -37,7 +37,7 @@ def figures(scale: Scale) -> Iterator[Figure]:
         chosen = fastest(time_ways(network(sized), (3, SIZE, CLASSES), BATCH, device), LONG)
         best = replace(chosen, compiled=True)
         for way in (*PLAIN, *((best,) if name == ALSO_COMPILED else ())):
-            yield figure(name, way, sized, "; the probe's choice" if way == chosen else "")
+            yield figure(name, way, sized, "; what vitrap tune chooses" if way == chosen else "")
 
 
 def figure(name: str, way: Arithmetic, scale: Scale, note: str) -> Figure:

@@ -42,14 +42,6 @@ def two_cores() -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The user's cache stays as it is, and what is measured there decides no test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VITRAP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_vit() -> Callable[..., Classifier]:
     """Builds a tiny ViT whose weights are far from their start, so that its attention is not flat."""

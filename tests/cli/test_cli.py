@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from io import StringIO
@@ -101,6 +102,20 @@ def test_explain_has_a_row_for_every_parameter(explained: str, field: str) -> No
     assert row[4].startswith(about.doc)
     assert about.unit in row[4].removeprefix(about.doc)
     assert about.range() in row[4].removeprefix(about.doc)
+
+
+def test_tune_writes_what_is_fastest_into_the_spec(call: Call, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.toml"
+    spec.write_text("# mine\n[model]\nname = 'vit_tiny_patch16_224'\npatch_size = 8\nembed_dim = 16\nnum_heads = 2\n")
+    said = call("tune", spec, "data.limit=100", "--device", "cpu", "--dry-run")
+    assert said.code == 0, said.err
+    assert "would be written" in said.out
+    assert "recipe" not in spec.read_text()
+    said = call("tune", spec, "data.limit=100", "--device", "cpu")
+    assert said.code == 0, said.err
+    assert spec.read_text().startswith("# mine\n[model]")
+    assert tomllib.loads(spec.read_text())["recipe"]["precision"] in ("fp32", "bf16")
+    assert "limit" not in spec.read_text()
 
 
 def test_explain_says_what_a_defence_gives_and_needs(call: Call) -> None:

@@ -291,7 +291,7 @@ def _values(f: Any) -> st.SearchStrategy[Any]:
     about = f.metadata["param"]
     if about.choices:
         return st.sampled_from(about.choices)
-    if f.type is bool:
+    if f.type is bool or f.type == bool | None:
         return st.booleans()
     if f.type is int or f.type == int | None:
         low = int(about.low or 0)
@@ -388,8 +388,10 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
 
 
 def _another(value: Any, f: Any) -> Any:
+    if value is None and f.metadata["param"].choices:
+        return f.metadata["param"].choices[0]
     if value is None:
-        return 0.5
+        return "true" if f.type == bool | None else 0.5
     if isinstance(value, bool):
         return str(not value).lower()
     if isinstance(value, str):

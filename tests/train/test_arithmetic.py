@@ -1,14 +1,18 @@
 """Arithmetic: what it switches, that it restores everything, and what a precision stands for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from vitrap.models.classifier import Architecture, Classifier, open_model
-from vitrap.train.arithmetic import Arithmetic, compiled, usual
+from vitrap.train import arithmetic
+from vitrap.train.arithmetic import Arithmetic, arithmetic_of, compiled, has_bf16, usual, width_of
+from vitrap.train.recipe import Recipe
 
 CPU, SIZE = torch.device("cpu"), 8
+FP32, EAGER, FUSED = Arithmetic("fp32", "fused"), Arithmetic("bf16", "eager"), Arithmetic("bf16", "fused")
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-EAGER = Arithmetic("bf16", "eager")
 
 
 @pytest.fixture
@@ -22,18 +26,42 @@ def fused(model: Classifier) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "wanted"),
+    ("precision", "device", "units", "width", "wanted"),
     [
-        ("auto", "cpu", Arithmetic("fp32", "fused")),
-        ("fp32", "cpu", Arithmetic("fp32", "fused")),
-        ("bf16", "cpu", Arithmetic("bf16", "eager")),
-        ("auto", "cuda", Arithmetic("bf16", "fused")),
-        ("fp32", "cuda", Arithmetic("fp32", "fused")),
-        ("bf16", "cuda", Arithmetic("bf16", "fused")),
+        ("auto", "cpu", True, 63, FP32),
+        ("auto", "cpu", True, 64, EAGER),
+        ("auto", "cpu", True, None, FP32),
+        ("auto", "cpu", False, 768, FP32),
+        ("fp32", "cpu", True, 768, FP32),
+        ("bf16", "cpu", False, 16, EAGER),
+        ("auto", "cuda", True, 16, FUSED),
+        ("auto", "cuda", False, 768, FP32),
+        ("fp32", "cuda", True, 768, FP32),
+        ("bf16", "cuda", True, None, FUSED),
     ],
 )
-def test_what_a_precision_stands_for_where_nothing_is_measured(precision, device: str, wanted: Arithmetic) -> None:
-    assert usual(precision, torch.device(device)) == wanted
+def test_what_a_precision_stands_for(  # noqa: PLR0913 - a row of the rule
+    monkeypatch: pytest.MonkeyPatch, precision, device: str, units: bool, width: int | None, wanted: Arithmetic
+) -> None:
+    monkeypatch.setattr(arithmetic, "has_bf16", lambda device: units)
+    assert usual(precision, torch.device(device), width) == wanted
+
+
+def test_units_of_this_processor_are_those_that_the_system_names() -> None:
+    if not (cpuinfo := Path("/proc/cpuinfo")).exists() or not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("the system or torch does not say")
+    flags = cpuinfo.read_text("utf-8").split()
+    assert has_bf16(CPU) == ("amx_bf16" in flags or "avx512_bf16" in flags)
+
+
+def test_a_recipe_pins_what_it_says_and_no_more(model: Classifier) -> None:
+    assert width_of(model) == model.body.num_features
+    assert width_of(torch.nn.Identity()) is None
+    assert arithmetic_of(Recipe(precision="bf16"), model, CPU) == EAGER
+    assert arithmetic_of(Recipe(precision="bf16", attention="fused"), model, CPU) == FUSED
+    assert arithmetic_of(Recipe(precision="fp32", attention="eager", compiled=True), model, CPU) == Arithmetic(
+        "fp32", "eager", compiled=True
+    )
 
 
 def test_plain_arithmetic_switches_nothing(model: Classifier) -> None:

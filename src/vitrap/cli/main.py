@@ -103,6 +103,30 @@ def run(
 
 
 @app.command()
+def tune(
+    path: Annotated[Path, typer.Argument(metavar="SPEC", help="a TOML spec; the choice is written into its [recipe]")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="overrides, for the measuring alone")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    memory: Memory = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="measure, and write nothing")] = False,
+) -> None:
+    """Time training in each arithmetic on this machine, and write the fastest into a spec."""
+    with Bars() as bars:
+        from vitrap.experiment.tune import name_of
+        from vitrap.experiment.tune import tune as tune_spec
+
+        found = tune_spec(path, words or [], device=device, steps=bars.step, write=not dry_run)
+    table = Table("arithmetic", "seconds a step", header_style="bold")
+    for name, seconds in found.seconds.items():
+        table.add_row(name, f"{seconds:.4f}")
+    out.print(table)
+    told = "would be written" if dry_run else "written"
+    out.print(f"{name_of(found.arithmetic)}: {told} into {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def defend(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
     defence: Annotated[str, typer.Option("--defence", help="its name; `vitrap list defences` has them all")],

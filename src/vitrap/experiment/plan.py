@@ -21,7 +21,6 @@ from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
 from vitrap.experiment.code import fitting_code, measuring_code, training_code
 from vitrap.experiment.network import Network, first_image, network_of, tensors_digest, try_out
-from vitrap.experiment.probe import measured
 from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.spec import Spec, digest
 from vitrap.experiment.store import Stage
@@ -30,8 +29,11 @@ from vitrap.images import CHUNK
 from vitrap.keeping import state_seconds
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
-from vitrap.train.arithmetic import Arithmetic, usual
+from vitrap.train.arithmetic import Arithmetic, arithmetic_of
 from vitrap.train.optimiser import make_optimiser
+
+ARITHMETIC = ("precision", "attention", "compiled")
+"""Of a recipe, what stands in a key as the arithmetic that it comes to."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Plan:
         train = self.world.train
         return {
             "data": {"content": self.content, "size": train.size, "rows": digest(train.index.tolist())},
-            "recipe": {k: v for k, v in asdict(self.spec.recipe).items() if k != "precision"},
+            "recipe": {k: v for k, v in asdict(self.spec.recipe).items() if k not in ARITHMETIC},
             "arithmetic": asdict(self.arithmetic),
             "device": self.device.type,
             "versions": {library: version(library) for library in ("torch", "timm")},
@@ -188,21 +190,9 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
             ready = try_out(network, world)
             if hasattr(spec.params, "check_surrogate"):
                 spec.params.check_surrogate(ready, first_image(world))
-    arithmetic = _arithmetic(spec, victim, tried, world, chosen, steps)
+    arithmetic = arithmetic_of(spec.recipe, tried, chosen)
     other = _other_images(spec, world, chosen)
     return Plan(spec, world, chosen, arithmetic, victim, surrogate, content, second, other)
-
-
-def _arithmetic(  # noqa: PLR0913 - what decides the speed, and how to show that it is measured
-    spec: Spec, network: Network, model: nn.Module, world: World, device: torch.device, steps: Steps
-) -> Arithmetic:
-    """What the spec pins, or what is fastest for the victim's network on this machine."""
-    recipe, train = spec.recipe, world.train
-    if recipe.precision != "auto" or not len(train):
-        return usual(recipe.precision, device)
-    kind = repr(network.module) if network.module is not None else asdict(network.architecture)
-    size = (train.pixels.shape[1], train.size, train.n_classes)
-    return measured(model, kind, size, recipe.batch_size, training_steps(spec, len(train)), device, steps)
 
 
 def training_steps(spec: Spec, n: int) -> int:

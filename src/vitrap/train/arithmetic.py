@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from vitrap.contracts import Compute
+from vitrap.models.classifier import Classifier
 from vitrap.models.observe import eager_attention
+from vitrap.train.recipe import Recipe
+
+WIDE = 64
+"""Least width of a network that a CPU computes faster in bf16 than in fp32."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,39 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, dynamic=False)
 
 
-def usual(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Arithmetic:
-    """What a precision stands for where nothing was measured.
+def arithmetic_of(recipe: Recipe, model: nn.Module, device: torch.device) -> Arithmetic:
+    """How a recipe has a network computed on a device: what it says, and for the rest what is usual there."""
+    way = usual(recipe.precision, device, width_of(model))
+    attention = way.attention if recipe.attention is None else recipe.attention
+    return Arithmetic(way.precision, attention, bool(recipe.compiled))
 
-    "auto" is bf16 on a GPU and fp32 elsewhere. Fused attention, but on a CPU in bf16, where torch's kernel is slow:
-    `python -m benchmarks arithmetic`.
+
+def usual(precision: Literal["auto", "fp32", "bf16"], device: torch.device, width: int | None = None) -> Arithmetic:
+    """What a precision stands for: a written rule, so that machines of one kind compute alike.
+
+    "auto" is bf16 where the device has units for it; on a CPU only for networks at least `WIDE` wide, since narrower
+    ones do not gain by it. Attention is torch's fused kernel, but step by step for bf16 on a CPU, where that kernel is
+    slow. Nothing is compiled. The figures behind it: `python -m benchmarks arithmetic`, docs/speed.md.
+
+    Args:
+        precision: of a recipe.
+        device: where.
+        width: of the network; None where that is not known.
     """
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    gains = device.type == "cuda" or (width or 0) >= WIDE
+    bf16 = precision == "bf16" or (precision == "auto" and gains and has_bf16(device))
     return Arithmetic("bf16" if bf16 else "fp32", "eager" if bf16 and device.type == "cpu" else "fused")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bf16 in units of its own: a GPU, or a CPU's AMX or AVX-512."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not say
+    return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
+
+
+def width_of(model: nn.Module) -> int | None:
+    """How many features the last layer reads; None of a network that does not say."""
+    width = getattr(model.body if isinstance(model, Classifier) else model, "num_features", None)
+    return width if isinstance(width, int) else None

@@ -22,7 +22,7 @@ from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
 from vitrap.images import Gathered, Marks
 from vitrap.tensors.pixels import round8, straight_round8
-from vitrap.train.arithmetic import Arithmetic, compiled, usual
+from vitrap.train.arithmetic import Arithmetic, arithmetic_of, compiled
 from vitrap.train.combine import Combination
 from vitrap.train.optimiser import Rate, falling, make_optimiser
 from vitrap.train.prefetch import prefetched
@@ -159,7 +159,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
         UserError: a loss term is no longer finite.
     """
     along = nn.ModuleList([one.module for one in objective.along.values()] if objective else ()).requires_grad_(True)
-    arithmetic = arithmetic or usual(recipe.precision, data.device)
+    arithmetic = arithmetic or arithmetic_of(recipe, model, data.device)
     learner = make_learner(model, recipe, objective, streams.projection, arithmetic)
     together = set_training(nn.ModuleList([model, along]))
     curves: Curves = {}

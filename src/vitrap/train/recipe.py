@@ -35,8 +35,12 @@ class Recipe:
     )
     precision: Literal["auto", "fp32", "bf16"] = param(
         "auto",
-        "of the matrix products; auto: what a short measurement finds fastest on this machine",
+        "of the matrix products; auto: bf16 where the device has units for it and the network is wide enough",
     )
+    attention: Literal["fused", "eager"] | None = param(
+        None, "by torch's kernel, or step by step; left out: step by step for bf16 on a CPU, else the kernel"
+    )
+    compiled: bool | None = param(None, "whether training goes through torch.compile; left out: no")
 
 
 RECIPES = {

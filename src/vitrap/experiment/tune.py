@@ -1,26 +1,23 @@
-"""Which arithmetic is fastest for a network on this machine: measured once, then remembered in the user's cache."""
+"""Which arithmetic trains a network fastest on this machine: timed, and said in a spec's recipe."""
 
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from platformdirs import user_cache_path
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vitrap.errors import UserError
-from vitrap.experiment.machine import environment
-from vitrap.experiment.progress import Steps
-from vitrap.experiment.spec import digest
-from vitrap.experiment.store import locked, write_json
+from vitrap.experiment.plan import make_plan, training_steps
+from vitrap.experiment.progress import Steps, silent
+from vitrap.experiment.spec import load_spec
+from vitrap.experiment.store import write_bytes
 from vitrap.train.arithmetic import Arithmetic, compiled
 
 PLAIN = (
@@ -33,56 +30,75 @@ COMPILED = (Arithmetic("bf16", "fused", compiled=True),)
 CLEARLY = 1.1
 """A plainer way is taken unless another is so many times as fast: near ties shall not be decided by noise."""
 GOAL, PATIENCE = 0.1, 0.3
-"""Seconds that a step of the probe should take in plain arithmetic, and that each way is timed for."""
+"""Seconds that a step should take in plain arithmetic, and that each way is timed for."""
 FEW = 2
-"""Images that the probe's batch is estimated from, and its least."""
+"""Images that the batch of a step is estimated from, and its least."""
 Seconds = Mapping[str, float]
 
 
-def measured(  # noqa: PLR0913 - what decides the speed, and how to show that it is measured
-    model: nn.Module,
-    network: Any,
-    size: tuple[int, int, int],
-    batch: int,
-    steps: int,
-    device: torch.device,
-    show: Steps,
-) -> Arithmetic:
-    """The arithmetic that trains `model` fastest on `device`, by what was measured here, now or earlier.
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured, and what it comes to.
+
+    Attributes:
+        seconds: of a training step, by `name_of` each way; of the compiled one also of its first, with " first" at the
+            end of the name.
+        arithmetic: the plainest way that is not clearly slower than the fastest.
+    """
+
+    seconds: Seconds
+    arithmetic: Arithmetic
+
+
+def tune(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    steps: Steps = silent,
+    write: bool = True,
+) -> Tuned:
+    """Time the training of a spec's victim in each arithmetic, and write the choice into the spec's `[recipe]`.
 
     Args:
-        model: the network, any weights; it stays as it is.
-        network: what tells it from other networks, as JSON.
-        size: channels and side of its images in pixels, and number of its classes.
-        batch: images a step.
-        steps: of each training, over which a compilation must pay for itself.
-        device: where.
-        show: shows the measuring.
+        path: the spec's TOML file; its comments and all else stay as they are.
+        overrides: `key=value`, for the measuring alone.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        steps: how to show what is under way.
+        write: False: measure only.
+
+    Raises:
+        UserError: the spec is wrong, or no training step fits the device's memory.
     """
-    about = {k: v for k, v in environment(device).items() if k not in ("threads", "vitrap", "numpy", "torchmetrics")}
-    about |= {"network": network, "size": size, "batch": batch}
-    place = cache_folder() / f"{digest(about)}.json"
-    if (seconds := _remembered(place)) is None:
-        with _alone(place, show):
-            if (seconds := _remembered(place)) is None:  # nor has another process measured it by now
-                with show("measure which arithmetic is fastest here", None):
-                    seconds = time_ways(model, size, batch, device)
-                _remember(place, about, seconds)
-    return fastest(seconds, steps)
+    spec = load_spec(path, overrides)
+    plan = make_plan(spec, device, steps=steps, attacking=False)
+    train = plan.world.train
+    size = (train.pixels.shape[1], train.size, train.n_classes)
+    network = replace(plan.victim, checkpoint=None, weights=None, pretrained=False)  # whatever its weights are
+    with steps("time a training step in each arithmetic", None):
+        seconds = time_ways(network.build(spec.seed, plan.device), size, spec.recipe.batch_size, plan.device)
+    found = Tuned(seconds, fastest(seconds, training_steps(spec, len(train))))
+    if write:
+        write_bytes(Path(path), with_recipe(Path(path).read_text(encoding="utf-8"), asdict(found.arithmetic)).encode())
+    return found
 
 
-def cache_folder() -> Path:
-    """Where times are kept: `arithmetic` in `$VITRAP_CACHE`, else in `vitrap` in the user's cache folder."""
-    chosen = os.environ.get("VITRAP_CACHE")
-    return (Path(chosen).expanduser() if chosen else user_cache_path("vitrap")) / "arithmetic"
+def with_recipe(text: str, settings: Mapping[str, Any]) -> str:
+    """A TOML text with these settings in its `[recipe]`, and all else as it was."""
+    import tomlkit
+
+    document = tomlkit.parse(text)
+    recipe = document.setdefault("recipe", tomlkit.table())
+    for key, value in settings.items():
+        recipe[key] = value
+    return tomlkit.dumps(document)
 
 
 def fastest(seconds: Seconds, steps: int) -> Arithmetic:
     """The plainest arithmetic that is not clearly slower than the fastest, over a training of so many steps.
 
     Args:
-        seconds: of a step, by `name_of` each way that could be tried; of the first one, compilation included, with
-            " first" at the end of the name.
+        seconds: as `Tuned` has them.
         steps: of the training. It compiles twice: for whole batches, and for an epoch's last one.
 
     Raises:
@@ -97,7 +113,7 @@ def fastest(seconds: Seconds, steps: int) -> Arithmetic:
 
 
 def name_of(way: Arithmetic) -> str:
-    """What an arithmetic is called in the cache.
+    """An arithmetic in words.
 
     >>> name_of(Arithmetic("bf16", "fused", compiled=True))
     'bf16 fused compiled'
@@ -109,6 +125,12 @@ def time_ways(model: nn.Module, size: tuple[int, int, int], batch: int, device: 
     """Seconds of a step of training in each arithmetic that can be tried, on images without content.
 
     On a CPU the batch is cut so that a step takes about `GOAL`; on a GPU it is the training's own.
+
+    Args:
+        model: the network, any weights; it stays as it is.
+        size: channels and side of its images in pixels, and number of its classes.
+        batch: images a step.
+        device: where.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = deepcopy(model).to(device).train().requires_grad_(True)
@@ -125,24 +147,6 @@ def time_ways(model: nn.Module, size: tuple[int, int, int], batch: int, device: 
                     found[f"{name_of(way)} first"] = _once(step, device)
                 found[name_of(way)] = _pace(step, device)
     return found
-
-
-@contextmanager
-def _alone(place: Path, show: Steps) -> Iterator[None]:
-    """Within the block no other process measures the same, so that neither slows the other; where files can be had."""
-    with ExitStack() as stack:
-        with suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            waiting = partial(show, "wait for another's measuring", None)
-            stack.enter_context(locked(place.with_name(f".{place.stem}.lock"), waiting))
-        yield
-
-
-def _remember(place: Path, about: Mapping[str, Any], seconds: Seconds) -> None:
-    """Keep times, but not where a plain way failed, since memory may have been short for once."""
-    if all(name_of(way) in seconds for way in PLAIN):
-        with suppress(OSError):  # a full disk, or a folder that cannot be written: it is measured again
-            write_json(place, {"about": dict(about), "seconds": dict(seconds)})
 
 
 def _blank(
@@ -182,13 +186,3 @@ def _once(step: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _remembered(place: Path) -> Seconds | None:
-    """What was measured before; None where nothing was, or the file is damaged."""
-    try:
-        seconds = json.loads(place.read_text(encoding="utf-8"))["seconds"]
-        known = {name_of(way) for way in PLAIN} & seconds.keys()
-        return seconds if known and all(took > 0 for took in seconds.values()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
