@@ -1,16 +1,13 @@
-"""A run: surrogate, implant, victim, clean twin, measures, record."""
+"""A run: surrogate, trigger, victim, clean twin, measures, record."""
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-import torch
 from torch import nn
 
-from vitrap.contracts import Access, Fitted, Implant, Trigger
+from vitrap.contracts import Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.defend import Finished, add_defences, still_holding, unmeasured
@@ -18,20 +15,22 @@ from vitrap.experiment.export import check_export, check_folder, write_poisoned
 from vitrap.experiment.machine import environment, forget_peaks, memory
 from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
 from vitrap.experiment.pictures import draw_examples
-from vitrap.experiment.plan import Network, Plan, make_plan, training_steps
+from vitrap.experiment.pipeline import Redo, Stages, fit_of, implant_of
+from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import SCHEMA, Record, Table, read_record
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
-from vitrap.experiment.stages import STREAM, make_clean, make_trigger, make_victim, read_stream
+from vitrap.experiment.stages import STREAM, read_stream
 from vitrap.experiment.store import Store, locked, place_file, read_json, write_bytes
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.models.classifier import load_weights, read_model
 
-Redo = Literal["nothing", "victim", "all"]
+KEPT = ("model.safetensors", TRIGGER, STORED, STREAM)
+"""Files of a victim's stage that its run's folder has, too."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
         store.check()
         with store.alone(folder.name, "wait for another's run"):  # who may have made this very run by then
             record = _still_true(folder, plan.keys()) if redo == "nothing" else None
-            record = record or _Runner(plan, store, redo, steps).run(folder)
+            record = record or make_run(Stages(plan, store, redo, steps), folder)
     if unmeasured(record, spec.defences, folder):
         with store.alone(folder.name, "wait for another's defences"):
             record = add_defences(Finished(folder, read_record(folder), plan, steps))
@@ -106,9 +105,10 @@ def poison(
         check_export(spec.attack, Implant())
     check_folder(folder)
     store.check()
-    runner = _Runner(plan, store, "nothing", steps)
-    fitted = runner.fit()
-    implant = runner.implant(fitted, runner.stream())
+    stages = Stages(plan, store, "nothing", steps)
+    trigger = stages.trigger(stages.surrogates())
+    fitted = fit_of(plan, trigger)
+    implant = implant_of(plan, fitted, read_stream(trigger, spec.seed))
     with steps("poison the training set", None) as tick:
         write_poisoned(plan, fitted, implant, folder, tick)
 
@@ -157,153 +157,130 @@ def _rows(folder: Path) -> list[Table]:
     return []
 
 
+def make_run(stages: Stages, folder: Path) -> Record:
+    """The way of a run: make every stage that is missing, measure, and write the record, last of all."""
+    plan = stages.plan
+    forget_peaks(plan.device)
+    surrogates = stages.surrogates()
+    trigger = stages.trigger(surrogates)
+    twin = stages.twin() if plan.spec.params.threat == "weights" else None  # the victim starts from it
+    victim = stages.victim(trigger, twin)
+    twin = twin or stages.twin()
+    earlier = _rows(folder) if stages.redo == "nothing" else []
+    (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
+    models = {**surrogates, "victim": victim, "twin": twin}
+    measured = measure_run(plan, models, trigger, folder, stages.steps)
+    place_files(victim, folder)
+    return write_record(to_record(plan, models, trigger, measured), earlier, folder)
+
+
 @dataclass(frozen=True)
-class _Runner:
-    plan: Plan
-    store: Store
-    redo: Redo
-    steps: Steps
-    seconds: dict[str, float] = field(default_factory=dict)
-    made: dict[str, Path] = field(default_factory=dict)
+class Measured:
+    """What was measured of a run.
 
-    def run(self, folder: Path) -> Record:
-        """Make every stage that is missing, measure, and write the record, last of all."""
-        forget_peaks(self.plan.device)
-        plan, spec = self.plan, self.plan.spec
-        fitted = self.fit()
-        generator = self.stream()
-        implant = self.implant(fitted, generator)
-        if spec.params.threat == "weights":  # the victim starts from the twin
-            self._clean(plan.victim, spec.seed, "twin")
-        victim = self.made["victim"] = self.store.stage(
-            plan.victim_stage(),
-            partial(make_victim, plan, fitted, implant, generator, self.made, self.steps),
-            self.redo != "nothing",
-        )
-        self._clean(plan.victim, spec.seed, "twin")
-        # From here on the trigger is as training or an edit has left it, in this call or an earlier one.
-        fitted = self._fitted(victim)
-        implant = self.implant(fitted, self.stream())
-        rows = _rows(folder) if self.redo == "nothing" else []
-        (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
-        assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
-        stored = self._stored(implant) if fitted.stored else None
-        record = self._measure(Backdoor(fitted.trigger, plan.goal, implant.examine), stored, folder)
-        for name in ("model.safetensors", TRIGGER, STORED, STREAM):
-            (folder / name).unlink(missing_ok=True)
-            if (victim / name).exists():
-                place_file(victim / name, folder / name)
-        with locked(folder / ".record.lock"):  # rows of a run of the same spec, or tried meanwhile
-            rows += [row for row in _rows(folder) if row not in rows]
-            record = replace(record, defences=still_holding(rows, record))
-            record.write(folder)
-        return record
+    Attributes:
+        victim: the measures, as the record has them.
+        attack: what the attack says of victim and twin.
+        seconds: what measuring took.
+    """
 
-    def fit(self) -> Fitted:
-        """The attack's triggers from their stage, which is made with the surrogates that the attack asks for."""
-        plan = self.plan
-        for name, (network, seed) in plan.surrogates().items():
-            if network.checkpoint is None:
-                self._clean(network, seed, name)
+    victim: Table
+    attack: Table
+    seconds: dict[str, float]
 
-        def make(folder: Path) -> None:
-            ready = {name: self._surrogate(name, network) for name, (network, _) in plan.surrogates().items()}
-            other = plan.other.train if plan.other else None
-            access = Access(
-                plan.world.train,
-                ready.get("surrogate"),
-                stream(plan.spec.seed, "attack"),
-                ready.get("test_surrogate"),
-                other,
-            )
-            make_trigger(plan, access, self.steps(f"fit {plan.spec.attack}", None), folder)
 
-        place = self.made["trigger"] = self.store.stage(plan.trigger_stage(), make, self.redo == "all")
-        facts = read_json(place / "facts.json")
-        self.seconds["fit"] = facts["seconds"]
-        return replace(self._fitted(place), report=facts["report"])
+def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, folder: Path, steps: Steps) -> Measured:
+    """Measure victim and twin, and draw the pictures into the run's folder.
 
-    def stream(self) -> torch.Generator:
-        """The attacker's random stream, where `fit` ended."""
-        return read_stream(self.made["trigger"], self.plan.spec.seed)
+    Args:
+        plan: of the run.
+        models: stages of the trained models, "victim" and "twin" among them.
+        trigger: the trigger's stage.
+        folder: the run's.
+        steps: how to show what is under way.
+    """
+    test, seconds = plan.world.test, dict[str, float]()
+    victim, twin = (plan.victim.read(models[name] / "model.safetensors", plan.device) for name in ("victim", "twin"))
+    # The trigger is as training or an edit has left it, in this call or an earlier one.
+    fitted = read_fitted(models["victim"], plan.spec.params, device=plan.device)
+    implant = implant_of(plan, fitted, read_stream(trigger, plan.spec.seed))
+    assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
+    backdoor = Backdoor(fitted.trigger, plan.goal, implant.examine)
+    # Look at the test images, clean and triggered.
+    with timed(seconds, "measure"), steps("measure", 5 * -(-len(test) // batch_of(test))) as tick:
+        measures = measure_victim(victim, twin, test, backdoor, plan.arithmetic, tick)
+        examined = examine(victim, twin, test, backdoor)
+    # Look at the poisoned training images where they carry another trigger.
+    stored = stored_stealth(plan, implant) if fitted.stored else None
+    folder.mkdir(exist_ok=True)
+    write_bytes(folder / "pictures.png", draw_examples(test, backdoor, victim, plan.arithmetic))
+    return Measured({**measures, **({"stealth_stored": stored} if stored else {})}, examined, seconds)
 
-    def implant(self, fitted: Fitted, generator: torch.Generator) -> Implant:
-        """How the trigger gets into the victim; what is drawn for it comes from `generator`."""
-        plan = self.plan
-        other = plan.other.train if plan.other else None
-        return plan.spec.params.implant(Access(plan.world.train, None, generator, other=other), fitted)
 
-    def _fitted(self, place: Path) -> Fitted:
-        """The triggers in a stage's folder."""
-        return read_fitted(place, self.plan.spec.params, device=self.plan.device)
+def to_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: Measured) -> Record:
+    """All that a record says of a run, but for its defences."""
+    spec, world = plan.spec, plan.world
+    facts = {name: read_json(place / "facts.json") for name, place in models.items()}
+    about = facts["victim"]
+    return Record(
+        schema=SCHEMA,
+        name=spec.name,
+        spec=spec.table(),
+        hash=spec.hash(),
+        seed=spec.seed,
+        environment=environment(plan.device),
+        data={
+            "n_train": len(world.train),
+            "n_test": len(world.test),
+            "n_poisoned": about["n_poisoned"],
+            "n_covers": about["n_covers"],
+            "classes": world.test.n_classes,
+            "fingerprint": world.fingerprint,
+            "n_curves": about["n_curves"],
+        },
+        models={
+            "victim": plan.victim.shown(),
+            "surrogate": None,
+            **{name: network.shown() for name, (network, _) in plan.surrogates().items()},
+        },
+        victim=measured.victim,
+        diagnosis=diagnose(measured.victim),
+        attack={**about["report"], **measured.attack},
+        attack_version=spec.params.version,
+        curves={name: fact["curves"] for name, fact in facts.items()},
+        **asdict(plan.arithmetic),
+        memory=memory(plan.device),
+        seconds={
+            "poison": about["seconds"].get("poison", 0.0),
+            **{name: fact["seconds"]["train"] for name, fact in facts.items()},
+            "fit": read_json(trigger / "facts.json")["seconds"],
+            **measured.seconds,
+        },
+        stages=plan.keys(),
+    )
 
-    def _surrogate(self, name: str, network: Network) -> nn.Module:
-        """A surrogate, ready and frozen."""
-        if network.checkpoint is not None:
-            return network.build(0, self.plan.device).requires_grad_(False)
-        return network.read(self.made[name] / "model.safetensors", self.plan.device)
 
-    def _clean(self, network: Network, seed: int, name: str) -> Path:
-        """The folder of a clean model's stage; asked for again, the same."""
-        if name in self.made:
-            return self.made[name]
-        steps = training_steps(self.plan.spec, len(self.plan.world.train))
-        show = self.steps(f"train the {name.replace('_', ' ')}", steps)
-        make = partial(make_clean, self.plan, network, seed, show)
-        self.made[name] = self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
-        return self.made[name]
+def stored_stealth(plan: Plan, implant: Implant) -> Table | None:
+    """Stealth of what the poisoned training images carry, where that is not the trigger at test time."""
+    if implant.poison is None:
+        return None
+    train = plan.world.train
+    poisoned = implant.poison(train, stream(plan.spec.seed, "poison"))
+    return stealth_of(train, poisoned, poisoned.poisoned.nonzero().squeeze(1))
 
-    def _stored(self, implant: Implant) -> Table | None:
-        """Stealth of what the poisoned training images carry, where that is not the trigger at test time."""
-        if implant.poison is None:
-            return None
-        train = self.plan.world.train
-        poisoned = implant.poison(train, stream(self.plan.spec.seed, "poison"))
-        return stealth_of(train, poisoned, poisoned.poisoned.nonzero().squeeze(1))
 
-    def _measure(self, backdoor: Backdoor, stored: Table | None, folder: Path) -> Record:
-        """Measure victim and twin, and say it all in a record."""
-        plan, test = self.plan, self.plan.world.test
-        victim, twin = (
-            plan.victim.read(self.made[name] / "model.safetensors", plan.device) for name in ("victim", "twin")
-        )
-        with timed(self.seconds, "measure"), self.steps("measure", 5 * -(-len(test) // batch_of(test))) as tick:
-            measures = measure_victim(victim, twin, test, backdoor, plan.arithmetic, tick)
-            examined = examine(victim, twin, test, backdoor)
-        folder.mkdir(exist_ok=True)
-        write_bytes(folder / "pictures.png", draw_examples(test, backdoor, victim, plan.arithmetic))
-        models = {name: place for name, place in self.made.items() if name != "trigger"}
-        facts = {name: read_json(place / "facts.json") for name, place in models.items()}
-        about = facts["victim"]
-        surrogates = {name: network.shown() for name, (network, _) in plan.surrogates().items()}
-        return Record(
-            schema=SCHEMA,
-            name=plan.spec.name,
-            spec=plan.spec.table(),
-            hash=plan.spec.hash(),
-            seed=plan.spec.seed,
-            environment=environment(plan.device),
-            data={
-                "n_train": len(plan.world.train),
-                "n_test": len(test),
-                "n_poisoned": about["n_poisoned"],
-                "n_covers": about["n_covers"],
-                "classes": test.n_classes,
-                "fingerprint": plan.world.fingerprint,
-                "n_curves": about["n_curves"],
-            },
-            models={"victim": plan.victim.shown(), "surrogate": None, **surrogates},
-            diagnosis=diagnose(measures),
-            victim={**measures, **({"stealth_stored": stored} if stored else {})},
-            attack={**about["report"], **examined},
-            attack_version=plan.spec.params.version,
-            curves={name: fact["curves"] for name, fact in facts.items()},
-            **asdict(plan.arithmetic),
-            memory=memory(plan.device),
-            seconds={
-                "poison": about["seconds"].get("poison", 0.0),
-                **{name: fact["seconds"]["train"] for name, fact in facts.items()},
-                **self.seconds,
-            },
-            stages=plan.keys(),
-        )
+def place_files(victim: Path, folder: Path) -> None:
+    """Put model, trigger and stream of the victim's stage into the run's folder."""
+    for name in KEPT:
+        (folder / name).unlink(missing_ok=True)
+        if (victim / name).exists():
+            place_file(victim / name, folder / name)
+
+
+def write_record(record: Record, earlier: list[Table], folder: Path) -> Record:
+    """Write the record, with the rows of defences of an earlier one that still hold."""
+    with locked(folder / ".record.lock"):  # rows of a run of the same spec, or tried meanwhile
+        rows = [*earlier, *(row for row in _rows(folder) if row not in earlier)]
+        record = replace(record, defences=still_holding(rows, record))
+        record.write(folder)
+    return record
