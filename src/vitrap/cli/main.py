@@ -82,20 +82,26 @@ def run(
     ] = False,
 ) -> None:
     """Implant a backdoor as a spec says and measure it beside its clean twin."""
-    from vitrap.experiment.spec import load_spec
+    from vitrap.experiment.answers import recall, remember, traces_of
+    from vitrap.experiment.spec import parse_spec, read_spec
 
-    path, overrides = split(words or [])
-    spec = load_spec(path, overrides)
-    if dry_run:
-        from vitrap.sweeps.grid import Point, Sweep
+    asked, record = read_spec(*split(words or [])), None
+    redo = "all" if force_all else "victim" if force else "nothing"
+    if redo == "nothing" and not dry_run:
+        record = recall(asked, out_folder, device)  # before torch is there
+    if record is None:
+        spec = parse_spec(asked)
+        if dry_run:
+            from vitrap.sweeps.grid import Point, Sweep
 
-        print_ahead(Sweep(spec.name, (Point({}, spec),)), out_folder, 1, device)
-        return
-    with Bars() as bars:
-        from vitrap.experiment.run import run as run_spec
+            print_ahead(Sweep(spec.name, (Point({}, spec),)), out_folder, 1, device)
+            return
+        traces = traces_of(asked, device)
+        with Bars() as bars:
+            from vitrap.experiment.run import run as run_spec
 
-        redo = "all" if force_all else "victim" if force else "nothing"
-        record = run_spec(spec, out_folder, device=device, redo=redo, steps=bars.step)
+            record = run_spec(spec, out_folder, device=device, redo=redo, steps=bars.step)
+        remember(asked, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
     if as_json:
         print_json(asdict(record))
         return

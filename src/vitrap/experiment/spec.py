@@ -160,10 +160,19 @@ def load_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> 
     Raises:
         UserError: the file is missing or not TOML; a key, name, type or value is wrong.
     """
+    return parse_spec(read_spec(path, overrides))
+
+
+def read_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Table:
+    """As `load_spec`, but the nested table as it was asked for, unchecked and without defaults.
+
+    Raises:
+        UserError: the file is missing, not TOML or a sweep; an override is none.
+    """
     table = read_table(Path(path) if path is not None else DEFAULT)
     if "grid" in table:
         raise UserError(f"spec {str(path)!r} has a [grid]: it is a sweep of many runs; start it with vitrap sweep")
-    return parse_spec(set_keys(table, [parse_override(text) for text in overrides]))
+    return set_keys(table, [parse_override(text) for text in overrides])
 
 
 def set_keys(table: Table, pairs: Sequence[tuple[list[str], Any]]) -> Table:
