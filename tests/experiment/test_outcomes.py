@@ -38,6 +38,7 @@ from vitrap.experiment.progress import silent
 from vitrap.experiment.scores import Scores, read_scores, scores_file, write_scores
 from vitrap.metrics.detection import auroc
 from vitrap.metrics.interval import wilson
+from vitrap.report.tables import defence_measures
 from vitrap.tensors.pixels import round8, to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
@@ -254,6 +255,22 @@ def test_a_screen_is_measured_as_scikit_learn_would(case: Case) -> None:
         cut = held.sort(descending=True).values[int(fpr * len(held))]
         assert found["tpr_at_fpr"][f"{fpr:.2f}"] == vars(wilson(int((fired > cut).sum()), len(fired)))
         assert found["fpr_on_test"][f"{fpr:.2f}"] == vars(wilson(int((clean > cut).sum()), len(clean)))
+
+
+def test_ties_with_the_threshold_are_said(case: Case) -> None:
+    """A screen that gives its highest score to every triggered image, and to a fifth of the held-out ones as well."""
+
+    def coarse(images: Tensor) -> Tensor:
+        return (images[:, 2].mean((1, 2)) > 0.0).float()
+
+    held = coarse(case.world.threshold.images(torch.arange(len(case.world.threshold))))
+    found = row(case, lambda s: Screen(coarse), "screen")
+    assert held.mean() > max(FPRS)
+    assert {rate["value"] for rate in found["tpr_at_fpr"].values()} == {0.0}
+    assert {rate["value"] for rate in found["tied_at_fpr"].values()} == {1.0}
+    assert ("  more that tie with the threshold", "100.00 %") in [
+        (name, value[:8]) for name, value, *_ in defence_measures({"kind": "screen", **found})
+    ]
 
 
 def test_what_hits_is_measured_apart(case: Case) -> None:

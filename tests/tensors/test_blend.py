@@ -11,10 +11,10 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.25, 0.5, 0.8])
-def test_alpha_is_the_weight_of_the_original(alpha: float) -> None:
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.5, 0.8])
+def test_keep_is_the_weight_of_the_original(keep: float) -> None:
     images, other = drawn(0, 2, 3, 4, 5), drawn(1, 2, 3, 4, 5)
-    torch.testing.assert_close(blend(images, other, alpha), alpha * images + (1 - alpha) * other)
+    torch.testing.assert_close(blend(images, other, keep), keep * images + (1 - keep) * other)
 
 
 def test_the_ends_are_exact() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitrap.contracts import Images
 from vitrap.data.sources import decode
+from vitrap.errors import UserError
 from vitrap.tensors.pixels import image_hash
 
 
@@ -71,10 +72,12 @@ def pattern_of(picture: str, generator: torch.Generator, shape: tuple[int, int, 
         shape: channels, height and width.
 
     Raises:
-        UserError: the file is no readable image.
+        UserError: it is neither a word that is known nor a file, or the file is no readable image.
     """
     if picture == "noise":
         return torch.rand(shape, generator=generator)
     if picture == "white":
         return torch.ones(shape)
+    if not Path(picture).is_file():
+        raise UserError(f"picture = {picture!r} is no file; give one, noise or white")
     return torch.from_numpy(decode([Path(picture)], shape[1])[0]).permute(2, 0, 1).float() / 255

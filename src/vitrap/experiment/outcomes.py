@@ -206,6 +206,7 @@ def screen_measures(scores: Scores) -> Table:
     return {
         "auroc": asdict(auroc(fired, clean)),
         "tpr_at_fpr": {fpr: asdict(rate(above(fired, cut))) for fpr, cut in cuts.items()},
+        "tied_at_fpr": {fpr: asdict(rate(fired.double() == cut)) for fpr, cut in cuts.items()},
         "fpr_on_test": {fpr: asdict(rate(above(clean, cut))) for fpr, cut in cuts.items()},
         "auroc_on_hits": asdict(auroc(hits, clean)),
         "tpr_at_fpr_on_hits": {fpr: asdict(rate(above(hits, cut))) for fpr, cut in cuts.items()},

@@ -66,6 +66,9 @@ def _screen(row: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
     for fpr, found in row["tpr_at_fpr"].items():
         rows.append((f"TPR at {100 * float(fpr):.0f} % FPR", percent(found), "", str(found["n"])))
+        tied = row.get("tied_at_fpr", {}).get(fpr)
+        if tied and tied["value"]:
+            rows.append(("  more that tie with the threshold", percent(tied), "", str(tied["n"])))
         on_test, twin = row["fpr_on_test"][fpr], row["fpr_on_clean_model"][fpr]
         rows.append(("  FPR then on clean test images", percent(on_test), percent(twin), str(on_test["n"])))
     return rows

@@ -5,13 +5,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def blend(images: Float[Tensor, "b c h w"], other: Float[Tensor, "#b c h w"], alpha: float) -> Float[Tensor, "b c h w"]:
-    """`alpha * images + (1 - alpha) * other`: alpha is the weight of the original.
+def blend(images: Float[Tensor, "b c h w"], other: Float[Tensor, "#b c h w"], keep: float) -> Float[Tensor, "b c h w"]:
+    """`keep * images + (1 - keep) * other`: `keep` is the weight of the original, in [0, 1].
 
     >>> blend(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), 0.75).item()
     0.25
     """
-    return torch.lerp(other.expand_as(images), images, alpha)
+    return torch.lerp(other.expand_as(images), images, keep)
 
 
 def paste(
