@@ -26,7 +26,12 @@ from vitrap.params import Param, check, hyperparameters, param
         (Param("d", odd=True, low=1, high=7), "odd, in [1, 7]", [1, 7], [6, 9]),
         (Param("d", choices=("a", "b")), "one of a, b", ["a", "b", None], ["c", "", 1]),
         (Param("d", choices=("a",), file=True), "one of a, or a file", ["a", "b.png", None], []),
-        (Param("d", low=1), ">= 1", [True, False, "text", (0,)], []),  # switches and words have no size
+        (
+            Param("d", low=1),
+            ">= 1",
+            [True, False, "text", (1, 2), ()],
+            [(0,), [1, 0]],
+        ),  # switches and words have no size
     ],
 )
 def test_what_a_parameter_allows(about: Param, words: str, allowed: list[Any], refused: list[Any]) -> None:

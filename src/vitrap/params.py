@@ -56,9 +56,11 @@ class Param:
         return f"{odd}in {left}{-float('inf') if self.low is None else self.low:g}, {self.high:g}{right}"
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` lies in the range; None (left to a default) always does."""
+        """Whether `value`, or each of several, lies in the range; None (left to a default) always does."""
         if value is None:
             return True
+        if isinstance(value, tuple | list):
+            return all(map(self.allows, value))
         if self.choices:
             return value in self.choices or self.file
         if isinstance(value, (str, bool)) or not isinstance(value, (int, float)):

@@ -581,7 +581,7 @@ def test_every_parameter_says_what_it_is_and_allows_its_default(name: str) -> No
         assert about.doc
         assert about.stands in STANDS
         assert about.allows(f.default)
-        assert about.range() or isinstance(f.default, bool), f"{f.name} has no range"
+        assert about.range() or isinstance(f.default, bool), f"{f.name} needs low, high, odd, choices or a Literal type"
     names = [f.name for f in fields(kind_of(name)())]
     assert names[:2] == ["target", "poison_rate"]
 
@@ -626,11 +626,15 @@ def other_value(f: Any, value: Any) -> Any:
     about: Param = f.metadata["param"]
     if isinstance(value, bool):
         return not value
-    if about.choices:
-        return next(c for c in about.choices if c != value)
-    value = 0 if value is None else value
-    candidates = (value + 2, value / 2, value * 3, 0.1) if isinstance(value, float) else ()
-    return next(v for v in (*candidates, value + 2) if v != value and about.allows(v))
+    if isinstance(value, tuple):
+        return (*value, *value)
+    candidates = [*about.choices, *(["another.png"] if about.file else [])]
+    if not candidates:
+        value = 0 if value is None else value
+        candidates = [value + 2, value / 2, value * 3, 0.1] if isinstance(value, float) else [value + 2]
+    found = next((v for v in candidates if v != value and about.allows(v)), None)
+    assert found is not None, f"{f.name} allows nothing but {value!r}: is it a parameter at all?"
+    return found
 
 
 def assert_identity(spec: Spec) -> None:

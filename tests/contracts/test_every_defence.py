@@ -915,7 +915,7 @@ def test_every_parameter_says_what_it_is_and_allows_its_default(name: str) -> No
         assert about.doc
         assert about.stands in STANDS
         assert about.allows(f.default)
-        assert about.range() or isinstance(f.default, bool), f"{f.name} has no range"
+        assert about.range() or isinstance(f.default, bool), f"{f.name} needs low, high, odd, choices or a Literal type"
 
 
 def beyond(about: Param) -> list[Any]:
