@@ -65,7 +65,7 @@ def summary(values: Tensor) -> dict[str, float]:
 def main(runs: str, pretrained: str) -> None:
     """Hold every network against the one that poisons in the run of its seed, then write."""
     small = held_out(None)
-    settings = load_sweep(SWEEP).points[0].spec.params
+    settings = load_sweep(SWEEP).points[0].spec.attack
     assert isinstance(settings, Ageb)
     found: dict[str, list[dict[str, Any]]] = {}
     poisoner: dict[int, Tensor] = {}

@@ -74,8 +74,8 @@ def main(runs: str) -> None:
     spec = load_sweep(SWEEP).points[0].spec
     trigger = vitrap.open_run(run_folder(spec, Path(runs))).trigger
     assert isinstance(trigger, Erosion)
-    assert isinstance(spec.params, Ageb)
-    surrogate, whole = trigger.surrogate, spec.params
+    assert isinstance(spec.attack, Ageb)
+    surrogate, whole = trigger.surrogate, spec.attack
     images = vitrap.open_data(spec.data.name, spec.data.size, spec.data.limit, holdout=spec.data.holdout).choose
 
     def at(level: float, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

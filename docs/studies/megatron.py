@@ -72,7 +72,7 @@ def shifts(spec: vitrap.Spec, folder: Path, network: Network) -> dict[str, dict[
         for shift in range(network.furthest + 1):
             moved = replace(done.trigger, top=done.trigger.top + down * shift, left=done.trigger.left + right * shift)
             fired = predict(done.model, triggered(some, moved), usual(spec.recipe.precision, some.device))
-            found[name][str(shift)] = vars(attack_success(fired, some.labels, AllToOne(spec.params.target)))
+            found[name][str(shift)] = vars(attack_success(fired, some.labels, AllToOne(spec.attack.target)))
     return found
 
 

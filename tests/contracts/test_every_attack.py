@@ -658,7 +658,7 @@ def test_spec_to_toml_to_spec_is_the_identity(name: str) -> None:
             "recipe": {"lr": 1e-5, "epochs": 3},
         }
     )
-    assert spec.params == kind_of(name)(**ATTACKS[name])
+    assert spec.attack == kind_of(name)(**ATTACKS[name])
     assert_identity(spec)
 
 
@@ -675,9 +675,9 @@ def test_every_setting_goes_into_the_spec_and_its_hash(name: str) -> None:
     for f in fields(kind_of(name)):
         own = {**setting, **COMPANIONS.get((name, f.name), {})}
         plain = parse_spec({"attack": own})
-        value = getattr(plain.params, f.name)
+        value = getattr(plain.attack, f.name)
         other = other_value(f, value)
         spec = parse_spec({"attack": {**own, f.name: other}})
-        assert getattr(spec.params, f.name) == other != value
+        assert getattr(spec.attack, f.name) == other != value
         assert spec.hash() != plain.hash(), f"{f.name} does not count"
         assert_identity(spec)

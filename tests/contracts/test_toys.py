@@ -123,7 +123,7 @@ def test_open_run_brings_back_what_was_measured(name: str, made: Made) -> None:
     folder, record = made(name)
     back, spec = open_run(folder), spec_of(name)
     world = open_data("digits", limit=150)
-    goal = spec.params.goal_for(10)
+    goal = spec.attack.goal_for(10)
     said = predict(back.model, triggered(world.test, back.trigger), Arithmetic())
     assert asdict(attack_success(said, world.test.labels, goal)) == record.victim["asr"]
 
@@ -170,7 +170,7 @@ def test_the_poisoned_set_or_why_there_is_none(name: str, made: Made, tmp_path: 
     assert held["train_poisoned"].sum() == record.data["n_poisoned"]
     assert held["train_covers"].sum() == record.data["n_covers"]
     true, now = held["train_true_labels"], held["train_labels"]
-    goal, poisoned = spec_of(name).params.goal_for(10), held["train_poisoned"]
+    goal, poisoned = spec_of(name).attack.goal_for(10), held["train_poisoned"]
     wanted = goal.labels(torch.from_numpy(true)).numpy()
     assert np.array_equal(now, np.where(poisoned, wanted, true))
     assert np.array_equal(held["triggered_labels"], goal.labels(torch.from_numpy(held["test_labels"])).numpy())
@@ -364,7 +364,7 @@ def test_a_network_that_its_file_cannot_build_is_refused_before_it_is_relied_on(
 
     from vitrap.experiment.trigger_file import check_networks
 
-    settings = spec_of("generator").params
+    settings = spec_of("generator").attack
     with pytest.raises(UserError, match="generator is a Linear, which its file cannot build again; .* `arguments`"):
         check_networks(Generated(torch.nn.Linear(1, 1)), settings)
     stranger = torch.nn.Linear(1, 1)
@@ -389,7 +389,7 @@ def test_a_trigger_file_builds_no_class_of_strangers(made: Made, tmp_path: Path)
         plain["generator"]["module"] = stranger
         save_file(weights, tmp_path / "t.safetensors", {**facts, "fields": json.dumps(plain)})
         with pytest.raises(UserError, match="it is not built"):
-            read_trigger(tmp_path / "t.safetensors", spec_of("generator").params)
+            read_trigger(tmp_path / "t.safetensors", spec_of("generator").attack)
 
 
 def _stage(folder: Path, kind: str, key: str = "*") -> Path:
@@ -409,5 +409,5 @@ def _toml(value: str) -> str:
 
 
 def test_threats_are_all_there() -> None:
-    found: set[Threat] = {spec_of(name).params.threat for name in ATTACKS}
+    found: set[Threat] = {spec_of(name).attack.threat for name in ATTACKS}
     assert found == {"data", "training", "weights"}

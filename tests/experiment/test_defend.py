@@ -107,7 +107,7 @@ def test_defences_in_a_spec_file(tmp_path: Path) -> None:
     path.write_text('[[defences]]\nname = "strip"\noverlays = 7\n[[defences]]\nname = "max_softmax"\n')
     spec = load_spec(path)
     assert [d.name for d in spec.defences] == ["strip", "max_softmax"]
-    assert spec.defences[0].params.overlays == 7
+    assert spec.defences[0].method.overlays == 7
     assert spec.table()["defences"][0]["overlays"] == 7
     assert parse_spec(spec.table()) == spec
     path.write_text('[[defences]]\nname = "max_softmax"\n[[defences]]\nname = "max_softmax"\n')
@@ -138,7 +138,7 @@ def test_a_wrong_defence_in_a_spec(defences: Any, message: str) -> None:
 
 def test_the_number_of_images_is_a_setting_of_a_screen(tmp_path: Path) -> None:
     few = load_defence("strip", ["screened=200", "overlays=7"])
-    assert (few.screened, few.params.overlays, few.table()["screened"]) == (200, 7, 200)
+    assert (few.screened, few.method.overlays, few.table()["screened"]) == (200, 7, 200)
     usual = load_defence("strip", ["overlays=7"])
     assert usual.screened == 1000
     assert "screened" not in usual.table()  # so that specs and rows of older vitraps keep their hashes
@@ -212,7 +212,7 @@ def test_scores_of_a_replaced_row_go_and_those_of_others_stay(folder: Path, monk
     old, stays = defend(folder, [NULL, few], device="cpu").defences
     own = folder / "scores" / "combined.safetensors"
     own.write_bytes(b"of the user's making")
-    monkeypatch.setattr(type(NULL.params), "version", 2)
+    monkeypatch.setattr(type(NULL.method), "version", 2)
     new = defend(folder, [NULL], device="cpu").defences[-1]
     assert new["scores"] != old["scores"]
     assert not (folder / old["scores"]).exists()
@@ -250,7 +250,7 @@ def test_a_raised_version_leaves_no_row_standing(folder: Path, monkeypatch: pyte
     tuned = load_defence("fine_tune", ["epochs=1"])
     (row,) = defend(folder, [tuned], device="cpu").defences
     assert row["version"] == 1
-    monkeypatch.setattr(type(tuned.params), "version", 2)
+    monkeypatch.setattr(type(tuned.method), "version", 2)
     (again,) = defend(folder, [tuned], device="cpu").defences
     assert again["version"] == 2
     assert again["key"] != row["key"]
@@ -352,7 +352,7 @@ def test_a_defence_that_means_something_else_has_another_row(folder: Path, monke
     record = defend(folder, [NULL], device="cpu")
     other, key = load_defence("strip", ["overlays=2"]), defending.row_key(record, NULL)
     before = defending.row_key(record, other)
-    monkeypatch.setattr(type(NULL.params), "version", NULL.params.version + 1)
+    monkeypatch.setattr(type(NULL.method), "version", NULL.method.version + 1)
     assert defending.row_key(record, NULL) != key == record.defences[0]["key"]
     assert defending.row_key(record, other) == before
 
@@ -521,8 +521,8 @@ def test_what_a_twin_comes_to_is_measured_once_for_all_attacks(
 ) -> None:
     tuned = load_defence("fine_tune", ["epochs=1"])
     applied: list[nn.Module] = []
-    apply = type(tuned.params).apply
-    monkeypatch.setattr(type(tuned.params), "apply", lambda self, s: applied.append(s.model) or apply(self, s))
+    apply = type(tuned.method).apply
+    monkeypatch.setattr(type(tuned.method), "apply", lambda self, s: applied.append(s.model) or apply(self, s))
     rows = [defend(run_folder(runs.specs[name], copied), [tuned], device="cpu").defences[0] for name in runs.specs]
     assert len(applied) == 3
     assert rows[0]["cda_clean_model"] == rows[1]["cda_clean_model"]

@@ -43,7 +43,7 @@ def test_it_opens_and_its_trigger_fires_as_it_did(old: Path) -> None:
     spec, world = parse_spec(record["spec"]), open_data("digits", limit=300)
     assert world.fingerprint == record["data"]["fingerprint"]
     said = predict(opened.model, triggered(world.test, opened.trigger), Arithmetic())
-    found = asdict(attack_success(said, world.test.labels, spec.params.goal_for(10)))
+    found = asdict(attack_success(said, world.test.labels, spec.attack.goal_for(10)))
     assert found["n"] == record["victim"]["asr"]["n"]
     assert found["value"] == pytest.approx(record["victim"]["asr"]["value"], abs=0.01)
 

@@ -67,7 +67,7 @@ def test_a_record_has_every_key_of_its_format(runs: Runs, name: str) -> None:
     assert record["defences"] == []
     assert record["precision"] == "fp32"
     assert set(record["data"]) == {"n_train", "n_test", "n_poisoned", "n_covers", "classes", "fingerprint", "n_curves"}
-    goal = runs.specs[name].params.target
+    goal = runs.specs[name].attack.target
     held = open_data("digits", limit=100).choose.labels
     assert record["data"]["n_curves"] == {"cda": 45, "asr": int((held != goal).sum())}
     last = record["curves"]["victim"]
@@ -246,7 +246,7 @@ def test_edited_code_moves_the_keys_of_what_uses_it_alone(
 def test_an_attack_that_means_something_else_has_other_victims(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(tiny(), "cpu")
     before, trigger = plan.keys(), plan.trigger_stage().key
-    monkeypatch.setattr(type(plan.spec.params), "version", plan.spec.params.version + 1)
+    monkeypatch.setattr(type(plan.spec.attack), "version", plan.spec.attack.version + 1)
     after = plan.keys()
     assert {k for k in before if before[k] != after[k]} == {"victim", "measure"}
     assert plan.trigger_stage().key != trigger
@@ -359,7 +359,7 @@ def test_agebs_trigger_fires_as_it_did(runs: Runs) -> None:
     surrogate = plan.surrogate.read(place, "cpu")
     access = Access(plan.world.train, surrogate, torch.Generator())
     images = plan.world.test.images(torch.arange(20))
-    wanted = runs.specs["ageb"].params.fit(access).trigger(images)
+    wanted = runs.specs["ageb"].attack.fit(access).trigger(images)
     assert torch.equal(open_run(runs.folder("ageb")).trigger(images), wanted)
     assert not torch.equal(wanted, images)
 
@@ -380,7 +380,7 @@ def test_a_damaged_run_is_refused(runs: Runs, copied: Path, file: str, damage: s
 def test_the_python_example(runs: Runs) -> None:
     """The names that the package offers, used as its users do."""
     spec = vitrap.load_spec(None, ["attack.name=badnets", "name=badnets"])
-    assert spec.attack == "badnets"
+    assert spec.attack_name == "badnets"
     back = vitrap.open_run(runs.folder("badnets"))
     images = vitrap.open_data("digits").test.images(torch.arange(4))
     assert back.model(back.trigger(images)).shape == (4, 10)

@@ -42,8 +42,8 @@ def refusal(*overrides: str, path: Path | None = None) -> str:
 
 def test_the_embedded_default_is_ageb_on_digits() -> None:
     spec = load_spec()
-    assert (spec.name, spec.seed, spec.data.name, spec.attack) == ("ageb-digits", 0, "digits", "ageb")
-    assert isinstance(spec.params, Ageb)
+    assert (spec.name, spec.seed, spec.data.name, spec.attack_name) == ("ageb-digits", 0, "digits", "ageb")
+    assert isinstance(spec.attack, Ageb)
     assert spec.surrogate is None
 
 
@@ -86,14 +86,14 @@ def test_a_base_is_relative_to_its_file_and_own_keys_go_over_it(write) -> None:
     path = write("deep/er/mine.toml", 'base = "../middle.toml"\nname = "mine"\n[attack]\nsize = 7')
     spec = load_spec(path)
     assert (spec.name, spec.seed, spec.data.limit, spec.recipe.epochs) == ("mine", 3, 200, 2)
-    assert spec.params == BadNets(target=4, size=7)
+    assert spec.attack == BadNets(target=4, size=7)
 
 
 def test_a_spec_with_another_attack_keeps_only_the_bases_target(write) -> None:
     write("base.toml", '[data]\nname = "digits"\nsize = 32\nlimit = 90\n[attack]\ntarget = 3\nalpha = 0.2')
     spec = load_spec(write("mine.toml", 'base = "base.toml"\n[data]\nname = "gtsrb"\n[attack]\nname = "badnets"'))
     assert spec.data == DataTable("gtsrb", limit=90)
-    assert spec.params == BadNets(target=3)
+    assert spec.attack == BadNets(target=3)
 
 
 def test_a_circle_of_bases_is_refused(write) -> None:
@@ -120,10 +120,10 @@ def test_a_base_must_be_a_path_that_is_there(write) -> None:
         ("name=b", lambda s: s.name, "b"),
         ('name="3"', lambda s: s.name, "3"),
         ("name=it's = fine", lambda s: s.name, "it's = fine"),
-        ("attack.alpha=0.25", lambda s: s.params.alpha, 0.25),
-        ("attack.alpha=1", lambda s: s.params.alpha, 1.0),
-        ("attack.poison_rate=1e-2", lambda s: s.params.poison_rate, 0.01),
-        ("attack.route=score", lambda s: s.params.route, "score"),
+        ("attack.alpha=0.25", lambda s: s.attack.alpha, 0.25),
+        ("attack.alpha=1", lambda s: s.attack.alpha, 1.0),
+        ("attack.poison_rate=1e-2", lambda s: s.attack.poison_rate, 0.01),
+        ("attack.route=score", lambda s: s.attack.route, "score"),
         ("recipe.flip=true", lambda s: s.recipe.flip, True),
         ("data.name=npy:some/where", lambda s: s.data.name, "npy:some/where"),
         ("model.embed_dim=32", lambda s: s.model.overrides, {"embed_dim": 32}),
@@ -144,14 +144,14 @@ def test_a_later_override_goes_over_an_earlier_one() -> None:
 
 def test_another_attack_drops_the_keys_of_the_first_but_the_target(write) -> None:
     path = write("mine.toml", "[attack]\ntarget = 4\npoison_rate = 0.2\nalpha = 0.3")
-    assert load_spec(path, ["attack.name=badnets"]).params == BadNets(target=4)
-    assert load_spec(path, ["attack.name=ageb"]).params == Ageb(target=4, poison_rate=0.2, alpha=0.3)
+    assert load_spec(path, ["attack.name=badnets"]).attack == BadNets(target=4)
+    assert load_spec(path, ["attack.name=ageb"]).attack == Ageb(target=4, poison_rate=0.2, alpha=0.3)
 
 
 def test_the_other_overrides_apply_after_the_name_wherever_they_stand(write) -> None:
     path = write("mine.toml", "[attack]\ntarget = 4\nsize = 5")
     for overrides in (["attack.size=2", "attack.name=badnets"], ["attack.name=badnets", "attack.size=2"]):
-        assert load_spec(path, overrides).params == BadNets(target=4, size=2)
+        assert load_spec(path, overrides).attack == BadNets(target=4, size=2)
 
 
 def test_another_data_set_keeps_the_limit_alone() -> None:
@@ -379,7 +379,7 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
         "model.depth=2",
         "surrogate.depth=2",
         "attack.name=badnets",
-        *(f"attack.{f.name}={_another(getattr(spec.params, f.name), f)}" for f in fields(Ageb)),
+        *(f"attack.{f.name}={_another(getattr(spec.attack, f.name), f)}" for f in fields(Ageb)),
         *(f"recipe.{f.name}={_another(getattr(spec.recipe, f.name), f)}" for f in fields(Recipe)),
     ]
     hashes = [spec.hash(), *(load_spec(None, [change]).hash() for change in changes)]

@@ -26,7 +26,7 @@ def test_the_runs_are_all_combinations(write: Write):
     path = write('[grid]\nseed = [0, 1, 2]\n"attack.poison_rate" = [0.1, 0.2]\nattack.alpha = [0.3, 0.4]\n')
     sweep = load_sweep(path)
     assert sweep.name == "sweep"
-    found = [(p.spec.seed, p.spec.params.poison_rate, p.spec.params.alpha) for p in sweep.points]
+    found = [(p.spec.seed, p.spec.attack.poison_rate, p.spec.attack.alpha) for p in sweep.points]
     assert sorted(found) == sorted(product((0, 1, 2), (0.1, 0.2), (0.3, 0.4)))
     assert len({p.spec.hash() for p in sweep.points}) == 12
     assert sweep.points[0].settings == {"seed": 0, "attack.poison_rate": 0.1, "attack.alpha": 0.3}
@@ -45,10 +45,10 @@ def test_cases_hold_settings_that_belong_together(write: Write):
         "[[grid.case]]\nattack = {name = 'ageb', alpha = 0.4}\n"
     )
     points = load_sweep(path).points
-    assert [(p.spec.attack, p.spec.seed) for p in points] == [
+    assert [(p.spec.attack_name, p.spec.seed) for p in points] == [
         ("badnets", 0), ("badnets", 1), ("ageb", 0), ("ageb", 1),
     ]  # fmt: skip
-    assert (points[0].spec.params.size, points[2].spec.params.alpha) == (2, 0.4)
+    assert (points[0].spec.attack.size, points[2].spec.attack.alpha) == (2, 0.4)
     assert points[0].settings["title"] == "A"
     assert points[0].label == "attack.name = badnets, attack.size = 2, seed = 0"
 
@@ -60,7 +60,7 @@ def test_a_list_in_a_case_is_several_cases_but_a_list_of_defences_one(write: Wri
         "[[grid.case]]\ntitle = 'one'\nseed = 0\n"
     )
     found = [
-        (p.settings["title"], p.spec.seed, p.spec.params.alpha, len(p.spec.defences)) for p in load_sweep(path).points
+        (p.settings["title"], p.spec.seed, p.spec.attack.alpha, len(p.spec.defences)) for p in load_sweep(path).points
     ]
     assert found == [
         *(("some", seed, alpha, 2) for seed in (1, 2) for alpha in (0.3, 0.4)),
@@ -71,7 +71,7 @@ def test_a_list_in_a_case_is_several_cases_but_a_list_of_defences_one(write: Wri
 def test_a_name_comes_before_the_settings_that_it_would_drop(write: Write):
     path = write("[attack]\nalpha = 0.9\n[grid]\n'attack.size' = [2]\n'attack.name' = ['badnets']\n")
     (point,) = load_sweep(path).points
-    assert (point.spec.attack, point.spec.params.size) == ("badnets", 2)
+    assert (point.spec.attack_name, point.spec.attack.size) == ("badnets", 2)
 
 
 def test_a_base_in_the_grid_is_where_a_run_starts(write: Write, tmp_path: Path):
@@ -84,7 +84,7 @@ def test_a_base_in_the_grid_is_where_a_run_starts(write: Write, tmp_path: Path):
     (tmp_path / "deep" / "two.toml").write_text("name = 'two'\nseed = 1\n[attack]\nname = 'badnets'\n")
     points = load_sweep(path).points
     assert [(p.spec.name, p.spec.seed) for p in points] == [("one", 0), ("two", 1)]
-    assert {(p.spec.params.size, p.spec.recipe.epochs) for p in points} == {(4, 7)}
+    assert {(p.spec.attack.size, p.spec.recipe.epochs) for p in points} == {(4, 7)}
 
 
 def test_runs_that_differ_by_their_defences_are_one_run_with_all_of_them(write: Write):
@@ -154,7 +154,7 @@ def test_a_very_large_grid_is_asked_about(write: Write, monkeypatch: pytest.Monk
 def test_a_base_that_is_a_sweep_gives_its_settings_alone(write: Write):
     write("name = 'first'\n[recipe]\nepochs = 3\n[grid]\nseed = [0, 1]\n[page]\nfile = 'x.md'\n", "first.toml")
     sweep = load_sweep(write("base = 'first.toml'\n[grid]\nattack.target = [1, 2]\n"))
-    assert [(p.spec.seed, p.spec.params.target, p.spec.recipe.epochs) for p in sweep.points] == [(0, 1, 3), (0, 2, 3)]
+    assert [(p.spec.seed, p.spec.attack.target, p.spec.recipe.epochs) for p in sweep.points] == [(0, 1, 3), (0, 2, 3)]
     assert sweep.page == {}
     assert load_spec(write("base = 'first.toml'\n", "one.toml")).recipe.epochs == 3
 

@@ -102,8 +102,8 @@ def row_key(record: Record, defence: Named) -> str:
     """A hash of all that a row rests on: victim, twin, the defence's settings, version and code."""
     models = {name: key for name, key in record.stages.items() if name != "measure"}
     attack = inspect.getfile(registry.get("attacks", record.spec["attack"]["name"]))
-    code = {"defence": defence_code(defence.params), "attack": code_digest(attack)}
-    depends = {"defence": defence.table(), "version": defence.params.version, "code": code}
+    code = {"defence": defence_code(defence.method), "attack": code_digest(attack)}
+    depends = {"defence": defence.table(), "version": defence.method.version, "code": code}
     return Stage("defence", {**models, **depends}).key
 
 
@@ -138,7 +138,7 @@ class Finished:
         victim = plan.victim.read(self.folder / "model.safetensors", plan.device)
         twin = plan.victim.read(self._twin() / "model.safetensors", plan.device)
         # Read the trigger that it made, and have the attack say how that gets into a training set.
-        attack, train = plan.spec.params, plan.world.train
+        attack, train = plan.spec.attack, plan.world.train
         fitted = read_fitted(self.folder, attack, device=plan.device)
         if fitted.trigger is None:
             place = self.folder / "trigger.safetensors"
@@ -193,7 +193,7 @@ class Finished:
             **plan.twin_stage().depends,
             "victim": self.record.stages["victim"],
             "kept": digest(kept.index.tolist()),
-            "code": training_code(inspect.getfile(type(plan.spec.params))),
+            "code": training_code(inspect.getfile(type(plan.spec.attack))),
         }
         steps = training_steps(plan.spec, len(kept))
         make = partial(make_retrained, plan, kept, self.steps("train without what was flagged", steps))
@@ -205,11 +205,11 @@ class Finished:
         depends = {
             "twin": self.record.stages["twin"],
             "defence": asked.table(),
-            "version": asked.params.version,
+            "version": asked.method.version,
             "seed": self.plan.spec.seed,
             "device": self.plan.device.type,
             "arithmetic": asdict(self.plan.arithmetic),
-            "code": defence_code(asked.params),
+            "code": defence_code(asked.method),
         }
         place = self._store.stage(Stage("defended", depends), lambda folder: write_json(folder / "facts.json", find()))
         return json.loads((place / "facts.json").read_text("utf-8"))

@@ -55,7 +55,7 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
     Raises:
         UserError: the folder is not empty, or the attack has no poisoned set to write.
     """
-    check_export(plan.spec.attack, implant)
+    check_export(plan.spec.attack_name, implant)
     check_folder(folder)
     assert implant.poison is not None
     assert fitted.trigger is not None
@@ -80,7 +80,7 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
             np.save(draft / f"{name}.npy", values.cpu().numpy(), allow_pickle=False)
         if test.classes:
             (draft / "classes.txt").write_text("\n".join(test.classes) + "\n", encoding="utf-8")
-        write_json(draft / "poison.json", {**carries(plan.spec, "poisoned set"), "threat": plan.spec.params.threat})
+        write_json(draft / "poison.json", {**carries(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat})
         draft.chmod(0o755)
         draft.rename(folder)
     finally:

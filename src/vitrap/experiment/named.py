@@ -18,17 +18,17 @@ class Named:
 
     Attributes:
         name: that it is registered under.
-        params: the defence itself, a frozen dataclass.
+        method: the defence itself, with its settings.
         screened: how many images of each kind are scored; of screens alone.
     """
 
     name: str
-    params: Any
+    method: Any
     screened: int = SCREENED
 
     def table(self) -> Table:
         """As a spec has it, under `[[defences]]`; the usual number of images is left out."""
-        return {"name": self.name, **defence_settings({"params": asdict(self.params), "screened": self.screened})}
+        return {"name": self.name, **defence_settings({"params": asdict(self.method), "screened": self.screened})}
 
 
 def defence_settings(row: Mapping[str, Any]) -> Table:

@@ -126,7 +126,7 @@ class Case:
 
 def measure_defence(asked: Named, case: Case, tick: Tick) -> tuple[Table, Scores | None]:
     """One row of a record: what a defence is, what it took, and what it makes of victim and twin; a screen's scores."""
-    defence = asked.params
+    defence = asked.method
     seconds: Seconds = {}
     # Apply it to the victim: the row states how long this takes.
     train = case.poisoned.unmarked() if defence.needs_train else None
@@ -150,8 +150,8 @@ def measure_defence(asked: Named, case: Case, tick: Tick) -> tuple[Table, Scores
 
 def apply_to_twin(asked: Named, case: Case, tick: Tick) -> Outcome:
     """What the defence makes of the clean twin, with the same random stream as of the victim."""
-    train = case.world.train if asked.params.needs_train else None
-    outcome = checked(asked, asked.params.apply(case.suspect(case.twin, train, asked.name)))
+    train = case.world.train if asked.method.needs_train else None
+    outcome = checked(asked, asked.method.apply(case.suspect(case.twin, train, asked.name)))
     tick()
     return outcome
 
@@ -162,10 +162,10 @@ def checked(asked: Named, outcome: Outcome) -> Outcome:
     Raises:
         UserError: it is not.
     """
-    wanted = KINDS[asked.params.kind]
+    wanted = KINDS[asked.method.kind]
     if not isinstance(outcome, wanted):
         raise UserError(
-            f"defence {asked.name} calls itself a {asked.params.kind} and came to a {type(outcome).__name__}, not to a"
+            f"defence {asked.name} calls itself a {asked.method.kind} and came to a {type(outcome).__name__}, not to a"
             f" {wanted.__name__}; mend its kind"
         )
     if isinstance(outcome, Judged):

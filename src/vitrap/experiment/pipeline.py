@@ -64,7 +64,7 @@ class Stages:
                 ready.get("test_surrogate"),
                 plan.other.train if plan.other else None,
             )
-            make_trigger(plan, access, self.steps(f"fit {plan.spec.attack}", None), folder)
+            make_trigger(plan, access, self.steps(f"fit {plan.spec.attack_name}", None), folder)
 
         return self.store.stage(plan.trigger_stage(), make, self.redo == "all")
 
@@ -96,11 +96,11 @@ def ready_surrogate(plan: Plan, network: Network, place: Path | None) -> nn.Modu
 
 def fit_of(plan: Plan, trigger: Path) -> Fitted:
     """What `fit` came to, from the trigger's stage."""
-    fitted = read_fitted(trigger, plan.spec.params, device=plan.device)
+    fitted = read_fitted(trigger, plan.spec.attack, device=plan.device)
     return replace(fitted, report=read_json(trigger / "facts.json")["report"])
 
 
 def implant_of(plan: Plan, fitted: Fitted, generator: torch.Generator) -> Implant:
     """How the trigger gets into the victim; what is drawn for it comes from `generator`."""
     other = plan.other.train if plan.other else None
-    return plan.spec.params.implant(Access(plan.world.train, None, generator, other=other), fitted)
+    return plan.spec.attack.implant(Access(plan.world.train, None, generator, other=other), fitted)

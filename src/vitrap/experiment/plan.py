@@ -65,7 +65,7 @@ class Plan:
     @property
     def goal(self) -> Goal:
         """What the attacker wants."""
-        return self.spec.params.goal_for(self.world.train.n_classes)
+        return self.spec.attack.goal_for(self.world.train.n_classes)
 
     def surrogates(self) -> dict[str, tuple[Network, int]]:
         """The attacker's own networks by name, each with its seed."""
@@ -93,8 +93,8 @@ class Plan:
 
     def victim_stage(self) -> Stage:
         """The victim."""
-        attack = self.spec.params
-        named = {"name": self.spec.attack, "version": attack.version, **asdict(attack), **self._contents()}
+        attack = self.spec.attack
+        named = {"name": self.spec.attack_name, "version": attack.version, **asdict(attack), **self._contents()}
         depends = {
             "network": self.victim.depends,
             "seed": self.spec.seed,
@@ -112,7 +112,7 @@ class Plan:
         alone = () if self.surrogates() else ("arithmetic",)  # where no network computes it
         for name in ("network", "recipe", "twin", *alone):
             depends.pop(name, None)
-        return Stage("trigger", {**depends, "code": fitting_code(inspect.getfile(type(self.spec.params)))})
+        return Stage("trigger", {**depends, "code": fitting_code(inspect.getfile(type(self.spec.attack)))})
 
     def keys(self) -> dict[str, str]:
         """The key of everything that the run's record rests on."""
@@ -124,7 +124,7 @@ class Plan:
 
     def _contents(self) -> dict[str, str]:
         """The content of the files and data sets that the attack's settings name, each in place of its name."""
-        attack, found = self.spec.params, {}
+        attack, found = self.spec.attack, {}
         for f in fields(attack):
             path = Path(str(getattr(attack, f.name)))
             if f.metadata["param"].file and path.is_file():
@@ -181,15 +181,15 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     _check_batches(spec, tried)
     make_optimiser(tried, spec.recipe)
     state_seconds()
-    if hasattr(spec.params, "check_victim"):
-        spec.params.check_victim(tried)
-    if any(defence.params.needs_attention for defence in spec.defences):
+    if hasattr(spec.attack, "check_victim"):
+        spec.attack.check_victim(tried)
+    if any(defence.method.needs_attention for defence in spec.defences):
         transformer(tried)
     for network in (surrogate, second):
         if network is not None:
             ready = try_out(network, world)
-            if hasattr(spec.params, "check_surrogate"):
-                spec.params.check_surrogate(ready, first_image(world))
+            if hasattr(spec.attack, "check_surrogate"):
+                spec.attack.check_surrogate(ready, first_image(world))
     arithmetic = arithmetic_of(spec.recipe, tried, chosen)
     other = _other_images(spec, world, chosen)
     return Plan(spec, world, chosen, arithmetic, victim, surrogate, content, second, other)
@@ -222,12 +222,12 @@ def choose_device(name: str) -> torch.device:
 
 def _check_attack(spec: Spec, world: World) -> None:
     """Whether the attack suits the data: its seed, image size, classes, and images enough for its rates."""
-    attack, train = spec.params, world.train
+    attack, train = spec.attack, world.train
     taken = (SURROGATE_SEED, *((TEST_SURROGATE_SEED,) if spec.test_surrogate else ()))
     if attack.needs_surrogate and spec.seed in taken:
         raise UserError(f"seed = {spec.seed} is the surrogate's own: the twin would be the surrogate; choose another")
     if spec.test_surrogate is not None and not getattr(attack, "test_surrogate", False):
-        raise UserError(f"attack {spec.attack} has no surrogate at test time; remove [test_surrogate]")
+        raise UserError(f"attack {spec.attack_name} has no surrogate at test time; remove [test_surrogate]")
     if hasattr(attack, "check"):
         attack.check(train.size)
     for name in ("target", "source"):
@@ -251,7 +251,7 @@ def _surrogates(spec: Spec, world: World, victim: Network) -> tuple[Network | No
     A surrogate that the spec does not describe starts like the victim, fresh or from pretrained weights, and is trained
     with a seed of its own. It never has weights that are the victim's alone: a checkpoint, a network from outside.
     """
-    if not spec.params.needs_surrogate:
+    if not spec.attack.needs_surrogate:
         return None, None
     found = [network_of(table, world) if table else None for table in (spec.surrogate, spec.test_surrogate)]
     return found[0] or replace(victim, checkpoint=None, module=None), found[1]
@@ -263,7 +263,7 @@ def _other_images(spec: Spec, world: World, device: torch.device) -> World | Non
     Raises:
         UserError: it cannot be opened.
     """
-    names = [getattr(spec.params, f.name) for f in fields(spec.params) if f.metadata["param"].data]
+    names = [getattr(spec.attack, f.name) for f in fields(spec.attack) if f.metadata["param"].data]
     named = [name for name in names if name is not None]
     if not named:
         return None

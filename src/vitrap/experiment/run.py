@@ -106,8 +106,8 @@ def poison(
     """
     plan, folder = make_plan(spec, device, steps=steps), Path(folder)
     store = Store(Path(out), lambda name: steps(name, None))
-    if spec.params.threat == "weights":
-        check_export(spec.attack, Implant())
+    if spec.attack.threat == "weights":
+        check_export(spec.attack_name, Implant())
     check_folder(folder)
     store.check()
     stages = Stages(plan, store, "nothing", steps)
@@ -142,7 +142,7 @@ def open_run(
         model = read_model(folder / "model.safetensors")
     else:
         load_weights(model, folder / "model.safetensors")
-    trigger = read_trigger(folder / "trigger.safetensors", parse_spec(record.spec).params, networks)
+    trigger = read_trigger(folder / "trigger.safetensors", parse_spec(record.spec).attack, networks)
     return Opened(model.eval(), trigger, record)
 
 
@@ -168,7 +168,7 @@ def make_run(stages: Stages, folder: Path) -> Record:
     forget_peaks(plan.device)
     surrogates = stages.surrogates()
     trigger = stages.trigger(surrogates)
-    twin = stages.twin() if plan.spec.params.threat == "weights" else None  # the victim starts from it
+    twin = stages.twin() if plan.spec.attack.threat == "weights" else None  # the victim starts from it
     victim = stages.victim(trigger, twin)
     twin = twin or stages.twin()
     earlier = _rows(folder) if stages.redo == "nothing" else []
@@ -207,7 +207,7 @@ def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, folder: P
     test, seconds = plan.world.test, dict[str, float]()
     victim, twin = (plan.victim.read(models[name] / "model.safetensors", plan.device) for name in ("victim", "twin"))
     # The trigger is as training or an edit has left it, in this call or an earlier one.
-    fitted = read_fitted(models["victim"], plan.spec.params, device=plan.device)
+    fitted = read_fitted(models["victim"], plan.spec.attack, device=plan.device)
     implant = implant_of(plan, fitted, read_stream(trigger, plan.spec.seed))
     assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
     backdoor = Backdoor(fitted.trigger, plan.goal, implant.examine)
@@ -251,7 +251,7 @@ def to_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: M
         victim=measured.victim,
         diagnosis=diagnose(measured.victim),
         attack={**about["report"], **measured.attack},
-        attack_version=spec.params.version,
+        attack_version=spec.attack.version,
         curves={name: fact["curves"] for name, fact in facts.items()},
         **asdict(plan.arithmetic),
         memory=memory(plan.device),

@@ -108,8 +108,8 @@ class Spec:
         model: the victim's network.
         surrogate: the attacker's own network; None: like the victim's, other seed.
         test_surrogate: a second one, which the trigger uses at test time; None: the same as in training.
-        attack: the attack's name.
-        params: the attack itself, a frozen dataclass.
+        attack_name: what the attack is registered under.
+        attack: the attack itself, with its settings.
         recipe: how every model of the run is trained.
         defences: what is tried against the victim; decides nothing about it.
     """
@@ -119,8 +119,8 @@ class Spec:
     data: DataTable
     model: ModelTable
     surrogate: ModelTable | None
-    attack: str
-    params: Any
+    attack_name: str
+    attack: Any
     recipe: Recipe
     defences: tuple[Named, ...] = ()
     test_surrogate: ModelTable | None = None
@@ -134,7 +134,7 @@ class Spec:
             "model": _flat(self.model),
             "surrogate": _flat(self.surrogate) if self.surrogate else None,
             "test_surrogate": _flat(self.test_surrogate) if self.test_surrogate else None,
-            "attack": {"name": self.attack, **asdict(self.params)},
+            "attack": {"name": self.attack_name, **asdict(self.attack)},
             "recipe": asdict(self.recipe),
             "defences": [_without_none(defence.table()) for defence in self.defences] or None,
         }

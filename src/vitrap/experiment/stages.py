@@ -101,10 +101,10 @@ def make_trigger(plan: Plan, access: Access, show: AbstractContextManager[Tick],
     keeper = _keeper(folder, carries(spec, "trigger"), access.generator)
     access = replace(access, keeper=keeper)
     with show, ambient(spec.seed, "fit", plan.device):  # for first weights of networks, which draw from torch's state
-        fitted = spec.params.fit(access)
+        fitted = spec.attack.fit(access)
     for trigger in (fitted.trigger, fitted.stored):
         if trigger is not None:
-            check_networks(trigger, spec.params)
+            check_networks(trigger, spec.attack)
     keep_triggers(spec, fitted, folder)
     carried = {"vitrap": json.dumps(carries(spec, "trigger"))}
     save_file({"state": access.generator.get_state()}, folder / STREAM, carried)
@@ -151,7 +151,7 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
         with timed(facts.setdefault("seconds", {}), "poison"), steps("poison the training set", None):
             poisoned = implant.poison(train_set, stream(spec.seed, "poison"))
     start = time.perf_counter()
-    if spec.params.threat == "weights":
+    if spec.attack.threat == "weights":
         # An attacker of weights starts from the model that an honest training gives: the twin.
         model = plan.victim.read(places["twin"] / "model.safetensors", plan.device)
         earlier = read_json(places["twin"] / "facts.json")
@@ -163,7 +163,7 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
         start -= keeper.seconds
     after, report = fitted, dict(fitted.report)
     if implant.edit is not None:
-        show = steps(f"edit the weights by {spec.attack}", None)
+        show = steps(f"edit the weights by {spec.attack_name}", None)
         with show, ambient(spec.seed, "edit", plan.device):
             edited = implant.edit(model, stream(spec.seed, "edit"))
         model, after = edited.model, replace(fitted, trigger=edited.trigger)
@@ -200,7 +200,7 @@ def keep_triggers(spec: Spec, fitted: Fitted, folder: Path) -> None:
     carried = json.dumps(carries(spec, "trigger"))
     for name, trigger in ((TRIGGER, fitted.trigger), (STORED, fitted.stored)):
         if trigger is not None:
-            save_trigger(trigger, spec.params, folder / name, vitrap=carried)
+            save_trigger(trigger, spec.attack, folder / name, vitrap=carried)
 
 
 def carries(
@@ -210,8 +210,8 @@ def carries(
     return {
         "role": role,
         "backdoor": True,
-        "attack": spec.attack,
-        "warning": f"{role} of a backdoor ({spec.attack}), implanted for research; not to be deployed",
+        "attack": spec.attack_name,
+        "warning": f"{role} of a backdoor ({spec.attack_name}), implanted for research; not to be deployed",
         "spec": {k: v for k, v in spec.table().items() if k not in ("name", "defences")},
     }
 

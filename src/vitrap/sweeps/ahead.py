@@ -57,7 +57,7 @@ def look_ahead(grid: Sweep, shelf: Shelf, device: str = "cpu", threads: int = 1)
         alike, seconds = kin.get(_kin(spec), []), 0.0
         if state != "record there":
             shared = {"twin": twin(spec)}
-            if point.spec.params.needs_surrogate:
+            if point.spec.attack.needs_surrogate:
                 shared["surrogate"] = _surrogate(spec)
             own = () if state == "defences missing" else ("poison", "victim", "fit", "measure")
             parts = [*own, *(part for part, stage in shared.items() if stage not in made)]
@@ -88,7 +88,7 @@ def _kin(spec: Mapping[str, Any]) -> str:
 
 def _cost(point: Point, alike: Sequence[Table], parts: Sequence[str], missing: Sequence[Any], threads: int) -> float:
     """Seconds of what is still to be made; of runs with the same attack, where there are any."""
-    same = [record for record in alike if record["spec"]["attack"]["name"] == point.spec.attack] or alike
+    same = [record for record in alike if record["spec"]["attack"]["name"] == point.spec.attack_name] or alike
     known = [
         [_seconds(record, record["seconds"][part], threads) for record in same if part in record["seconds"]]
         for part in parts

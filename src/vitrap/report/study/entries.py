@@ -100,11 +100,11 @@ def _of_point(
     rows = [(row, _defence(row)) for row in record.get("defences", [])] if record else []
     for defence in point.spec.defences:
         own = {**keys, DEFENCE: next(label for each, label in named if each == defence)}
-        how = {**defence.table(), **({"screened": defence.screened} if defence.params.kind == "screen" else {})}
+        how = {**defence.table(), **({"screened": defence.screened} if defence.method.kind == "screen" else {})}
         own |= {f"{DEFENCE}.{key}": value for key, value in how.items()}
         row = next((row for row, met in rows if met == defence), None)
         state = "not run" if row is None else "found"
-        yield Entry(own, defence.params.kind, state if record else missing, _values(of_row(row)) if row else {})
+        yield Entry(own, defence.method.kind, state if record else missing, _values(of_row(row)) if row else {})
 
 
 def _defence(row: Mapping[str, Any]) -> Named | None:
@@ -125,9 +125,9 @@ def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
         each += [] if defence in each else [defence]
     labels = []
     for defence in each:
-        tables = [asdict(other.params) for other in each if other.name == defence.name]
+        tables = [asdict(other.method) for other in each if other.name == defence.name]
         apart = [key for key in tables[0] if any(table[key] != tables[0][key] for table in tables)]
-        own = asdict(defence.params)
+        own = asdict(defence.method)
         # an optimiser brings its own rate: the word alone says which
         words = [key for key in apart if isinstance(own[key], str)]
         shown = [str(own[key]) for key in words] or [f"{key} {own[key]}" for key in apart]
