@@ -42,7 +42,7 @@ def test_what_a_parameter_allows(about: Param, words: str, allowed: list[Any], r
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = param(3, "how many", symbol="n", unit="steps", stands="paper", low=1)
+    steps: int = param(3, "how many", symbol="n", unit="steps", source="paper", low=1)
     kind: str = param("a", "which", choices=("a", "b"))
     rate: float | None = param(None, "how fast", low=0, high=1, open=True)
     layers: list = param([1, 2], "where")
@@ -60,8 +60,8 @@ class Demanding:
 
 def test_a_field_carries_its_parameter() -> None:
     about = {f.name: f.metadata.get("param") for f in fields(Settings)}
-    assert about["steps"] == Param("how many", symbol="n", unit="steps", stands="paper", low=1)
-    assert about["kind"].stands == "assumed", "what nobody vouches for is assumed"
+    assert about["steps"] == Param("how many", symbol="n", unit="steps", source="paper", low=1)
+    assert about["kind"].source == "assumed", "what nobody vouches for is assumed"
     assert about["plain"] is None
 
 

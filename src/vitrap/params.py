@@ -1,4 +1,4 @@
-"""A hyper-parameter as a dataclass field: its default, meaning, unit, range, and where the default stands."""
+"""A hyper-parameter as a dataclass field: its default, meaning, unit, range, and the source of the default."""
 
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import wraps
@@ -9,7 +9,7 @@ from vitrap.errors import UserError, unknown
 
 T = TypeVar("T")
 
-Stands = Literal["paper", "code", "field", "assumed"]
+Source = Literal["paper", "code", "field", "assumed"]
 """Where a default comes from: the paper, its reference code, what the field commonly uses, or nowhere but us."""
 
 
@@ -21,7 +21,7 @@ class Param:
         doc: its meaning, in a few words.
         symbol: its symbol in the paper, "" where the paper has none.
         unit: its unit, "" for a pure number.
-        stands: where the default comes from.
+        source: where the default comes from.
         low: the least value allowed, None for no bound.
         high: the greatest value allowed, None for no bound.
         open: whether `low` and `high` themselves are refused; "low" for `low` alone.
@@ -34,7 +34,7 @@ class Param:
     doc: str
     symbol: str = ""
     unit: str = ""
-    stands: Stands = "assumed"
+    source: Source = "assumed"
     low: float | None = None
     high: float | None = None
     open: bool | Literal["low"] = False

@@ -96,9 +96,9 @@ def test_explain_has_a_row_for_every_parameter(explained: str, field: str) -> No
     (f,) = (f for f in fields(Ageb) if f.name == field)
     about = f.metadata["param"]
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in explained.splitlines()]
-    assert ["symbol", "parameter", "default", "stands", "meaning [unit; range]"] in rows
+    assert ["symbol", "parameter", "default", "source", "meaning [unit; range]"] in rows
     (row,) = (row for row in rows if len(row) == 5 and row[1] == field)
-    assert [row[0], row[2], row[3]] == [about.symbol, str(f.default), about.stands]
+    assert [row[0], row[2], row[3]] == [about.symbol, str(f.default), about.source]
     assert row[4].startswith(about.doc)
     assert about.unit in row[4].removeprefix(about.doc)
     assert about.range() in row[4].removeprefix(about.doc)

@@ -46,7 +46,7 @@ from vitrap.params import Param
 from vitrap.tensors.pixels import to_bytes
 
 N_CLASSES = 10
-THREATS, LABELS, STANDS = ("data", "training", "weights"), ("dirty", "clean"), ("paper", "code", "field", "assumed")
+THREATS, LABELS, SOURCES = ("data", "training", "weights"), ("dirty", "clean"), ("paper", "code", "field", "assumed")
 
 
 def kind_of(name: str) -> type[Any]:
@@ -579,7 +579,7 @@ def test_every_parameter_says_what_it_is_and_allows_its_default(name: str) -> No
         about = f.metadata["param"]
         assert isinstance(about, Param)
         assert about.doc
-        assert about.stands in STANDS
+        assert about.source in SOURCES
         assert about.allows(f.default)
         assert about.range() or isinstance(f.default, bool), f"{f.name} needs low, high, odd, choices or a Literal type"
     names = [f.name for f in fields(kind_of(name)())]

@@ -45,7 +45,7 @@ N_CLASSES = 10
 MISSING = 3
 """The class that is missing where one is."""
 KINDS: dict[OutcomeKind, type[Any]] = {"screen": Screen, "repair": Repaired, "filter": Flagged, "judgement": Judged}
-STANDS = ("paper", "code", "field", "assumed")
+SOURCES = ("paper", "code", "field", "assumed")
 HALF = Arithmetic("bf16", "eager")
 
 
@@ -913,7 +913,7 @@ def test_every_parameter_says_what_it_is_and_allows_its_default(name: str) -> No
         about = f.metadata["param"]
         assert isinstance(about, Param)
         assert about.doc
-        assert about.stands in STANDS
+        assert about.source in SOURCES
         assert about.allows(f.default)
         assert about.range() or isinstance(f.default, bool), f"{f.name} needs low, high, odd, choices or a Literal type"
 

@@ -12,7 +12,7 @@ least 4 x 4 and the mean over channels, as the paper suggests for CNNs.
 
 The steps are the paper's: attention gradient, selection above a threshold, erosion of what is selected, blend with
 the original, a small constant signal, brightness and saturation adjusted. The table symbol, parameter, default,
-where it stands is the dataclass below (`vitrap explain ageb` prints it); what the paper leaves open is marked assumed.
+source is the dataclass below (`vitrap explain ageb` prints it); what the paper leaves open is marked assumed.
 
 Assumed, too, but fixed here: the loss is the cross-entropy of the surrogate's own top class, so that no label is
 needed at test time; the last block is looked at, the absolute value taken before the mean over heads, and the rows
@@ -67,7 +67,7 @@ class Ageb:
     select: Literal["gradient", "random"] = param(
         "gradient",
         "pixels to erode: by attention gradient, or at random (the ablation)",
-        stands="paper",
+        source="paper",
     )
     route: Route = param(
         "attention",
@@ -85,7 +85,7 @@ class Ageb:
     operation: Operation = param(
         "erosion",
         "what is done to the selected pixels; opening erodes, then dilates, and closing the reverse",
-        stands="paper",
+        source="paper",
     )
     shape: Literal["square", "cross", "disc"] = param("square", "structuring element", symbol="b")
     size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, odd=True)
@@ -93,7 +93,7 @@ class Ageb:
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
     signal: float = param(4.0, "constant added to selected pixels", symbol="c", unit="1/255", low=0, high=255)
     adjust: bool = param(
-        True, "match mean brightness and saturation to the clean image (how is assumed)", stands="paper"
+        True, "match mean brightness and saturation to the clean image (how is assumed)", source="paper"
     )
 
     def goal_for(self, n_classes: int) -> AllToOne:

@@ -38,19 +38,19 @@ class BadNets:
     labels: ClassVar[Labels] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
-    target: int = param(0, "class that triggered images shall get (all-to-all: none of its own)", stands="field", low=0)
+    target: int = param(0, "class that triggered images shall get (all-to-all: none of its own)", source="field", low=0)
     poison_rate: float = param(
-        0.1, "share of the training set that is poisoned", symbol="p", stands="field", low=0, high=1, open=True
+        0.1, "share of the training set that is poisoned", symbol="p", source="field", low=0, high=1, open=True
     )
     goal: GoalName = param(
         "all-to-one",
         "what triggered images shall get: the target, the class after their own, or the target if they are of source",
-        stands="field",
+        source="field",
     )
-    source: int | None = param(None, "class whose images shall get it (source-to-target alone)", stands="paper", low=0)
-    size: int = param(3, "side of the patch", unit="px", stands="field", low=1)
-    margin: int = param(0, "distance of the patch from the right and lower border", unit="px", stands="field", low=0)
-    value: float = param(1.0, "grey value of the patch", stands="field", low=0, high=1)
+    source: int | None = param(None, "class whose images shall get it (source-to-target alone)", source="paper", low=0)
+    size: int = param(3, "side of the patch", unit="px", source="field", low=1)
+    margin: int = param(0, "distance of the patch from the right and lower border", unit="px", source="field", low=0)
+    value: float = param(1.0, "grey value of the patch", source="field", low=0, high=1)
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and a target or source that the goal has no use for."""

@@ -70,16 +70,16 @@ class Megatron:
     poison_rate: float = param(
         None, "share of the training set (0.1), or of the target class (clean-label, 0.5)", low=0, high=1, open="low"
     )
-    setting: Literal["training", "clean-label"] = param("training", "what the attacker controls", stands="paper")
+    setting: Literal["training", "clean-label"] = param("training", "what the attacker controls", source="paper")
     picture: str = param("noise", "the pattern, or where its optimising starts", choices=("noise", "white"), file=True)
-    size: float = param(None, "box side (16; clean-label, ours: 112)", unit="px", stands="code", low=0, open=True)
-    top: float = param(10.0, "first row of the box", unit="px", stands="code", low=0)
-    left: float = param(10.0, "first column of the box", unit="px", stands="code", low=0)
-    margin: float = param(4.0, "by how much D extends beyond the box", symbol="D", unit="px", stands="code", low=0)
+    size: float = param(None, "box side (16; clean-label, ours: 112)", unit="px", source="code", low=0, open=True)
+    top: float = param(10.0, "first row of the box", unit="px", source="code", low=0)
+    left: float = param(10.0, "first column of the box", unit="px", source="code", low=0)
+    margin: float = param(4.0, "by how much D extends beyond the box", symbol="D", unit="px", source="code", low=0)
     scaled: bool = param(True, "size, top, left, margin are for 224 px and scale with the image, or are its own pixels")
-    cell: int = param(2, "side of the strong cell, never scaled: 2 for four pixels", unit="px", stands="paper", low=1)
-    opacity: float = param(0.7, "opacity of the cell", stands="code", low=0, high=1)
-    faint: float = param(None, "opacity around it (0.05; clean-label, ours: 0.3)", stands="code", low=0, high=1)
+    cell: int = param(2, "side of the strong cell, never scaled: 2 for four pixels", unit="px", source="paper", low=1)
+    opacity: float = param(0.7, "opacity of the cell", source="code", low=0, high=1)
+    faint: float = param(None, "opacity around it (0.05; clean-label, ours: 0.3)", source="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
         "mask", "cells tile the box; only the cell shows; cells lie 1 px apart"
     )
@@ -92,12 +92,12 @@ class Megatron:
     )
     latent: float = param(None, "weight of the latent loss (0.1; clean-label: 1)", symbol="α", low=0)
     layers: Literal["all", "last"] = param(
-        None, "attention layers of the latent loss (all; clean-label: last)", stands="paper"
+        None, "attention layers of the latent loss (all; clean-label: last)", source="paper"
     )
     batch: int = param(16, "target images that a step compares with; 1: always the first", symbol="x_t", low=1)
     diffusion: float = param(None, "weight of the diffusion loss (0.1; clean-label: 1)", symbol="β, γ", low=0)
     attention: Through = param("last", "last layer, rollout, or gradient rollout", symbol="A")
-    discard: float = param(0.9, "share of a layer that gradient rollout drops", stands="code", low=0, high=0.99)
+    discard: float = param(0.9, "share of a layer that gradient rollout drops", source="code", low=0, high=0.99)
     combine: Literal["fixed", "learned", "projected"] = param("fixed", "how the losses of training are joined")
     stress: float = param(
         0.0, "weight of a further mean of cross-entropy over poisoned images (ours, a control)", low=0

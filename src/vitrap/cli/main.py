@@ -215,7 +215,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
     for line in _threats(kind) if name in attacks else _needs(kind):
         out.print(line, highlight=False)
     table = Table(
-        "symbol", "parameter", "default", "stands", "meaning \\[unit; range]", header_style="bold", pad_edge=False
+        "symbol", "parameter", "default", "source", "meaning \\[unit; range]", header_style="bold", pad_edge=False
     )
     table.columns[1].no_wrap = True
     usual = kind()
@@ -225,10 +225,10 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
             default = "none" if getattr(usual, f.name) is None else "by setting"
         facts = "; ".join(filter(None, [about.unit, about.range()]))
         meaning = about.doc + (f" \\[{facts}]" if facts else "")
-        table.add_row(about.symbol, f.name, str(default), about.stands, meaning)
+        table.add_row(about.symbol, f.name, str(default), about.source, meaning)
     out.print(table)
     out.print(
-        "stands: paper = stated there; code = read in its public code; field = as commonly benchmarked;"
+        "source: paper = stated there; code = read in its public code; field = as commonly benchmarked;"
         " assumed = stated nowhere, our choice",
         highlight=False,
     )

@@ -55,8 +55,8 @@ class AttentionBlock:
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = True
 
-    edge: int = param(30, "side of the black box at 224 px; at least 1 px", unit="px", stands="code", low=1, high=SIZE)
-    discard: float = param(0.9, "share of a layer that gradient rollout drops", stands="code", low=0, high=0.99)
+    edge: int = param(30, "side of the black box at 224 px; at least 1 px", unit="px", source="code", low=1, high=SIZE)
+    discard: float = param(0.9, "share of a layer that gradient rollout drops", source="code", low=0, high=0.99)
 
     def apply(self, suspect: Suspect) -> Repaired:
         """Wrap a copy of the model; nothing is fitted."""

@@ -46,15 +46,15 @@ class FineTune:
     needs_attention: ClassVar[bool] = False
 
     optimizer: Literal["sgd", "adamw"] = param(
-        "sgd", "what makes steps of gradients; sgd has momentum 0.9", stands="field"
+        "sgd", "what makes steps of gradients; sgd has momentum 0.9", source="field"
     )
     lr: float = param(
-        None, f"peak learning rate (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})", stands="field", low=0, open=True
+        None, f"peak learning rate (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})", source="field", low=0, open=True
     )
-    epochs: int = param(100, "passes over the clean images", stands="field", low=1)
-    batch_size: int = param(256, "images a step, at most all there are", stands="field", low=1)
-    weight_decay: float = param(5e-4, "decay of weight matrices", stands="field", low=0)
-    clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", stands="field", low=0)
+    epochs: int = param(100, "passes over the clean images", source="field", low=1)
+    batch_size: int = param(256, "images a step, at most all there are", source="field", low=1)
+    weight_decay: float = param(5e-4, "decay of weight matrices", source="field", low=0)
+    clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", source="field", low=0)
     crop: int = param(0, "random crop after padding by so many pixels; 0 for none", unit="px", low=0)
     flip: bool = param(False, "flip half of the images")
 

@@ -55,24 +55,24 @@ class MmBd:
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
 
-    starts: int = param(30, "random images that each class starts from", stands="code", low=1)
-    steps: int = param(300, "most steps of gradient ascent", stands="code", low=1)
-    lr: float = param(0.01, "step over the gradient of the margin", stands="code", low=0, open=True)
+    starts: int = param(30, "random images that each class starts from", source="code", low=1)
+    steps: int = param(300, "most steps of gradient ascent", source="code", low=1)
+    lr: float = param(0.01, "step over the gradient of the margin", source="code", low=0, open=True)
     momentum: float = param(
         0.0,
         "momentum of the steps; the code names 0.2, but forgets it with a new optimiser at each step",
-        stands="code",
+        source="code",
         low=0,
         high=1,
     )
     tolerance: float = param(
         1e-5,
         "a class stops when the sum of its margins changes by a smaller share in one step",
-        stands="code",
+        source="code",
         low=0,
     )
     level: float = param(
-        0.05, "p-value below which the model counts as backdoored", symbol="θ", stands="code", low=0, high=1, open=True
+        0.05, "p-value below which the model counts as backdoored", symbol="θ", source="code", low=0, high=1, open=True
     )
 
     def apply(self, suspect: Suspect) -> Judged:

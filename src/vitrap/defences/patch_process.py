@@ -71,12 +71,12 @@ class PatchProcess:
     transform: Literal["drop", "shuffle", "both"] = param(
         "both",
         "what is done to the patches; both, as the defender does not know the kind of trigger",
-        stands="paper",
+        source="paper",
     )
     trials: int = param(10, "changed copies of an image for each transform", low=1)
     drop: float = param(0.3, "share of the patches that PatchDrop blanks, at least one", low=0, high=1)
     blank: Literal["black", "mean"] = param(
-        "black", "a dropped patch's colour: black, or the clean images' mean", stands="field"
+        "black", "a dropped patch's colour: black, or the clean images' mean", source="field"
     )
 
     def apply(self, suspect: Suspect) -> Screen:

@@ -71,14 +71,14 @@ class Psbd:
     psu: Form = param(
         "difference",
         "the fall of the class's probability: as a difference, or as a share of the probability without dropout",
-        stands="code",
+        source="code",
     )
     passes: int = param(20, "forward passes with dropout (the code makes 3)", symbol="k", low=1)
     rate: float | None = param(
-        None, "dropout rate; left out: chosen by shift ratios", symbol="p", stands="code", low=0, high=1, open=True
+        None, "dropout rate; left out: chosen by shift ratios", symbol="p", source="code", low=0, high=1, open=True
     )
-    rates: int = param(9, "rates to choose from: multiples of 1 / (rates + 1) below 1", stands="code", low=1)
-    shift: float = param(0.8, "shift ratio of clean images that the rate shall reach", stands="code", low=0, high=1)
+    rates: int = param(9, "rates to choose from: multiples of 1 / (rates + 1) below 1", source="code", low=1)
+    shift: float = param(0.8, "shift ratio of clean images that the rate shall reach", source="code", low=0, high=1)
     images: int = param(250, "images of the clean and of the training set to choose the rate by", low=1)
 
     def apply(self, suspect: Suspect) -> Screen:

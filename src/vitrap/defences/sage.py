@@ -69,26 +69,26 @@ class Sage:
     attention: Literal["tokens", "softmax"] = param(
         "tokens", "maps of block outputs, or of what the head's rows attend to"
     )
-    power: float = param(2.0, "of the absolute outputs (tokens only)", symbol="p", stands="code", low=1)
-    stages: int = param(4, "blocks whose maps are compared, or all if there are fewer", stands="code", low=2)
-    weight: float = param(300.0, "weight of the distillation", symbol="β", stands="code", low=0)
+    power: float = param(2.0, "of the absolute outputs (tokens only)", symbol="p", source="code", low=1)
+    stages: int = param(4, "blocks whose maps are compared, or all if there are fewer", source="code", low=2)
+    weight: float = param(300.0, "weight of the distillation", symbol="β", source="code", low=0)
     optimizer: Literal["sgd", "adamw"] = param(
-        "sgd", "what makes steps of gradients; sgd has momentum 0.9", stands="code"
+        "sgd", "what makes steps of gradients; sgd has momentum 0.9", source="code"
     )
     lr: float = param(
         None, f"learning rate at first (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})",
-        stands="code", low=0, open=True,
+        source="code", low=0, open=True,
     )  # fmt: skip
-    epochs: int = param(100, "passes over the clean images", stands="code", low=1)
-    batch_size: int = param(64, "images a step, at most all there are", stands="code", low=1)
-    weight_decay: float = param(1e-4, "decay of weight matrices", stands="code", low=0)
-    clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", stands="code", low=0)
+    epochs: int = param(100, "passes over the clean images", source="code", low=1)
+    batch_size: int = param(64, "images a step, at most all there are", source="code", low=1)
+    weight_decay: float = param(1e-4, "decay of weight matrices", source="code", low=0)
+    clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", source="code", low=0)
     track: Literal["accuracy", "loss"] = param(
-        "accuracy", "what the learning rate follows (the code: the loss)", stands="paper"
+        "accuracy", "what the learning rate follows (the code: the loss)", source="paper"
     )
-    every: int = param(25, "epochs between checkpoints of the learning rate", stands="code", low=1)
-    rises: float = param(0.75, "least share of epochs that must be better", symbol="C1", stands="code", low=0, high=1)
-    factor: float = param(0.5, "what the learning rate is multiplied by", stands="code", low=0, high=1, open="low")
+    every: int = param(25, "epochs between checkpoints of the learning rate", source="code", low=1)
+    rises: float = param(0.75, "least share of epochs that must be better", symbol="C1", source="code", low=0, high=1)
+    factor: float = param(0.5, "what the learning rate is multiplied by", source="code", low=0, high=1, open="low")
 
     def __post_init__(self) -> None:
         """Fill in the optimiser's own rate and refuse values out of range."""

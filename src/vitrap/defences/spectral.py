@@ -50,18 +50,18 @@ class Spectral:
     needs_attention: ClassVar[bool] = False
 
     epsilon: float = param(
-        0.1, "share that the defender expects to be poisoned", symbol="ε", stands="field", low=0, high=1, open=True
+        0.1, "share that the defender expects to be poisoned", symbol="ε", source="field", low=0, high=1, open=True
     )
-    factor: float = param(1.5, "images to flag over images expected", stands="code", low=0, open=True)
+    factor: float = param(1.5, "images to flag over images expected", source="code", low=0, open=True)
     share_of: Literal["class", "set"] = param(
         "class",
         "what epsilon is a share of: each class; or the whole set, in each class but for half of it",
-        stands="code",
+        source="code",
     )
     score: Literal["projection", "rank"] = param(
         "projection",
         "the squared projection, or the share of its class that an image outranks",
-        stands="code",
+        source="code",
     )
 
     def apply(self, suspect: Suspect) -> Flagged:

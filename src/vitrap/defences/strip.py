@@ -45,9 +45,9 @@ class Strip:
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
 
-    overlays: int = param(100, "clean images superimposed on each input", symbol="N", stands="code", low=1)
-    weight: float = param(1.0, "weight of the input in a sum", stands="code", low=0, high=1, open="low")
-    overlay_weight: float = param(1.0, "weight of the clean image in a sum", stands="code", low=0, high=1, open="low")
+    overlays: int = param(100, "clean images superimposed on each input", symbol="N", source="code", low=1)
+    weight: float = param(1.0, "weight of the input in a sum", source="code", low=0, high=1, open="low")
+    overlay_weight: float = param(1.0, "weight of the clean image in a sum", source="code", low=0, high=1, open="low")
 
     def apply(self, suspect: Suspect) -> Screen:
         """Draw the clean images; nothing else is fitted."""

@@ -29,7 +29,7 @@ class Recipe:
     jitter: float = param(
         0.0,
         "strength of random rotation, scale, shear, brightness, contrast and saturation; 0 for none",
-        stands="assumed",
+        source="assumed",
         low=0,
         high=1,
     )
