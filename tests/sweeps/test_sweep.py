@@ -20,7 +20,7 @@ from vitrap.experiment.run import run
 from vitrap.sweeps import jobs, workers
 from vitrap.sweeps.ahead import look_ahead, total
 from vitrap.sweeps.grid import Sweep, load_sweep
-from vitrap.sweeps.jobs import Ended, News, Started, Step, job, turns, work
+from vitrap.sweeps.jobs import Ended, News, Started, Step, interleaved, job, work
 from vitrap.sweeps.sweep import cores, share, sweep
 
 pytestmark = pytest.mark.usefixtures("two_cores")
@@ -102,9 +102,9 @@ def test_a_failure_that_cannot_be_written_is_told_all_the_same(grid, tmp_path: P
 def test_jobs_that_share_a_twin_do_not_come_first_together(grid, tmp_path: Path):
     points = grid("attack.size = [1, 2]\nseed = [0, 1]\n").points
     todo = [job(i, p.label, p.spec, tmp_path) for i, p in enumerate(points)]
-    assert [j.number for j in turns(todo, lambda j: j.spec["seed"])] == [0, 1, 2, 3]
-    assert [j.number for j in turns(todo, lambda j: j.spec["attack"]["size"])] == [0, 2, 1, 3]
-    assert [j.number for j in turns(todo, lambda j: 0)] == [0, 1, 2, 3]
+    assert [j.number for j in interleaved(todo, lambda j: j.spec["seed"])] == [0, 1, 2, 3]
+    assert [j.number for j in interleaved(todo, lambda j: j.spec["attack"]["size"])] == [0, 2, 1, 3]
+    assert [j.number for j in interleaved(todo, lambda j: 0)] == [0, 1, 2, 3]
 
 
 # ---- what is ahead

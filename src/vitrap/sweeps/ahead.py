@@ -45,16 +45,16 @@ def look_ahead(grid: Sweep, shelf: Shelf, device: str = "cpu", threads: int = 1)
     records = [record for record in done.values() if _timed(record, device.partition(":")[0])]
     made = {twin(record["spec"]) for record in records}
     made |= {_surrogate(record["spec"]) for record in records if "surrogate" in record["seconds"]}
-    kin: dict[str, list[Table]] = {}
+    similar: dict[str, list[Table]] = {}
     for record in records:
-        kin.setdefault(_kin(record["spec"]), []).append(record)
+        similar.setdefault(_alike(record["spec"]), []).append(record)
     ahead = []
     for point in grid.points:
         key, spec = (point.spec.name, point.spec.hash()), point.spec.table()
         missing = [d for d in point.spec.defences if not _has(done.get(key), d)]
         state: State = "record there" if not missing else "defences missing"
         state = state if key in done else "failed before" if key in failed else "to run"
-        alike, seconds = kin.get(_kin(spec), []), 0.0
+        alike, seconds = similar.get(_alike(spec), []), 0.0
         if state != "record there":
             shared = {"twin": twin(spec)}
             if point.spec.attack.needs_surrogate:
@@ -81,7 +81,7 @@ def _has(record: Table | None, defence: Any) -> bool:
     return any({"name": row["name"], **defence_settings(row)} == defence.table() for row in rows)
 
 
-def _kin(spec: Mapping[str, Any]) -> str:
+def _alike(spec: Mapping[str, Any]) -> str:
     """What decides how long a training takes."""
     return digest([_images(spec), spec["model"], spec["recipe"]])
 

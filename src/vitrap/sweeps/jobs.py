@@ -77,7 +77,7 @@ class Ended:
 
 
 News = Started | Step | Ended
-Hear = Callable[[News], None]
+Listener = Callable[[News], None]
 
 
 def job(number: int, label: str, spec: Spec, out: Path) -> Job:
@@ -124,7 +124,7 @@ def fail(job: Job, error: BaseException, seconds: float) -> Ended:
     return Ended(job.number, "failed", line, seconds)
 
 
-def turns(jobs: Sequence[Job], needs: Callable[[Job], object]) -> list[Job]:
+def interleaved(jobs: Sequence[Job], needs: Callable[[Job], object]) -> list[Job]:
     """First a job for each of the things that jobs `need` and share, so that workers make them side by side."""
     first = set({needs(job): job.number for job in reversed(jobs)}.values())
     return sorted(jobs, key=lambda job: (job.number not in first, job.number))

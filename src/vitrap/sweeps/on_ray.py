@@ -12,7 +12,7 @@ from typing import Any
 
 from vitrap.errors import UserError
 from vitrap.experiment.code import running_code
-from vitrap.sweeps.jobs import TRIES, Ended, Hear, Job, Started, Step, fail, reporting, work
+from vitrap.sweeps.jobs import TRIES, Ended, Job, Listener, Started, Step, fail, reporting, work
 
 CHOSEN = ("VITRAP_MEMORY", "VITRAP_STATE_SECONDS")
 """Variables of the driver's environment that its tasks get."""
@@ -20,7 +20,7 @@ REACH = 5.0
 """Seconds within which a cluster's head must answer."""
 
 
-def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Hear) -> None:
+def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Listener) -> None:
     """Do jobs as tasks of a cluster whose nodes all see the folder of runs.
 
     Args:
@@ -37,7 +37,7 @@ def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Hear) -> N
         Path(jobs[0].out).mkdir(parents=True, exist_ok=True)
         gpus = 1 if ray.cluster_resources().get("GPU") and jobs[0].device != "cpu" else 0
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(do)
-        desk = ray.remote(num_cpus=0)(Desk).remote()
+        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         waiting, running = deque(jobs), {}
         chosen = {name: os.environ[name] for name in CHOSEN if name in os.environ}
         while waiting or running:
@@ -46,16 +46,16 @@ def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Hear) -> N
                 job, taken = waiting.popleft(), {place for _, place in running.values()}
                 place = min(set(range(len(taken) + 1)) - taken)
                 told = asdict(replace(job, device=job.device.partition(":")[0]))  # which of its GPUs, Ray decides
-                running[task.remote(told, os.getcwd(), threads, running_code(), (desk, place, chosen))] = job, place
+                running[task.remote(told, os.getcwd(), threads, running_code(), (mailbox, place, chosen))] = job, place
             done = ray.wait(list(running), timeout=1.0)[0]
-            with suppress(ray.exceptions.RayError):  # a desk that went with its node: the runs go on unwatched
-                for news in ray.get(desk.take.remote(), timeout=REACH):
+            with suppress(ray.exceptions.RayError):  # a mailbox that went with its node: the runs go on unwatched
+                for news in ray.get(mailbox.take.remote(), timeout=REACH):
                     hear(news)
             for one in done:
                 hear(_ended(ray, one, running.pop(one)[0]))
 
 
-class Desk:
+class Mailbox:
     """Where tasks tell what they are at, and the driver reads it."""
 
     def __init__(self) -> None:
@@ -91,10 +91,10 @@ def do(
 ) -> dict[str, Any]:
     """A task: a run, on whatever node; paths are as seen from the driver's folder.
 
-    `told` is desk, place and the driver's own `CHOSEN` variables; where it has none, each node keeps its own.
+    `told` is mailbox, place and the driver's own `CHOSEN` variables; where it has none, each node keeps its own.
     """
-    found, (desk, place, chosen) = Job(**job), told
-    desk.tell.remote(Started(found.number, place))
+    found, (mailbox, place, chosen) = Job(**job), told
+    mailbox.tell.remote(Started(found.number, place))
     if code != running_code():
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
     if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
@@ -104,7 +104,7 @@ def do(
     import torch
 
     torch.set_num_threads(threads)
-    return asdict(work(found, reporting(found.number, place, desk.tell.remote)))
+    return asdict(work(found, reporting(found.number, place, mailbox.tell.remote)))
 
 
 def _refuse(job: Job, why: str) -> Ended:

@@ -9,10 +9,10 @@ from vitrap.errors import UserError
 from vitrap.experiment.store import Store
 from vitrap.sweeps.ahead import twin
 from vitrap.sweeps.grid import Point, Sweep
-from vitrap.sweeps.jobs import Ended, Hear, News, job, turns
+from vitrap.sweeps.jobs import Ended, Listener, News, interleaved, job
 
 
-def deaf(news: News) -> None:
+def ignore(news: News) -> None:
     """Hears nothing."""
 
 
@@ -23,7 +23,7 @@ def sweep(
     workers: int | None = None,
     device: str = "auto",
     ray: str | None = None,
-    hear: Hear = deaf,
+    hear: Listener = ignore,
 ) -> list[Ended]:
     """Do every run of a sweep, each at most once; what has a record that still holds is kept.
 
@@ -56,7 +56,7 @@ def sweep(
         hear(news)
 
     jobs = [replace(job(i, point.label, point.spec, Path(out)), device=device) for i, point in enumerate(grid.points)]
-    jobs = turns(jobs, lambda one: twin(one.spec))
+    jobs = interleaved(jobs, lambda one: twin(one.spec))
     if ray is not None:
         from vitrap.sweeps.on_ray import run_on_ray
 

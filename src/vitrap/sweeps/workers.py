@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 
-from vitrap.sweeps.jobs import TRIES, Ended, Hear, Job, Started, fail, reporting, work
+from vitrap.sweeps.jobs import TRIES, Ended, Job, Listener, Started, fail, reporting, work
 
 PATIENCE = 2.0
 """Seconds that a worker has to clear its drafts away when it is to stop."""
@@ -30,7 +30,7 @@ class Worker:
     job: Job | None = None
 
 
-def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: Hear) -> None:
+def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: Listener) -> None:
     """Do jobs side by side, one worker a device.
 
     Args:
@@ -65,14 +65,14 @@ def _hire(context: SpawnContext, number: int, threads: int) -> Worker:
     return Worker(number, process, ours)
 
 
-def _give(worker: Worker, job: Job, hear: Hear) -> None:
+def _give(worker: Worker, job: Job, hear: Listener) -> None:
     worker.job = job
     with suppress(BrokenPipeError):  # it has died, which the next look at it will show
         worker.connection.send(job)
     hear(Started(job.number, worker.number))
 
 
-def _listen(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: Hear) -> None:
+def _listen(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: Listener) -> None:
     """Take what a worker says; where it has died, its run waits again, or has failed."""
     job = worker.job
     assert job is not None
