@@ -19,8 +19,8 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src"
 
-FILE_LINES = 400
-CODE_LINES = {"attacks": 200, "defences": 200}  # docstrings, comments, imports and blank lines do not count
+FILE_LINES = 320  # of code: docstrings, comments, imports and blank lines do not count
+METHOD_LINES = {"attacks": 200, "defences": 200}
 FUNCTION_LINES = 45  # of code, from `def` to the last line
 TWIN_STATEMENTS = 5
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base", "manager", "managers"}
@@ -118,10 +118,8 @@ Rule = Callable[[Sequence[Source]], Iterator[str]]
 
 def files_are_short(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
-        if (lines := len(source.text.splitlines())) > FILE_LINES:
-            yield f"{source.path}: {lines} lines, the limit is {FILE_LINES}"
-        limit = CODE_LINES.get(PurePosixPath(source.path).parts[1])
-        if limit and (lines := len(source.code)) > limit:
+        limit = METHOD_LINES.get(PurePosixPath(source.path).parts[1], FILE_LINES)
+        if (lines := len(source.code)) > limit:
             yield f"{source.path}: {lines} lines of code, the limit is {limit}"
 
 
@@ -131,6 +129,16 @@ def functions_are_short(sources: Sequence[Source]) -> Iterator[str]:
             whole = range(node.lineno, (node.end_lineno or node.lineno) + 1)
             if (lines := len(source.code.intersection(whole))) > FUNCTION_LINES:
                 yield source.at(node, f"{node.name} has {lines} lines of code, the limit is {FUNCTION_LINES}")
+
+
+def assignments_do_one_thing(sources: Sequence[Source]) -> Iterator[str]:
+    """No tuple of two calls on the right of one assignment: each has a line of its own."""
+    for source in sources:
+        for node in ast.walk(source.tree):
+            unpacked = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
+            parts = node.value.elts if unpacked and isinstance(node.value, ast.Tuple) else []
+            if sum(isinstance(part, ast.Call) for part in parts) > 1:
+                yield source.at(node, "two calls in one assignment; give each a line")
 
 
 def names_say_something(sources: Sequence[Source]) -> Iterator[str]:
@@ -256,9 +264,11 @@ def function(lines: int, name: str = "f") -> str:
 
 CAUGHT: list[tuple[Rule, dict[str, str]]] = [
     (files_are_short, {"train/loop.py": "x = 1\n" * (FILE_LINES + 1)}),
-    (files_are_short, {"attacks/badnets.py": "x = 1\n" * (CODE_LINES["attacks"] + 1)}),
+    (files_are_short, {"attacks/badnets.py": "x = 1\n" * (METHOD_LINES["attacks"] + 1)}),
     (functions_are_short, {"a.py": function(FUNCTION_LINES + 1)}),
     (functions_are_short, {"a.py": "async " + function(FUNCTION_LINES + 1)}),
+    (assignments_do_one_thing, {"a.py": "x, y = f(1), g(2)"}),
+    (assignments_do_one_thing, {"a.py": "x, y, z = f(1), 0, g(2)"}),
     (names_say_something, {"data/utils.py": ""}),
     (names_say_something, {"data/_image_helpers.py": ""}),
     (names_say_something, {"common/images.py": ""}),
@@ -289,9 +299,10 @@ CAUGHT: list[tuple[Rule, dict[str, str]]] = [
 ]
 
 ALLOWED: list[tuple[Rule, dict[str, str]]] = [
-    (files_are_short, {"attacks/badnets.py": "x = 1\n" * CODE_LINES["attacks"]}),
-    (files_are_short, {"attacks/badnets.py": '"""A\n\npaper.\n"""\n\n# why\n' + "x = 1\n" * CODE_LINES["attacks"]}),
+    (files_are_short, {"attacks/badnets.py": "x = 1\n" * METHOD_LINES["attacks"]}),
+    (files_are_short, {"attacks/badnets.py": '"""A\n\npaper.\n"""\n\n# why\n' + "x = 1\n" * METHOD_LINES["attacks"]}),
     (functions_are_short, {"a.py": function(FUNCTION_LINES)}),
+    (assignments_do_one_thing, {"a.py": "x, y = f(1), 2\nx = f(1), g(2)\nx, y = h(f(1), g(2))"}),
     (names_say_something, {"metrics/base_rates.py": ""}),
     (imports_have_no_cycle, {"r/__init__.py": "from .a import A", "r/a.py": "import vitrap.b", "b.py": ""}),
     (bodies_stand_once, {"a.py": function(5, "f") + function(5, "g")}),

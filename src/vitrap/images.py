@@ -223,7 +223,8 @@ class ImageSet:
         marks = torch.full((len(rows),), cover, device=self.device)
         if self.stamped is not None:
             earlier = torch.zeros(before, dtype=torch.bool, device=self.device) if self.cover is None else self.cover
-            stamped, marks = torch.cat([self.stamped, stamped]), torch.cat([earlier, marks])
+            stamped = torch.cat([self.stamped, stamped])
+            marks = torch.cat([earlier, marks])
         return replace(self, labels=relabelled, slot=slot, stamped=stamped, cover=marks)
 
     def unmarked(self) -> "ImageSet":

@@ -79,7 +79,8 @@ class Moving:
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether tensors are of this work, by names and shapes; it may not have made a step yet."""
-        own, weights = self.tensors(), self._weights()
+        own = self.tensors()
+        weights = self._weights()
         theirs = {name: t for name, t in tensors.items() if name.partition("/")[0] not in ("optimiser", "term")}
         if {name: t.shape for name, t in theirs.items()} != {
             name: t.shape for name, t in own.items() if not name.startswith("optimiser/")
@@ -155,7 +156,9 @@ class Keeper:
             streams: random streams that the work draws from, beside those that it names itself, by name.
             about: for the file's metadata: what the weights in it carry.
         """
-        self.path, self.streams, self.about = path, dict(streams or {}), dict(about or {})
+        self.path = path
+        self.streams = dict(streams or {})
+        self.about = dict(about or {})
         self.seconds = 0.0
         self.every = self.pause = state_seconds()
         self._start = self._last = time.monotonic()

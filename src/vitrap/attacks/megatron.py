@@ -232,7 +232,9 @@ class Losses:
 
     def __call__(self, model: nn.Module, triggered: Images) -> tuple[Float[Tensor, "b k"], Terms]:
         """Logits of triggered images, and L_alpha and L_beta as far as they have a weight."""
-        s, layout, depth = self.settings, token_layout(model), len(transformer(model).blocks)
+        s = self.settings
+        layout = token_layout(model)
+        depth = len(transformer(model).blocks)
         blocks = seen_blocks(s.attention, depth) if s.diffusion else ()
         compared = range(0 if s.layers == "all" else depth - 1, depth) if s.latent else ()
         with observe(model, blocks) as maps, attention_outputs(model, compared) as outputs:
@@ -279,7 +281,8 @@ class Losses:
 
 def latent_loss(ours: Float[Tensor, "b tokens dim"], wanted: Float[Tensor, "k tokens dim"]) -> Float[Tensor, ""]:
     """L_alpha: the mean of (A(x_b) - A(x_t))^2 over all pairs, which is the distance to the mean plus the spread."""
-    ours, wanted = ours.float(), wanted.float()
+    ours = ours.float()
+    wanted = wanted.float()
     return (ours - wanted.mean(0)).square().mean() + wanted.var(0, correction=0).mean()
 
 
@@ -292,7 +295,8 @@ def optimise(trigger: Masked, losses: Losses, access: Access) -> tuple[Masked, d
     """Minimise alpha L_alpha + gamma L_beta over the pattern, on clean images of the other classes."""
     s, train, surrogate = losses.settings, access.train, access.surrogate
     assert surrogate is not None, "a pattern is shaped on a surrogate"
-    weights, last = term_weights(s), Terms()
+    weights = term_weights(s)
+    last: Terms = {}
     pattern = nn.Parameter(trigger.pattern.clone())
     others = (train.labels != s.target).nonzero().squeeze(1)
     adam = torch.optim.Adam([pattern], lr=s.step_size)

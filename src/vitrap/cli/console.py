@@ -23,7 +23,8 @@ from rich.progress import (
 
 from vitrap.errors import UserError
 
-out, err = Console(), Console(stderr=True)
+out = Console()
+err = Console(stderr=True)
 PATIENCE = 1.0
 """Seconds without bars."""
 EVERY = 30.0

@@ -204,7 +204,8 @@ def list_names(what: Annotated[str, typer.Argument(help=" | ".join(LISTS))]) -> 
 @app.command()
 def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")]) -> None:
     """Say what an attack or a defence is: paper, what it needs, every parameter with unit, default and source."""
-    attacks, defences = registry.names("attacks"), registry.names("defences")
+    attacks = registry.names("attacks")
+    defences = registry.names("defences")
     if name not in (*attacks, *defences):
         raise unknown("attack or defence", name, [*attacks, *defences])
     kind = registry.get("attacks" if name in attacks else "defences", name)

@@ -201,7 +201,8 @@ def _names(path: Path) -> tuple[str, ...]:
 def _check(arrays: Arrays, folder: Path) -> None:
     """Refuse arrays that do not fit together."""
     for part in ("train", "test"):
-        images, labels = getattr(arrays, f"{part}_images"), getattr(arrays, f"{part}_labels")
+        images = getattr(arrays, f"{part}_images")
+        labels = getattr(arrays, f"{part}_labels")
         if not len(images) or 0 in images.shape:
             raise UserError(f"{part}_images.npy in {folder} is empty; a data set needs at least one image")
         if len(images) != len(labels):

@@ -36,7 +36,8 @@ class Masked:
 
     def __call__(self, images: Images) -> Images:
         """Images in [0, 1] with the pattern; differentiable with respect to it."""
-        box, pattern = self._box(images), self.pattern.to(images.device, non_blocking=True)
+        box = self._box(images)
+        pattern = self.pattern.to(images.device, non_blocking=True)
         behind = box
         if self.behind is not None:
             behind = torch.tensor(self.behind)[:, None, None].to(images.device, non_blocking=True)

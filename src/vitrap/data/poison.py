@@ -168,7 +168,8 @@ def _share(rate: float, n: int) -> int:
 
 def poison_crafted(train: ImageSet, crafted: Crafted, goal: Goal, kind: Labels) -> ImageSet:
     """A copy of a clean training set with the images that an attack has made one by one in their places."""
-    rows, images = crafted.rows.to(train.device), crafted.images.to(train.device)
+    rows = crafted.rows.to(train.device)
+    images = crafted.images.to(train.device)
     true = train.labels[rows]
     return train.stamp(rows, images, goal.labels(true) if kind == "dirty" else true)
 

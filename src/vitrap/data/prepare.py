@@ -234,7 +234,8 @@ def _cifar10(root: Path, progress: Progress | None) -> Arrays:
 
 def _cifar100(root: Path, progress: Progress | None) -> Arrays:
     folder = _holding(root, "train.bin")
-    train, test = _cifar_records(folder / "train.bin", 2), _cifar_records(folder / "test.bin", 2)
+    train = _cifar_records(folder / "train.bin", 2)
+    test = _cifar_records(folder / "test.bin", 2)
     return Arrays(*train, *test, None, _lines(folder / "fine_label_names.txt"))
 
 

@@ -262,7 +262,8 @@ def _digits(size: int) -> Arrays:
 
 
 def _image_folder(root: Path, size: int | None) -> Arrays:
-    train, test = _list_folder(root / "train"), _list_folder(root / "test")
+    train = _list_folder(root / "train")
+    test = _list_folder(root / "test")
     if odd := sorted(train.keys() ^ test.keys()):
         raise UserError(f"class folder {odd[0]!r} is in only one of {root}/train and {root}/test; make both alike")
     images, labels = [], []

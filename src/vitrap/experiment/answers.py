@@ -31,7 +31,8 @@ Traces = dict[str, Any]
 def recall(asked: Asked, out: Path, device: str) -> Record | None:
     """The record that answers, if nothing that it rests on has changed since; None where that is not certain."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
-        known, traces = read_json(_place(asked, out, device)), traces_of(asked, device)
+        known = read_json(_place(asked, out, device))
+        traces = traces_of(asked, device)
         folder = out / known["folder"]
         if traces is None or known["traces"] != traces or known["record"] != _trace(folder / "record.json"):
             return None

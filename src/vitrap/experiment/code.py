@@ -190,7 +190,9 @@ def _read(file: Path) -> Source:
 
 def _split(tree: ast.Module) -> tuple[list[ast.AST], list[ast.AST]]:
     """All nodes of a file but what stands under `if TYPE_CHECKING:`; and just that."""
-    nodes, promises, waiting = list[ast.AST](), list[ast.AST](), deque[ast.AST]([tree])
+    nodes = list[ast.AST]()
+    promises = list[ast.AST]()
+    waiting = deque[ast.AST]([tree])
     while waiting:
         node = waiting.popleft()
         if isinstance(node, ast.If) and _chain(node.test)[-1] == "TYPE_CHECKING":

@@ -58,7 +58,8 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
         UserError: the folder holds no finished run, its data or twin are no longer there, or a defence does not suit
             the model. The record is as it was.
     """
-    folder, record = Path(folder), read_record(Path(folder))
+    folder = Path(folder)
+    record = read_record(folder)
     missing = unmeasured(record, defences, folder)
     if not missing:
         return record

@@ -38,7 +38,8 @@ def draw_examples(test: ImageSet, backdoor: Backdoor, victim: nn.Module, arithme
         **{name: view.float().cpu() for name, view in views.items()},
     }
     with arithmetic(victim, test.device):
-        before, after = victim(clean).argmax(1).tolist(), victim(triggered).argmax(1).tolist()
+        before = victim(clean).argmax(1).tolist()
+        after = victim(triggered).argmax(1).tolist()
     notes = [
         f"true {_name(test, t)}\nclean → {_name(test, b)}\ntriggered → {_name(test, a)}"
         for t, b, a in zip(test.labels[rows].tolist(), before, after, strict=True)

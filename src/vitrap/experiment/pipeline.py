@@ -72,7 +72,8 @@ class Stages:
         """The victim; one whose attacker edits weights alone starts from the twin."""
 
         def make(folder: Path) -> None:
-            fitted, generator = fit_of(self.plan, trigger), read_stream(trigger, self.plan.spec.seed)
+            fitted = fit_of(self.plan, trigger)
+            generator = read_stream(trigger, self.plan.spec.seed)
             implant = implant_of(self.plan, fitted, generator)
             places = {"trigger": trigger} | ({"twin": twin} if twin else {})
             make_victim(self.plan, fitted, implant, generator, places, self.steps, folder)

@@ -104,7 +104,8 @@ def poison(
         UserError: something about the spec, the data or a folder is wrong, or the attack has no poisoned set to write,
             which may be known only once it is fitted; no folder has been made.
     """
-    plan, folder = make_plan(spec, device, steps=steps), Path(folder)
+    plan = make_plan(spec, device, steps=steps)
+    folder = Path(folder)
     store = Store(Path(out), lambda name: steps(name, None))
     if spec.attack.threat == "weights":
         check_export(spec.attack_name, Implant())

@@ -38,7 +38,8 @@ def make_clean(plan: Plan, network: Network, seed: int, show: AbstractContextMan
     """Train a network on the clean training set into `folder`."""
     start = time.perf_counter()
     model = network.build(seed, plan.device)
-    watch, keeper = _watch(plan), _keeper(folder, {"role": "clean"})
+    watch = _watch(plan)
+    keeper = _keeper(folder, {"role": "clean"})
     curves = _train(plan, model, plan.world.train, seed, None, show, keeper, watch)
     seconds = {"train": keeper.seconds + time.perf_counter() - start}
     _keep(model, folder, {"curves": curves, "n_curves": watch.counts(), "seconds": seconds}, {"role": "clean"})

@@ -11,7 +11,8 @@ def overlap(ours: Bool[Tensor, "b h w"], theirs: Bool[Tensor, "b h w"]) -> Float
 
     Two masks at random that each hold a share p of the pixels come to about p / (2 - p).
     """
-    both, either = (ours & theirs).sum((1, 2)), (ours | theirs).sum((1, 2))
+    both = (ours & theirs).sum((1, 2))
+    either = (ours | theirs).sum((1, 2))
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 

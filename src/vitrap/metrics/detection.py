@@ -46,8 +46,10 @@ def auroc(triggered: Float[Tensor, " p"], clean: Float[Tensor, " q"]) -> Auroc:
     Raises:
         ValueError: a score is not finite.
     """
-    ours, theirs = finite(triggered), finite(clean)
-    p, q = len(ours), len(theirs)
+    ours = finite(triggered)
+    theirs = finite(clean)
+    p = len(ours)
+    q = len(theirs)
     if not p or not q:
         return Auroc(0.5, 0.0, 1.0, p, q)
     beaten, lost = doubled_wins(ours, theirs), 2 * p - doubled_wins(theirs, ours)

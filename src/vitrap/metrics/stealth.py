@@ -60,7 +60,8 @@ def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
     def local(x: Images) -> Images:
         return down @ x @ across.mT
 
-    mean, other = local(clean), local(triggered)
+    mean = local(clean)
+    other = local(triggered)
     variance = (local(clean.square()) - mean.square()).clamp(min=0)
     other_variance = (local(triggered.square()) - other.square()).clamp(min=0)
     covariance = local(clean * triggered) - mean * other

@@ -39,7 +39,8 @@ def activations(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Activatio
     Raises:
         UserError: the network has no layer that gives logits.
     """
-    parts, layout = dict(model.named_modules()), layout_of(model)
+    parts = dict(model.named_modules())
+    layout = layout_of(model)
     channels, read = stage_names(model), []
     hook = classifier(model).register_forward_pre_hook(lambda module, args: read.append(args[0]))
     try:

@@ -57,7 +57,8 @@ def mass_by_block(
     model: nn.Module, images: Float[Tensor, "b c h w"], inside: Bool[Tensor, "gh gw"]
 ) -> list[Float[Tensor, " b"]]:
     """The share of the head's rows' attention that falls on the tokens `inside`, at each block, for each image."""
-    layout, depth = token_layout(model), len(transformer(model).blocks)
+    layout = token_layout(model)
+    depth = len(transformer(model).blocks)
     found: list[list[Float[Tensor, " b"]]] = [[] for _ in range(depth)]
     for some in images.split(MAPPED):
         with observe(model, range(depth)) as seen:

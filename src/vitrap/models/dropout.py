@@ -27,7 +27,8 @@ def dropout_noise(model: nn.Module, where: Where, passes: int, generator: torch.
     Raises:
         UserError: the model has no plain token attention.
     """
-    vit, layout = transformer(model), token_layout(model)
+    vit = transformer(model)
+    layout = token_layout(model)
     tokens = layout.prefix + layout.grid[0] * layout.grid[1]
     width = 1 if where == "token" else vit.embed_dim
     shape = (passes, len(_sites(vit, where)), tokens, width)

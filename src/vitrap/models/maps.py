@@ -94,7 +94,9 @@ def last_map(model: nn.Module, image: Float[Tensor, "b c h w"], side: int = 4) -
     Raises:
         UserError: no stage puts out such a map.
     """
-    layout, names, modules = layout_of(model), stage_names(model), dict(model.named_modules())
+    layout = layout_of(model)
+    names = stage_names(model)
+    modules = dict(model.named_modules())
     with layer_outputs(model, list(names)) as seen, intermediates_of(model) as timms:
         model(image)
     for name, channels in reversed(names.items()):

@@ -63,7 +63,9 @@ def shared_prefix(names: Iterable[str], own: Iterable[str]) -> str:
     >>> shared_prefix(["module.body.fc.bias", "module.body.fc.weight"], ["fc.weight", "fc.bias"])
     'module.body.'
     """
-    left, known, found = list(names), set(own), ""
+    left = list(names)
+    known = set(own)
+    found = ""
     while left and not known.intersection(left):
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in left)), None)
         if prefix is None:
@@ -88,7 +90,8 @@ def start_from(path: Path, name: str, plain: nn.Module, build: Callable[..., nn.
     tensors, notes = _clean(read_tensors(path, "model.weights"), own, path)
     # timm compares the file's number of classes with the network's, and drops the file's head where they differ.
     heads = _names_of_heads(plain)
-    classes, wanted = _classes(tensors, heads), int(getattr(plain, "num_classes", 0))
+    classes = _classes(tensors, heads)
+    wanted = int(getattr(plain, "num_classes", 0))
     head = [f"{layer}.{end}" for layer in heads for end in ("weight", "bias")] if classes != wanted else []
     # Its own loading from here on; no other source of weights is left to it.
     source = {"state_dict": tensors, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
@@ -144,7 +147,9 @@ def _watched(kind: type[nn.Module]) -> Iterator[Loading]:
     watched: list[nn.Module] = []
 
     def note(module: nn.Module, keys: Any) -> None:
-        loading.missing, loading.unknown, loading.done = list(keys.missing_keys), list(keys.unexpected_keys), True
+        loading.missing = list(keys.missing_keys)
+        loading.unknown = list(keys.unexpected_keys)
+        loading.done = True
 
     with ExitStack() as restore:
 

@@ -97,7 +97,8 @@ def measured(table: Mapping[str, Any], place: str = "") -> Iterator[Measured]:
     for key, value in table.items():
         if isinstance(value, Mapping) and _number(value.get("value")) is not None:
             n = value.get("n")
-            low, high = _number(value.get("low")), _number(value.get("high"))
+            low = _number(value.get("low"))
+            high = _number(value.get("high"))
             yield f"{place}{key}", value["value"], low, high, n if isinstance(n, int) and abs(n) < 2**63 else None
         elif isinstance(value, Mapping) and _number(value.get("mean")) is not None:
             yield f"{place}{key}", value["mean"], None, None, None

@@ -76,7 +76,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
         raise UserError(f"spec {str(path)!r} has no [grid] of lists: it is a single run; start it with vitrap run")
     if not isinstance(grid := table.pop("grid"), Mapping):
         raise UserError(f"grid = {grid!r} in spec {str(path)!r} must be a table of lists: [grid]")
-    axes, cases = dict(_axes(grid)), _cases(grid.get("case", []))
+    axes = dict(_axes(grid))
+    cases = _cases(grid.get("case", []))
     _override(table, axes, cases, overrides)
     _check(str(path), axes, cases)
     if (count := prod(map(len, axes.values())) * max(1, len(cases))) > MOST and not any_number:

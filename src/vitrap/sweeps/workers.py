@@ -39,7 +39,8 @@ def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: L
         threads: of each worker, so that all together have the machine's cores.
         hear: is told what happens.
     """
-    context, waiting = get_context("spawn"), deque(jobs)
+    context = get_context("spawn")
+    waiting = deque(jobs)
     tries: Counter[int] = Counter()
     crew: list[Worker] = []
     try:

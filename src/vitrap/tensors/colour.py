@@ -39,5 +39,6 @@ def match_brightness(images: Float[Tensor, "b c h w"], reference: Float[Tensor, 
 
 def _ratio(wanted: Float[Tensor, "b 1 h w"], own: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 1 1"]:
     """Ratio of two means an image; 1 where an image has none of the quantity to scale."""
-    wanted, own = wanted.mean((2, 3), keepdim=True), own.mean((2, 3), keepdim=True)
+    wanted = wanted.mean((2, 3), keepdim=True)
+    own = own.mean((2, 3), keepdim=True)
     return (wanted / own.clamp(min=1e-8)).where(own > 1e-8, wanted.new_ones(()))

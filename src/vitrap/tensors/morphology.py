@@ -25,7 +25,8 @@ def element(shape: Shape, size: int) -> Bool[Tensor, "k k"]:
     if size < 1 or size % 2 == 0:
         raise ValueError(f"a structuring element's size must be odd and at least 1, not {size}")
     from_middle = torch.arange(size) - size // 2
-    down, across = from_middle[:, None].abs(), from_middle[None, :].abs()
+    down = from_middle[:, None].abs()
+    across = from_middle[None, :].abs()
     if shape == "square":
         return torch.ones(size, size, dtype=torch.bool)
     if shape == "cross":

@@ -171,7 +171,8 @@ def train(  # noqa: PLR0913 - all that a training is made of
         data.device,
         curves,
     )
-    begun, reached = keeper.resume(moving), partial(keeper, moving)
+    begun = keeper.resume(moving)
+    reached = partial(keeper, moving)
     for epoch in epochs(learner, data, streams, falling(recipe), learner.objective.step, tick, begun, reached):
         found = {**epoch.means(), **learner.combination.learned()}
         # Measure the model as it would be used; then training goes on as it was.
@@ -226,7 +227,8 @@ def epochs(  # noqa: PLR0913 - as `train`, and where it begins
     recipe, marks, step, begun = learner.recipe, data.marks(), step or plain_step, begun or Position()
     for epoch in range(begun.epoch, recipe.epochs):
         here = begun if epoch == begun.epoch else Position()
-        found, counts = dict(here.terms), dict(here.counts)
+        found = dict(here.terms)
+        counts = dict(here.counts)
         drawn = streams.order.get_state()
         order = batched(torch.randperm(len(data), generator=streams.order), learner)
         for _ in range(here.epoch * len(order) + here.steps):

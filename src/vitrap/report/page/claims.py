@@ -110,7 +110,8 @@ def _class(record: Mapping[str, Any]) -> str:
 
 def _network(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """The victim's network as it was built, or where the record has not kept that, as the spec asks for it."""
-    built, asked = attempt(lambda: record["models"]["victim"]), record["spec"].get("model")
+    built = attempt(lambda: record["models"]["victim"])
+    asked = record["spec"].get("model")
     if isinstance(built, Mapping) and built:
         return built
     asked = asked if isinstance(asked, Mapping) else {}

@@ -80,7 +80,8 @@ def ticks(low: float, high: float, wanted: int = 6) -> tuple[float, ...]:
     rough = max((high - low) / wanted, 1e-9)
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(f for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step), math.ceil(high / step)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
     return tuple(round(step * i, 9) for i in range(first, max(last, first + 1) + 1))
 
 
@@ -165,7 +166,8 @@ def span(values: Sequence[float]) -> tuple[float, float]:
     >>> span([2.0, 0.5]), span([-1.0, -1.0])
     ((0.0, 2.0), (-1.0, 0.0))
     """
-    low, high = min(0.0, *values), max(0.0, *values)
+    low = min(0.0, *values)
+    high = max(0.0, *values)
     return (low, high) if high > low else (low, low + 1.0)
 
 

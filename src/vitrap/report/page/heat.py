@@ -120,14 +120,17 @@ def _of_filter(rows: Sequence[Row]) -> list[str]:
 
 
 def _of_repair(rows: Sequence[Row]) -> list[str]:
-    before, after = _mean(rows, lambda row: row["before"]["cda"]), _mean(rows, lambda row: row["cda"])
-    asr_before, asr = _mean(rows, lambda row: row["before"]["asr"]), _mean(rows, lambda row: row["asr"])
+    before = _mean(rows, lambda row: row["before"]["cda"])
+    after = _mean(rows, lambda row: row["cda"])
+    asr_before = _mean(rows, lambda row: row["before"]["asr"])
+    asr = _mean(rows, lambda row: row["asr"])
     mark = "⚠ " if before - after > 100 * BROKEN else ""
     return [f"ASR {asr_before:.0f} → {asr:.0f} %", f"{mark}CDA {before:.0f} → {after:.0f} %"]
 
 
 def _of_judgement(rows: Sequence[Row]) -> list[str]:
-    victims, twins = sum(row["backdoored"] for row in rows), sum(row["backdoored_clean_model"] for row in rows)
+    victims = sum(row["backdoored"] for row in rows)
+    twins = sum(row["backdoored_clean_model"] for row in rows)
     twin = statistics.fmean(row["score_clean_model"] for row in rows)
     return [f"clean twin {twin:.3f}", f"judged backdoored: {victims} of {len(rows)}, twins {twins}"]
 

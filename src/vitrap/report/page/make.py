@@ -144,7 +144,8 @@ def _count(runs: Sequence[Run], key: str) -> str:
     counts = [run.victim[key]["n"] for run in runs]
     if not counts:
         return "0"
-    low, high = min(counts), max(counts)
+    low = min(counts)
+    high = max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 

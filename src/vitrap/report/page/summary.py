@@ -133,7 +133,8 @@ def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
 
 def data_label(spec: Mapping[str, Any]) -> str:
     """The data set's name; where settings are chosen, that figures are not of its test set."""
-    name, images = text(spec["data"]["name"]), measured_on(spec)
+    name = text(spec["data"]["name"])
+    images = measured_on(spec)
     return name if images == "test" else f"{name}, {images} images"
 
 

@@ -222,7 +222,8 @@ def check_alike(seeds: Sequence[Entry]) -> None:
 def measure(entry: Entry, name: str) -> Value | None:
     """A measure of an entry, or the difference of two, "a - b", with Newcombe's interval where they are rates."""
     one, minus, other = name.partition(" - ")
-    left, right = entry.values.get(one), entry.values.get(other)
+    left = entry.values.get(one)
+    right = entry.values.get(other)
     if not minus or left is None:
         return left
     return None if right is None else difference(left, right)
@@ -246,7 +247,8 @@ def mean_change(changes: Sequence[float]) -> Value:
     """
     from scipy.stats import t  # here: it takes a second
 
-    centre, n = mean(changes), len(changes)
+    centre = mean(changes)
+    n = len(changes)
     reach = float(t.ppf(0.975, n - 1)) * stdev(changes) / sqrt(n)
     return Value(centre, centre - reach, centre + reach)
 
