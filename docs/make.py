@@ -19,9 +19,10 @@ from vitrap import registry
 from vitrap.report.study.make import fill
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for benchmarks, which are no part of the package
+sys.path.insert(0, str(ROOT))  # for what is no part of the package
 
 from benchmarks.cost import AT_MOST, GROWS_WITH, Study, operations, passes  # noqa: E402
+from docs.studies import index  # noqa: E402
 
 SHIFTS = ROOT / "results" / "shifts"
 LIMITS = ROOT / "results" / "limits" / "pretrained.json"
@@ -226,6 +227,7 @@ def study_cost() -> str:
 
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"attacks": attacks, "defences": defences},
+    "docs/studies/README.md": {paper: partial(index.table, paper) for paper in ("ageb", "megatron")},
     "docs/studies/megatron.md": {"shifts": partial(shifts, "small")},
     "docs/studies/pretrained.md": {"masks": masks, "parts": trigger_parts},
     "docs/speed.md": {"speed": speed},
