@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
+from vitrap.files import whole_file
 
 EVERY = 180.0
 """Seconds between two states, where `VITRAP_STATE_SECONDS` says nothing else."""
@@ -206,14 +207,8 @@ class Keeper:
             tensors["stream/order"] = position.order
         # A copy of each, since a file holds no tensor twice; then whole or not at all.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        draft = path.with_suffix(".draft")
-        try:
+        with whole_file(path) as draft:
             save_file(copies, draft, {**self.about, "state": json.dumps(facts)})
-            with draft.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vitrap.errors import UserError
-from vitrap.experiment.store import STALE, STATE, Stage, Store, place_file, write_bytes, write_json
+from vitrap.experiment.store import STALE, STATE, Stage, Store
 
 STAGE = Stage("clean", {"seed": 0, "data": {"limit": 3}})
 
@@ -30,51 +30,6 @@ def content(folder: Path) -> dict[str, str]:
 
 def hidden(folder: Path) -> list[str]:
     return [f.name for f in folder.rglob("*") if f.name.startswith(".")]
-
-
-# ---- files
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    for text in ("first", "second"):
-        write_bytes(tmp_path / "file", text.encode())
-        assert content(tmp_path) == {"file": text}
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace", "chmod"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_file_that_cannot_be_written_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
-) -> None:
-    write_bytes(tmp_path / "file", b"old")
-
-    def fail(*args: object) -> None:
-        raise error
-
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(type(error)):
-        write_bytes(tmp_path / "file", b"new")
-    assert content(tmp_path) == {"file": "old"}
-
-
-def test_json_is_strict(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": [1.5, None, "α"]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1.5, None, "α"]}
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "b.json", {"x": float("nan")})
-    assert sorted(content(tmp_path)) == ["a.json"]
-
-
-@pytest.mark.parametrize("linkable", [True, False])
-def test_a_file_is_placed_over_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkable: bool) -> None:
-    if not linkable:
-        monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(errno.EXDEV, "other device")))
-    (tmp_path / "source").write_text("new")
-    (tmp_path / "target").write_text("old")
-    place_file(tmp_path / "source", tmp_path / "target")
-    assert content(tmp_path) == {"source": "new", "target": "new"}
-    assert (tmp_path / "target").samefile(tmp_path / "source") == linkable
 
 
 # ---- stages

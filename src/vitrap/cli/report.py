@@ -18,7 +18,7 @@ def report(
 ) -> None:
     """Make one page of all runs: tables, charts, and what was measured of each; it needs no network."""
     from vitrap.experiment.records import read_records
-    from vitrap.experiment.store import write_bytes
+    from vitrap.files import write_bytes
     from vitrap.report.page.make import make_page
 
     _check(page)

@@ -10,9 +10,6 @@ Nothing in it is ever unpickled. A folder appears under its name in one step, wh
 """
 
 import os
-import shutil
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from jaxtyping import Int64, UInt8
 from platformdirs import user_cache_path
 
 from vitrap.errors import UserError, unknown
+from vitrap.files import whole_folder
 
 DATASETS = {
     "digits": "handwritten digits, 8x8 grey, 10 classes, 1,797 images; embedded",
@@ -131,33 +129,17 @@ def write_folder(folder: Path, arrays: Arrays) -> Path:
     _check(arrays, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with whole_folder(folder, replace=True) as draft:
             for name, array in vars(arrays).items():
                 if isinstance(array, np.ndarray):
                     np.save(draft / f"{name}.npy", array, allow_pickle=False)
             if arrays.classes:
                 (draft / "classes.txt").write_text("\n".join(arrays.classes) + "\n", encoding="utf-8")
-            draft.chmod(0o755)
-            _replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write {folder} ({error.strerror or error}); make room there or set VITRAP_DATA to another folder"
         ) from error
     return folder
-
-
-def _replace(draft: Path, folder: Path) -> None:
-    """Put `draft` in the place of `folder`; a reader sees the old one, the new one or, briefly, none."""
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    try:
-        with suppress(FileNotFoundError):
-            os.replace(folder, old / folder.name)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _load(path: Path, remedy: str) -> np.ndarray:

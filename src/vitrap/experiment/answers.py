@@ -19,7 +19,7 @@ from vitrap.experiment.code import PACKAGE, defending_code, fitting_code, measur
 from vitrap.experiment.record import Record, read_record
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import UNNAMED, digest
-from vitrap.experiment.store import read_json, write_json
+from vitrap.files import read_json, write_json
 
 ANSWERS = "answers"
 LIBRARIES = ("torch", "timm", "torchvision", "torchmetrics", "numpy")

@@ -24,9 +24,10 @@ from vitrap.experiment.record import Record, Table, read_record
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
 from vitrap.experiment.stages import Retraining, carries, make_clean, make_retrained, read_stream
-from vitrap.experiment.store import Stage, Store, locked, write_json
+from vitrap.experiment.store import Stage, Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import read_fitted
+from vitrap.files import write_json
 from vitrap.train.arithmetic import Arithmetic
 
 SAME_ASR = 0.01

@@ -1,6 +1,5 @@
 """A poisoned data set as files that other tools can read: npy arrays, and a page of facts that says what they carry."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from vitrap.experiment.plan import Plan
 from vitrap.experiment.predict import triggered
 from vitrap.experiment.progress import Tick
 from vitrap.experiment.stages import carries
-from vitrap.experiment.store import write_json
 from vitrap.experiment.streams import stream
+from vitrap.files import whole_folder, write_json
 from vitrap.images import CHUNK
 from vitrap.tensors.pixels import to_bytes
 
@@ -60,8 +59,7 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
     assert implant.poison is not None
     assert fitted.trigger is not None
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as draft:
         train, test, goal = plan.world.train, plan.world.test, plan.goal
         poisoned = implant.poison(train, stream(plan.spec.seed, "poison"))
         _save_images(draft / "train_images.npy", poisoned, tick)
@@ -81,10 +79,6 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
         if test.classes:
             (draft / "classes.txt").write_text("\n".join(test.classes) + "\n", encoding="utf-8")
         write_json(draft / "poison.json", {**carries(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat})
-        draft.chmod(0o755)
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _save_images(path: Path, data: ImageSet, tick: Tick) -> None:

@@ -12,9 +12,10 @@ from vitrap.contracts import Access, Fitted, Implant
 from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.progress import Steps
 from vitrap.experiment.stages import make_clean, make_trigger, make_victim, read_stream
-from vitrap.experiment.store import Store, read_json
+from vitrap.experiment.store import Store
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import read_fitted
+from vitrap.files import read_json
 
 Redo = Literal["nothing", "victim", "all"]
 """What is made anew though it is there."""

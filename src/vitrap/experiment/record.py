@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrap.errors import UserError
-from vitrap.experiment.store import write_json
+from vitrap.files import write_json
 
 SCHEMA = 1
 """Raised when a name in the record changes its meaning."""

@@ -24,9 +24,10 @@ from vitrap.experiment.record import SCHEMA, Record, Table, read_record
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.stages import STREAM, read_stream
-from vitrap.experiment.store import Store, locked, place_file, read_json, write_bytes
+from vitrap.experiment.store import Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
+from vitrap.files import place_file, read_json, write_bytes
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.models.classifier import load_weights, read_model
 

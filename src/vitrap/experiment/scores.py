@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitrap.errors import UserError
 from vitrap.experiment.named import defence_settings
-from vitrap.experiment.store import write_bytes
+from vitrap.files import write_bytes
 
 FOLDER = "scores"
 KINDS = ("held_out", "clean", "triggered")

@@ -19,9 +19,10 @@ from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.predict import every_row, predict, spread, timed, triggered
 from vitrap.experiment.progress import Steps, Tick
 from vitrap.experiment.spec import Spec
-from vitrap.experiment.store import STATE, place_file, read_json, write_json
+from vitrap.experiment.store import STATE
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, save_trigger
+from vitrap.files import place_file, read_json, write_json
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.models.classifier import Classifier, save_model
 from vitrap.train.arithmetic import Arithmetic

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError
+from vitrap.files import put_in_place, write_json
 
 STALE = 7 * 24 * 3600
 """Seconds after which a draft counts as left behind."""
@@ -95,7 +96,7 @@ class Store:
                 make(draft)
                 write_json(draft / "depends.json", stage.depends)
                 (draft / STATE).unlink(missing_ok=True)
-                _put_in_place(draft, place, force)
+                _keep(draft, place, force)
             except UserError:  # it would come again
                 _clear(draft, whole=True)
                 raise
@@ -147,55 +148,10 @@ def _clear(draft: Path, whole: bool = False) -> None:
             file.unlink()
 
 
-def _put_in_place(draft: Path, place: Path, force: bool) -> None:
-    """Rename `draft` to `place`; where another process was faster, its equal result stays (unless `force`)."""
-    for file in draft.iterdir():
-        with file.open("rb") as content:
-            os.fsync(content.fileno())
-    draft.chmod(0o755)
-    if force and place.exists():
-        outdated = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
-        os.rename(place, outdated / "stage")
-        shutil.rmtree(outdated)
+def _keep(draft: Path, place: Path, force: bool) -> None:
+    """Put a draft in its place; where another process was faster, its equal result stays (unless `force`)."""
     try:
-        os.rename(draft, place)
+        put_in_place(draft, place, replace=force)
     except OSError:
         if not place.exists():
             raise
-
-
-def read_json(path: Path) -> Any:
-    """What a stage's JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; NaN and infinity are refused."""
-    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as draft:
-            draft.write(content)
-            draft.flush()
-            os.fsync(draft.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def place_file(source: Path, target: Path) -> None:
-    """Put a file of a stage into a run's folder, without a second copy on disk where the system can."""
-    draft = target.with_name(f".{target.name}-{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    try:
-        os.link(source, draft)
-    except OSError:
-        shutil.copyfile(source, draft)
-    os.replace(draft, target)
-    draft.unlink(missing_ok=True)  # a rename between two links of one file does nothing, by POSIX

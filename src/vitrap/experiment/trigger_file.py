@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import Crafted, Fitted, Trigger
 from vitrap.errors import UserError
-from vitrap.experiment.store import write_bytes
+from vitrap.files import write_bytes
 from vitrap.models.classifier import Architecture, Classifier, blank_model
 
 TRIGGER = "trigger.safetensors"

@@ -17,7 +17,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.plan import make_plan, training_steps
 from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.spec import load_spec
-from vitrap.experiment.store import write_bytes
+from vitrap.files import write_bytes
 from vitrap.train.arithmetic import Arithmetic, compiled
 
 PLAIN = (

@@ -13,7 +13,7 @@ from vitrap.experiment.progress import Steps, silent
 from vitrap.experiment.record import SCHEMA, Table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
-from vitrap.experiment.store import write_json
+from vitrap.files import write_json
 
 OFTEN = 0.25
 """Seconds between two ticks that a worker reports."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitrap.errors import UserError
 from vitrap.experiment.records import read_records
-from vitrap.experiment.store import write_bytes
+from vitrap.files import write_bytes
 from vitrap.report.study.entries import find, today
 from vitrap.report.study.layout import read_page
 from vitrap.sweeps.grid import load_sweep

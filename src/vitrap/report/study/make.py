@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitrap.errors import UserError
 from vitrap.experiment.records import read_records
-from vitrap.experiment.store import write_bytes
+from vitrap.files import write_bytes
 from vitrap.report.study.drawings import draw, is_current
 from vitrap.report.study.entries import Entry, entries
 from vitrap.report.study.layout import Page, read_page
