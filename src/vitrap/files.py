@@ -44,8 +44,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         _to_disk(draft)
         draft.chmod(0o644)
         os.replace(draft, path)
-    finally:
+    except BaseException:
         draft.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from tests.waiting import wait_until
 from vitrap.experiment.store import Stage
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
-AFTER = 2
-"""Operations on files after the record is there: two locks are taken away."""
+AFTER = 2 + 2 * 6
+"""Operations on files after the record is there: two locks are taken away, and two answers written."""
 STAGE_FILES = {
     "clean": {"depends.json", "facts.json", "model.safetensors"},
     "trigger": {"depends.json", "facts.json", "stream.safetensors", "trigger.safetensors"},
@@ -128,7 +128,7 @@ def test_killed_with_its_locks_in_place_the_record_answers_and_work_goes_on(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    assert forks.run(out, dies_at=undisturbed[0].events - 1).code == -signal.SIGKILL
+    assert forks.run(out, dies_at=undisturbed[0].events - AFTER + 1).code == -signal.SIGKILL
     assert record(out) == undisturbed[1]
     assert len(list(out.rglob(".*.lock"))) == 2
     for words in ([], ["--force"]):

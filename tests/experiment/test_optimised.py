@@ -78,7 +78,7 @@ def test_a_picture_counts_by_its_content(tmp_path: Path) -> None:
     green = run(asked, out, device="cpu")
     assert green.stages["victim"] != red.stages["victim"]
     path.unlink()
-    with pytest.raises(UserError, match="trigger.png is not a readable image"):
+    with pytest.raises(UserError, match="trigger.png' is no file; give one"):
         run(asked, out, device="cpu")
 
 

@@ -31,9 +31,7 @@ from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
 from vitrap.train.arithmetic import Arithmetic, arithmetic_of
 from vitrap.train.optimiser import make_optimiser
-
-ARITHMETIC = ("precision", "attention", "compiled")
-"""Of a recipe, what stands in a key as the arithmetic that it comes to."""
+from vitrap.train.recipe import ARITHMETIC
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from typing import Literal
 
 from vitrap.params import hyperparameters, param
 
+ARITHMETIC = ("precision", "attention", "compiled")
+"""Fields of a recipe that say how it is computed."""
+
 
 @hyperparameters
 class Recipe:

@@ -16,7 +16,7 @@ from vitrap.contracts import ImageSet, Objective, Suspect
 from vitrap.errors import UserError
 from vitrap.train.arithmetic import uncompiled
 from vitrap.train.loop import Curves, Epoch, Step, Streams, epochs, falling, keep, make_learner
-from vitrap.train.recipe import Recipe
+from vitrap.train.recipe import ARITHMETIC, Recipe
 
 Control = Callable[[nn.Module, Epoch, float], float]
 """The model after an epoch, in evaluation mode, the epoch's losses and its learning rate to the next epoch's."""
@@ -102,8 +102,12 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
 
 
 def recipe_of(settings: Any, images: int) -> Recipe:
-    """The recipe that a repair's settings of the same names stand for; a batch has at most all images."""
-    named = {f.name: getattr(settings, f.name) for f in fields(Recipe) if hasattr(settings, f.name)}
+    """The recipe that a repair's settings of the same names stand for; a batch has at most all images.
+
+    How it is computed is the suspect's business: a setting called `attention`, say, means something else.
+    """
+    names = [f.name for f in fields(Recipe) if f.name not in ARITHMETIC and hasattr(settings, f.name)]
+    named = {name: getattr(settings, name) for name in names}
     return Recipe(**{**named, "batch_size": min(settings.batch_size, images)})
 
 
