@@ -277,7 +277,7 @@ app.command()(table)
 
 
 def _print_record(record: dict[str, Any], folder: Path) -> None:
-    from vitrap.metrics.diagnosis import in_a_line
+    from vitrap.metrics.diagnosis import diagnose, in_a_line
     from vitrap.report.tables import adapted, measured_on, measures
 
     data = record["data"]
@@ -292,7 +292,7 @@ def _print_record(record: dict[str, Any], folder: Path) -> None:
     out.print(table)
     for line in adapted(record["models"]):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(in_a_line(record["diagnosis"]), highlight=False, markup=False, soft_wrap=True)
+    out.print(in_a_line(diagnose(record["victim"])), highlight=False, markup=False, soft_wrap=True)
     _print_defences(record["defences"])
     out.print(f"record, pictures, model and trigger: {folder}", highlight=False, markup=False, soft_wrap=True)
 

@@ -48,8 +48,8 @@ def remember(asked: Asked, out: Path, device: str, folder: Path, traces: Traces 
     if traces is None:
         return
     place = _place(asked, out, device)
-    known = {"folder": folder.name, "record": _trace(folder / "record.json"), "traces": traces}
     with suppress(OSError):  # a full disk: the next call goes the long way
+        known = {"folder": folder.name, "record": _trace(folder / "record.json"), "traces": traces}
         place.parent.mkdir(exist_ok=True)
         write_json(place, known)
 
