@@ -29,6 +29,7 @@ from benchmarks import (
 )
 from benchmarks.compare import FULL, QUICK, Figure, Scale
 from vitrap.experiment.machine import environment
+from vitrap.experiment.record import to_table
 
 PARTS: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "poisoning": poisoning.figures,
@@ -54,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
     scale = replace(QUICK if asked.quick else FULL, device=asked.device)
     figures: list[Figure] = []
     for name in asked.parts or PARTS:
-        about = environment(torch.device(asked.device)) | {"load_before": _load()}
+        about = {**to_table(environment(torch.device(asked.device))), "load_before": _load()}
         err.print(f"measuring {name}")
         found = list(PARTS[name](scale))
         keep(asked.json, name, {"quick": asked.quick, "environment": about, "figures": [f.table() for f in found]})

@@ -155,7 +155,7 @@ def count(run: Path) -> dict[str, Any]:
     from vitrap.experiment.outcomes import measure_defence, remember_nothing
     from vitrap.experiment.plan import make_plan
     from vitrap.experiment.progress import silent
-    from vitrap.experiment.record import read_record
+    from vitrap.experiment.records import read_record
     from vitrap.experiment.spec import parse_spec
 
     record = read_record(run)

@@ -20,6 +20,7 @@ from rich.table import Table
 from benchmarks import gpu_rows, victim
 from benchmarks.gpu_rows import NEEDS_GPU, Bench, Found, Row
 from vitrap.experiment.machine import environment
+from vitrap.experiment.record import to_table
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "peak": gpu_rows.peak,
@@ -149,7 +150,7 @@ def write(path: Path, rows: Sequence[Found], device: str, small: bool, seconds: 
 def about(device: str) -> dict[str, Any]:
     """What it ran on; short where vitrap runs from its folder without being installed."""
     try:
-        found = environment(torch.device(device))
+        found: dict[str, Any] = to_table(environment(torch.device(device)))
     except PackageNotFoundError:
         found = {"device_kind": device, "torch": torch.__version__}
     if device != "cpu":

@@ -3,13 +3,13 @@
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas
 
 import vitrap
 from benchmarks.compare import Figure, Scale, in_turns
+from vitrap.experiment.record import to_table
 
 TINY = ("data.limit=100", "attack.name=badnets", "recipe.epochs=1", "model.embed_dim=16", "model.depth=1")
 WITHIN = 10.0
@@ -19,7 +19,7 @@ WITHIN = 10.0
 def figures(scale: Scale) -> Iterator[Figure]:
     """As many small records as there are images in the scale, all made from one true record."""
     with tempfile.TemporaryDirectory() as own:
-        record = asdict(vitrap.run(vitrap.load_spec(None, TINY), Path(own, "one"), device="cpu"))
+        record = to_table(vitrap.run(vitrap.load_spec(None, TINY), Path(own, "one"), device="cpu"))
         place = Path(own, "runs")
         for number in range(scale.images):
             folder = place / f"made-{number:05d}"

@@ -97,9 +97,9 @@ def test_every_record_that_is_kept_is_of_a_run_that_a_sweep_names():
     assert kept == {file.parent for file in (ROOT / "results").glob("*/records.jsonl")}
     for place in kept:
         points = {p.spec.hash() for spec in STUDIES if page_of(spec).records == place for p in load_sweep(spec).points}
-        shelf = read_records(place)
-        hashes = [today(found.content) for found in shelf.records]
-        assert shelf.skipped == ()
+        loaded = read_records(place)
+        hashes = [today(found.record) for found in loaded.records]
+        assert loaded.skipped == ()
         assert set(hashes) == points, place
         assert len(set(hashes)) == len(hashes), place
 

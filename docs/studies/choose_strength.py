@@ -7,12 +7,14 @@ not looked at. Writes results/choice/NAME.json; OUT keeps the runs. About 4 minu
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import vitrap
+from vitrap.experiment.record import to_table
+from vitrap.metrics.values import Measures
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,10 +39,10 @@ class Choice:
     settings: tuple[Mapping[str, float], ...]
     attack: str = "ageb"
 
-    def allows(self, victim: Mapping[str, Any]) -> bool:
+    def allows(self, victim: Measures) -> bool:
         """Whether a measured setting may be chosen."""
-        loss = victim["cda_clean_model"]["value"] - victim["cda"]["value"]
-        return loss <= self.loss and victim["stealth"]["psnr_db"]["mean"] >= self.psnr
+        loss = victim.cda_clean_model.value - victim.cda.value
+        return loss <= self.loss and victim.stealth.psnr_db.mean >= self.psnr
 
 
 CHOICES = {
@@ -84,14 +86,14 @@ def main(name: str, out: str) -> None:
         spec = vitrap.load_spec(choice.spec, [*overrides, *(f"attack.{k}={v}" for k, v in setting.items())])
         world = vitrap.open_data(spec.data.name, limit=spec.data.limit, holdout=choice.holdout)
         record = vitrap.run(spec, out, world=replace(world, test=world.choose))
-        measured.append({"setting": dict(setting), "victim": record.victim})
+        measured.append((setting, record.victim))
     write(name, choice, measured)
 
 
-def write(name: str, choice: Choice, measured: list[dict[str, Any]]) -> None:
+def write(name: str, choice: Choice, measured: Sequence[tuple[Mapping[str, float], Measures]]) -> None:
     """Keep what was measured and what was chosen."""
-    allowed = [m for m in measured if choice.allows(m["victim"])]
-    chosen = max(allowed, key=lambda m: m["victim"]["asr"]["value"])["setting"] if allowed else None
+    allowed = [(victim.asr.value, setting) for setting, victim in measured if choice.allows(victim)]
+    chosen = max(allowed, key=itemgetter(0))[1] if allowed else None
     found = {
         "spec": choice.spec,
         "attack": choice.attack,
@@ -99,7 +101,7 @@ def write(name: str, choice: Choice, measured: list[dict[str, Any]]) -> None:
         "least_psnr_db": choice.psnr,
         "greatest_loss_of_cda": choice.loss,
         "chosen": chosen,
-        "measured": measured,
+        "measured": [{"setting": dict(setting), "victim": to_table(victim)} for setting, victim in measured],
     }
     place = ROOT / "results" / "choice" / f"{name}.json"
     place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

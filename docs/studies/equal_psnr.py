@@ -46,7 +46,7 @@ ELEMENTS: Mapping[str, Mapping[str, Any]] = {
 def visibility(surrogate: nn.Module, settings: Ageb, images: ImageSet) -> float:
     """Mean PSNR of triggered images, dB."""
     attacked = triggered(images, Erosion(surrogate, settings))
-    return stealth_of(images, attacked, every_row(images))["psnr_db"]["mean"]
+    return stealth_of(images, attacked, every_row(images)).psnr_db.mean
 
 
 def value_at(level: float, low: float, high: float, psnr_of: Callable[[float], float]) -> float:

@@ -9,16 +9,28 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import PATIENCE, Open, refuse
-from tests.report.made import HOSTILE, failure, found, hostile, judgement, record, repair, screen, sift
+from tests.report.made import (
+    HOSTILE,
+    failure,
+    found,
+    hostile,
+    judgement,
+    record,
+    repair,
+    screen,
+    sift,
+    to_failure,
+    to_record,
+)
 from tests.report.page.test_make import picture
-from vitrap.experiment.records import Found, Shelf
+from vitrap.experiment.records import Found, Loaded
 from vitrap.report.page import make as report
 from vitrap.report.page.make import make_page
 
 WIDTHS = (380, 800, 1400)
 
 
-def ordinary(folder: Path) -> Shelf:
+def ordinary(folder: Path) -> Loaded:
     """Runs of three attacks on two data sets, with seeds, defences, curves, pictures, failures and what was skipped."""
     made = []
     for i, (attack, data, asr) in enumerate(
@@ -36,10 +48,10 @@ def ordinary(folder: Path) -> Shelf:
         place = folder / f"run-{i}"
         place.mkdir(parents=True)
         (place / "pictures.png").write_bytes(picture(size=(900, 700)))
-        made.append(Found(place, content))
+        made.append(Found(place, to_record(content)))
     made.append(found(record("badnets-0", "badnets", 7, 7, data="cifar10", asr=0.5, psnr=22.0, lr=1.0)))
-    return Shelf(
-        tuple(made), (found(failure("lost", "out of memory")),), ("'a/record.json' is skipped: it is damaged",)
+    return Loaded(
+        tuple(made), (to_failure(failure("lost", "out of memory")),), ("'a/record.json' is skipped: it is damaged",)
     )
 
 
@@ -54,16 +66,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["open", "packed"])
 def nasty(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A page of hostile names, its sections in the page or packed."""
-    shelf = Shelf(
+    loaded = Loaded(
         tuple(map(found, hostile())),
-        tuple(found(failure(text, text, i)) for i, text in enumerate(HOSTILE)),
+        tuple(to_failure(failure(text, text, i)) for i, text in enumerate(HOSTILE)),
         tuple(f"{text!r} {text}" for text in HOSTILE),
     )
     page = tmp_path_factory.mktemp("nasty") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "packed":
             patch.setattr(report, "BYTES", 1)
-        page.write_bytes(make_page(shelf, HOSTILE[0]).content)
+        page.write_bytes(make_page(loaded, HOSTILE[0]).content)
     return page
 
 
@@ -91,7 +103,7 @@ def test_empty_cells_come_last_either_way(tmp_path: Path, opened: Open) -> None:
     bare = record("bare", number=5)
     bare["victim"]["stealth"] = {}
     records = [record("b", psnr=30.0), record("a", number=1, psnr=9.5), bare]
-    (tmp_path / "a.html").write_bytes(make_page(Shelf(tuple(map(found, records)), (), ()), "x").content)
+    (tmp_path / "a.html").write_bytes(make_page(Loaded(tuple(map(found, records)), (), ()), "x").content)
     page = opened(tmp_path / "a.html")
     for order in (["9.5", "30.0", ""], ["30.0", "9.5", ""]):
         page.get_by_role("button", name="PSNR").click()
@@ -157,7 +169,7 @@ def test_all_runs_open_and_close(plain: Path, opened: Open) -> None:
 def test_packed_runs_open(tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [record(f"run-{i}", number=i, seed=i) for i in range(60)]
     monkeypatch.setattr(report, "BYTES", 100_000)
-    made = make_page(Shelf(tuple(map(found, records)), (), ()), "x")
+    made = make_page(Loaded(tuple(map(found, records)), (), ()), "x")
     (tmp_path / "a.html").write_bytes(made.content)
     page = opened(tmp_path / "a.html", at="#run-000000000000")
     for i in (0, 24, 25, 59):

@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from vitrap.experiment.defend import Finished, defend
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.progress import silent
-from vitrap.experiment.record import Record, read_record
+from vitrap.experiment.record import Record, to_table
+from vitrap.experiment.records import read_record, read_records
 from vitrap.experiment.run import open_run, poison, run, run_folder
 from vitrap.experiment.spec import Spec, load_defence, load_spec
 from vitrap.metrics.accuracy import attack_success
@@ -109,11 +109,11 @@ Made = Callable[[str], tuple[Path, Record]]
 @each_attack
 def test_a_run_and_its_answer(name: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, record = made(name)
-    assert record.victim["asr"]["n"] > 0
+    assert record.victim.asr.n > 0
     assert record.attack_version == (3 if name == "covers" else 1)
-    assert record.data["n_poisoned"] == POISONED.get(name, 0)
-    assert record.data["n_covers"] == {"covers": 30, "other": 15}.get(name, 0)
-    assert ("stealth_stored" in record.victim) == (name in STORED)
+    assert record.data.n_poisoned == POISONED.get(name, 0)
+    assert record.data.n_covers == {"covers": 30, "other": 15}.get(name, 0)
+    assert (record.victim.stealth_stored is not None) == (name in STORED)
     monkeypatch.setattr(stages, "train", lambda *a: pytest.fail("trained again"))
     assert run(spec_of(name), folder.parent, device="cpu") == record
 
@@ -125,7 +125,7 @@ def test_open_run_brings_back_what_was_measured(name: str, made: Made) -> None:
     world = open_data("digits", limit=150)
     goal = spec.attack.goal_for(10)
     said = predict(back.model, triggered(world.test, back.trigger), Arithmetic())
-    assert asdict(attack_success(said, world.test.labels, goal)) == record.victim["asr"]
+    assert attack_success(said, world.test.labels, goal) == record.victim.asr
 
 
 @each_attack
@@ -135,7 +135,7 @@ def test_defences_on_it(name: str, made: Made) -> None:
     for defence, settings in DEFENCES.items():
         record = defend(folder, [load_defence(defence.split("/")[0], settings)], device="cpu")
         rows[defence] = record.defences[-1]
-    assert {k: row["kind"] for k, row in rows.items()} == {
+    assert {k: row.kind for k, row in rows.items()} == {
         "toy_retrain": "repair",
         "toy_kinds": "judgement",
         "toy_kinds/repair": "repair",
@@ -144,17 +144,17 @@ def test_defences_on_it(name: str, made: Made) -> None:
         "spectral": "filter",
         "strip": "screen",
     }
-    assert rows["toy_retrain"]["version"] == 2
-    assert rows["toy_kinds/repair"]["asr"] == rows["toy_kinds/repair"]["before"]["asr"]
+    assert rows["toy_retrain"].version == 2
+    assert rows["toy_kinds/repair"].asr == rows["toy_kinds/repair"].before.asr
     named = rows["toy_classes"]
-    assert len(named["suspected_classes"]) == 3
-    assert named["suspected"] == named["suspected_classes"][0] == int(np.argmax(named["by_class"]))
-    assert (named["suspects_target"] is None) == (name == "all-to-all")
-    assert rows["strip"]["auroc"]["n_clean"] == 40
-    assert (folder / rows["strip"]["scores"]).is_file()
-    poisoned = record.data["n_poisoned"]
-    assert rows["spectral"]["auroc"]["n_triggered"] == poisoned
-    assert rows["spectral"]["tpr"]["n"] == poisoned
+    assert len(named.suspected_classes) == 3
+    assert named.suspected == named.suspected_classes[0] == int(np.argmax(named.by_class))
+    assert (named.suspects_target is None) == (name == "all-to-all")
+    assert rows["strip"].auroc.n_clean == 40
+    assert (folder / rows["strip"].scores).is_file()
+    poisoned = record.data.n_poisoned
+    assert rows["spectral"].auroc.n_triggered == poisoned
+    assert rows["spectral"].tpr.n == poisoned
 
 
 @each_attack
@@ -167,8 +167,8 @@ def test_the_poisoned_set_or_why_there_is_none(name: str, made: Made, tmp_path: 
         return
     poison(spec_of(name), tmp_path / "set", folder.parent, device="cpu")
     held = {file.stem: np.load(file) for file in (tmp_path / "set").glob("*.npy")}
-    assert held["train_poisoned"].sum() == record.data["n_poisoned"]
-    assert held["train_covers"].sum() == record.data["n_covers"]
+    assert held["train_poisoned"].sum() == record.data.n_poisoned
+    assert held["train_covers"].sum() == record.data.n_covers
     true, now = held["train_true_labels"], held["train_labels"]
     goal, poisoned = spec_of(name).attack.goal_for(10), held["train_poisoned"]
     wanted = goal.labels(torch.from_numpy(true)).numpy()
@@ -247,15 +247,15 @@ def test_an_edit_starts_from_the_twin_and_reports(made: Made) -> None:
 
 def test_the_strength_in_training_and_at_test_are_both_measured(made: Made) -> None:
     _, record = made("clean")
-    assert record.victim["stealth_stored"]["psnr_db"]["mean"] > record.victim["stealth"]["psnr_db"]["mean"] + 6
-    assert record.victim["stealth_stored"]["n"] == record.data["n_poisoned"]
+    assert record.victim.stealth_stored.psnr_db.mean > record.victim.stealth.psnr_db.mean + 6
+    assert record.victim.stealth_stored.n == record.data.n_poisoned
 
 
 def test_goals_count_what_they_say(made: Made) -> None:
     world = open_data("digits", limit=150)
-    assert made("all-to-all")[1].victim["asr"]["n"] == len(world.test)
-    assert made("source")[1].victim["asr"]["n"] == int((world.test.labels == 3).sum())
-    assert made("covers")[1].victim["asr"]["n"] == int(AllToOne(0).counts(world.test.labels).sum())
+    assert made("all-to-all")[1].victim.asr.n == len(world.test)
+    assert made("source")[1].victim.asr.n == int((world.test.labels == 3).sum())
+    assert made("covers")[1].victim.asr.n == int(AllToOne(0).counts(world.test.labels).sum())
 
 
 def test_other_images_count_by_their_content(made: Made, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_other_images_count_by_their_content(made: Made, tmp_path: Path) -> None
     assert record.attack["other images"] == len(open_data(name).train)
     depends = json.loads((_stage(run_folder(spec, tmp_path / "runs"), "trigger") / "depends.json").read_text())
     assert depends["attack"]["other"] == open_data(name).fingerprint
-    assert json.loads(json.dumps(defend(run_folder(spec, tmp_path / "runs"), [load_defence("spectral")]).defences))
+    assert defend(run_folder(spec, tmp_path / "runs"), [load_defence("spectral")]).defences
 
 
 # A sweep, and kills
@@ -289,10 +289,10 @@ def test_a_sweep_of_all(toys: None, made: Made, tmp_path: Path) -> None:
     (tmp_path / "toys.toml").write_text(f"{base}\n[grid]\nseed = [0]\n{cases}")
     ended = sweep(load_sweep(tmp_path / "toys.toml"), tmp_path / "runs", workers=2, device="cpu")
     assert len(ended) == len(ATTACKS)
-    records = {r["name"]: r for f in (tmp_path / "runs").glob("*/record.json") for r in [json.loads(f.read_text())]}
+    records = {found.record.name: found.record for found in read_records(tmp_path / "runs").records}
     for name in ATTACKS:
         for rate in ("cda", "asr", "ra", "cda_clean_model", "asr_clean_model"):
-            assert records[name]["victim"][rate] == made(name)[1].victim[rate]
+            assert getattr(records[name].victim, rate) == getattr(made(name)[1].victim, rate)
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def test_killed_in_the_middle_the_next_call_goes_on(name: str, forks: Forks, mad
     assert ended.code == 0, ended.said
     (file,) = (tmp_path / "runs").glob("*/record.json")
     found = json.loads(file.read_text())
-    assert (found["victim"], found["attack"]) == (made(name)[1].victim, made(name)[1].attack)
+    assert (found["victim"], found["attack"]) == (to_table(made(name)[1].victim), made(name)[1].attack)
 
 
 @pytest.mark.parametrize("name", ["generator", "batches", "covers"])
@@ -336,7 +336,7 @@ def test_killed_within_an_epoch_the_training_goes_on(name: str, forks: Forks, ma
     assert [place.partition("-")[0] for place in marked(out)] == ["victim"]
     (file,) = out.glob("*/record.json")
     found, wanted = json.loads(file.read_text()), made(name)[1]
-    assert (found["victim"], found["attack"]) == (wanted.victim, wanted.attack)
+    assert (found["victim"], found["attack"]) == (to_table(wanted.victim), wanted.attack)
     assert {k: v for k, v in found["curves"]["victim"].items() if k != "mark"} == wanted.curves["victim"]
 
 

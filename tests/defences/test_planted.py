@@ -31,19 +31,19 @@ Row = dict[str, Any]
 
 
 def caught_by_score(least: float) -> Callable[[Row], bool]:
-    return lambda row: row["auroc"]["value"] >= least
+    return lambda row: row.auroc.value >= least
 
 
 def caught_by_repair(row: Row) -> bool:
-    return row["before"]["asr"]["value"] > 0.95 and row["asr"]["value"] < 0.15 and row["cda"]["value"] > 0.95
+    return row.before.asr.value > 0.95 and row.asr.value < 0.15 and row.cda.value > 0.95
 
 
 def caught_by_filter(row: Row) -> bool:
-    return row["auroc"]["value"] > 0.9 and row["tpr"]["value"] > 0.8 and row["asr_retrained"]["value"] < 0.6
+    return row.auroc.value > 0.9 and row.tpr.value > 0.8 and row.asr_retrained.value < 0.6
 
 
 def caught_by_judgement(row: Row) -> bool:
-    return row["backdoored"] and row["suspects_target"]
+    return row.backdoored and row.suspects_target
 
 
 PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
@@ -59,12 +59,10 @@ PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
     "strip": ({}, caught_by_score(0.8)),
 }
 QUIET: dict[str, Callable[[Row], bool]] = {
-    "screen": lambda row: (
-        row["fpr_on_clean_model"]["0.05"]["value"] < 0.15 and row["auroc_clean_model"]["value"] < 0.65
-    ),
-    "repair": lambda row: row["cda_clean_model_before"]["value"] - row["cda_clean_model"]["value"] < 0.05,
-    "filter": lambda row: row["cda_retrained"]["value"] > 0.95,  # it always flags 1.5 epsilon of each class
-    "judgement": lambda row: not row["backdoored_clean_model"],
+    "screen": lambda row: row.fpr_on_clean_model["0.05"].value < 0.15 and row.auroc_clean_model.value < 0.65,
+    "repair": lambda row: row.cda_clean_model_before.value - row.cda_clean_model.value < 0.05,
+    "filter": lambda row: row.cda_retrained.value > 0.95,  # it always flags 1.5 epsilon of each class
+    "judgement": lambda row: not row.backdoored_clean_model,
 }
 
 
@@ -111,19 +109,19 @@ def case() -> Case:
 
 
 def test_the_backdoor_is_in_and_the_twin_has_none(case: Case) -> None:
-    cda, asr, _ = case.rates(case.victim, lambda: None)
-    assert cda["value"] > 0.97
-    assert asr["value"] > 0.97
-    assert case.rates(case.twin, lambda: None)[1]["value"] < 0.05
+    victim = case.rates(case.victim, lambda: None)
+    assert victim.cda.value > 0.97
+    assert victim.asr.value > 0.97
+    assert case.rates(case.twin, lambda: None).asr.value < 0.05
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_it_is_caught_and_a_clean_model_left_in_peace(name: str, case: Case) -> None:
     settings, caught = PLANTED[name]
     row, _ = measure_defence(Named(name, registry.get("defences", name)(**settings)), case, lambda: None)
-    told = {k: v for k, v in row.items() if k not in ("report", "seconds")}
+    told = {k: v for k, v in vars(row).items() if k not in ("report", "seconds")}
     assert caught(row), told
-    assert QUIET[row["kind"]](row), told
+    assert QUIET[row.kind](row), told
 
 
 def test_every_defence_has_a_planted_case() -> None:

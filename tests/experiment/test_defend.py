@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import vitrap.experiment.defend as defending
 import vitrap.experiment.run as runner
 from tests.experiment.conftest import Runs, Trainings, tiny
+from tests.report.made import judgement, to_row
 from vitrap.contracts import Batch, Criterion, Flagged, Implant, Objective, Repaired, Suspect
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
@@ -24,8 +25,9 @@ from vitrap.experiment.defend import add_row, defend, stored_set
 from vitrap.experiment.named import Named
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import silent
-from vitrap.experiment.record import Record, read_record
-from vitrap.experiment.records import read_records
+from vitrap.experiment.record import Record, to_table
+from vitrap.experiment.records import read_record, read_records
+from vitrap.experiment.rows import Row
 from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
@@ -49,8 +51,8 @@ def folder(runs: Runs, copied: Path) -> Path:
     return run_folder(runs.specs["badnets"], copied)
 
 
-def lasting(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k != "seconds"}
+def lasting(row: Row) -> Row:
+    return replace(row, seconds={})
 
 
 def refuse_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +66,9 @@ def test_a_row_joins_the_record_and_nothing_else_changes(folder: Path) -> None:
     before = read_record(folder)
     record = defend(folder, [NULL], device="cpu")
     assert record == read_record(folder)
-    assert replace(record, defences=[]) == before
+    assert replace(record, defences=()) == before
     (row,) = record.defences
-    assert (row["name"], row["params"], row["kind"]) == ("max_softmax", {}, "screen")
+    assert (row.name, row.params, row.kind) == ("max_softmax", {}, "screen")
     assert not list(folder.glob(".*"))
 
 
@@ -81,14 +83,14 @@ def test_the_same_again_answers_from_the_record(folder: Path, monkeypatch: pytes
 def test_other_settings_are_another_row_and_other_code_replaces_one(folder: Path, edit: Callable[[str], None]) -> None:
     few, more = load_defence("strip", ["overlays=2"]), load_defence("strip", ["overlays=3"])
     record = defend(folder, [few, more, few], device="cpu")
-    assert [row["params"]["overlays"] for row in record.defences] == [2, 3]
-    assert record.defences[0]["auroc"] != record.defences[1]["auroc"]
-    keys = [row["key"] for row in record.defences]
+    assert [row.params["overlays"] for row in record.defences] == [2, 3]
+    assert record.defences[0].auroc != record.defences[1].auroc
+    keys = [row.key for row in record.defences]
     edit("defences/strip.py")
     again = defend(folder, [few], device="cpu")
-    assert [row["params"]["overlays"] for row in again.defences] == [3, 2]
-    assert again.defences[0]["key"] == keys[1]
-    assert again.defences[1]["key"] != keys[0]
+    assert [row.params["overlays"] for row in again.defences] == [3, 2]
+    assert again.defences[0].key == keys[1]
+    assert again.defences[1].key != keys[0]
 
 
 def test_a_spec_with_defences_does_the_same(runs: Runs, copied: Path, trainings: Trainings) -> None:
@@ -169,20 +171,21 @@ def test_a_wrong_number_of_images(name: str, screened: str, message: str) -> Non
 def test_another_number_of_images_is_another_row(folder: Path) -> None:
     record = defend(folder, [NULL, replace(NULL, screened=20)], device="cpu")
     usual, few = record.defences
-    assert (usual["screened"], few["screened"]) == (1000, 20)
-    assert few["auroc"]["n_clean"] == few["n_threshold"] == 20
-    assert usual["auroc"]["n_clean"] > 20
-    assert usual["key"] != few["key"]
-    assert {file.name for file in (folder / "scores").iterdir()} == {Path(row["scores"]).name for row in (usual, few)}
+    assert (usual.screened, few.screened) == (1000, 20)
+    assert few.auroc.n_clean == few.n_threshold == 20
+    assert usual.auroc.n_clean > 20
+    assert usual.key != few.key
+    assert {file.name for file in (folder / "scores").iterdir()} == {Path(row.scores).name for row in (usual, few)}
 
 
 def test_a_row_of_an_older_vitrap_counts_as_the_usual_number(runs: Runs, folder: Path) -> None:
     row = defend(folder, [NULL], device="cpu").defences[0]
-    old = {key: value for key, value in row.items() if key not in ("screened", "version", "scores")} | {"key": "old"}
+    table = to_table(row)
+    old = to_row({k: v for k, v in table.items() if k not in ("screened", "version", "scores")} | {"key": "old"})
     add_row(folder, old)
-    few = {**row, "screened": 20, "key": "few"}
-    assert [r["key"] for r in add_row(folder, few).defences] == ["old", "few"]
-    assert [r["key"] for r in add_row(folder, row).defences] == ["few", row["key"]]  # it takes the old one's place
+    few = replace(row, screened=20, key="few")
+    assert [r.key for r in add_row(folder, few).defences] == ["old", "few"]
+    assert [r.key for r in add_row(folder, row).defences] == ["few", row.key]  # it takes the old one's place
     add_row(folder, old)
     for defence, state in ((NULL, "record there"), (replace(NULL, screened=30), "defences missing")):
         point = Point({}, replace(runs.specs["badnets"], defences=(defence,)))
@@ -196,12 +199,12 @@ def test_a_row_of_an_older_vitrap_counts_as_the_usual_number(runs: Runs, folder:
 def test_scores_are_kept_and_are_the_rows_own(folder: Path) -> None:
     record = defend(folder, [NULL], device="cpu")
     (row,) = record.defences
-    assert row["scores"] == f"scores/max_softmax-{row['key']}.safetensors"
+    assert row.scores == f"scores/max_softmax-{row.key}.safetensors"
     scores = read_scores(folder, row)
-    assert vars(auroc(scores.victim.triggered, scores.victim.clean)) == row["auroc"]
-    assert vars(auroc(scores.twin.triggered, scores.twin.clean)) == row["auroc_clean_model"]
-    assert len(scores.victim.held_out) == row["n_threshold"]
-    with safe_open(folder / row["scores"], "pt") as file:
+    assert auroc(scores.victim.triggered, scores.victim.clean) == row.auroc
+    assert auroc(scores.twin.triggered, scores.twin.clean) == row.auroc_clean_model
+    assert len(scores.victim.held_out) == row.n_threshold
+    with safe_open(folder / row.scores, "pt") as file:
         about = json.loads(file.metadata()["vitrap"])
     assert (about["role"], about["backdoor"], about["attack"]) == ("scores", True, "badnets")
     assert about["spec"] == {k: v for k, v in record.spec.items() if k not in ("name", "defences")}
@@ -214,8 +217,8 @@ def test_scores_of_a_replaced_row_go_and_those_of_others_stay(folder: Path, monk
     own.write_bytes(b"of the user's making")
     monkeypatch.setattr(type(NULL.method), "version", 2)
     new = defend(folder, [NULL], device="cpu").defences[-1]
-    assert new["scores"] != old["scores"]
-    assert not (folder / old["scores"]).exists()
+    assert new.scores != old.scores
+    assert not (folder / old.scores).exists()
     assert own.exists()
     read_scores(folder, new)
     read_scores(folder, stays)
@@ -223,7 +226,7 @@ def test_scores_of_a_replaced_row_go_and_those_of_others_stay(folder: Path, monk
 
 def test_a_row_whose_scores_are_gone_is_measured_again(folder: Path) -> None:
     (row,) = defend(folder, [NULL], device="cpu").defences
-    (folder / row["scores"]).unlink()
+    (folder / row.scores).unlink()
     (again,) = defend(folder, [NULL], device="cpu").defences
     assert lasting(again) == lasting(row)
     read_scores(folder, again)
@@ -237,10 +240,10 @@ def test_scores_are_there_before_the_row_that_names_them(folder: Path, monkeypat
         patch.setattr(Record, "write", break_off)
         with pytest.raises(KeyboardInterrupt):
             defend(folder, [replace(NULL, screened=20)], device="cpu")
-    assert read_record(folder).defences == []
+    assert read_record(folder).defences == ()
     assert len(list((folder / "scores").iterdir())) == 1
     (row,) = defend(folder, [NULL], device="cpu").defences
-    assert [file.name for file in (folder / "scores").iterdir()] == [Path(row["scores"]).name]
+    assert [file.name for file in (folder / "scores").iterdir()] == [Path(row.scores).name]
 
 
 # ---- what it rests on
@@ -249,11 +252,11 @@ def test_scores_are_there_before_the_row_that_names_them(folder: Path, monkeypat
 def test_a_raised_version_leaves_no_row_standing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = load_defence("fine_tune", ["epochs=1"])
     (row,) = defend(folder, [tuned], device="cpu").defences
-    assert row["version"] == 1
+    assert row.version == 1
     monkeypatch.setattr(type(tuned.method), "version", 2)
     (again,) = defend(folder, [tuned], device="cpu").defences
-    assert again["version"] == 2
-    assert again["key"] != row["key"]
+    assert again.version == 2
+    assert again.key != row.key
     assert len(list((folder.parent / "stages").glob("defended-*"))) == 2
 
 
@@ -279,7 +282,7 @@ def test_other_data_are_refused(folder: Path) -> None:
     world = replace(open_data("digits"), fingerprint="0" * 64)
     with pytest.raises(UserError, match=r"the data of run .* are not here: 'digits' has fingerprint 000000000000"):
         defend(folder, [NULL], device="cpu", world=world)
-    assert read_record(folder).defences == []
+    assert read_record(folder).defences == ()
 
 
 def test_a_run_with_a_network_of_ones_own(tmp_path: Path) -> None:
@@ -316,7 +319,7 @@ def test_a_run_without_its_files(folder: Path, file: str) -> None:
     (folder / file).unlink()
     with pytest.raises(UserError, match=rf"{file}.* is (not there|missing or damaged)"):
         defend(folder, [NULL], device="cpu")
-    assert read_record(folder).defences == []
+    assert read_record(folder).defences == ()
 
 
 def test_rows_stay_when_a_run_is_measured_anew_and_go_when_it_is_forced(runs: Runs, copied: Path) -> None:
@@ -326,26 +329,26 @@ def test_rows_stay_when_a_run_is_measured_anew_and_go_when_it_is_forced(runs: Ru
     record = read_record(folder)
     replace(record, stages={**record.stages, "measure": "outdated"}).write(folder)
     assert run(spec, copied, device="cpu").defences == row
-    assert run(spec, copied, device="cpu", redo="victim").defences == []
-    replace(record, stages={**record.stages, "measure": "outdated"}, defences=[{**row[0], "key": "other"}]).write(
+    assert run(spec, copied, device="cpu", redo="victim").defences == ()
+    replace(record, stages={**record.stages, "measure": "outdated"}, defences=(replace(row[0], key="other"),)).write(
         folder
     )
-    assert run(spec, copied, device="cpu").defences == []
+    assert run(spec, copied, device="cpu").defences == ()
 
 
 def test_a_trigger_that_no_longer_works_is_noticed(folder: Path) -> None:
     record = read_record(folder)
-    asr = {**record.victim["asr"], "value": record.victim["asr"]["value"] + 0.02}
-    replace(record, victim={**record.victim, "asr": asr}).write(folder)
+    asr = replace(record.victim.asr, value=record.victim.asr.value - 0.02)
+    replace(record, victim=replace(record.victim, asr=asr)).write(folder)
     with pytest.raises(UserError, match=r"its attack's code has changed since; run its spec again"):
         defend(folder, [NULL], device="cpu")
-    assert read_record(folder).defences == []
+    assert read_record(folder).defences == ()
 
 
 def test_an_edited_attack_leaves_no_row_standing(folder: Path, edit: Callable[[str], None]) -> None:
     row = defend(folder, [NULL], device="cpu").defences[0]
     edit("attacks/badnets.py")
-    assert defend(folder, [NULL], device="cpu").defences[0]["key"] != row["key"]
+    assert defend(folder, [NULL], device="cpu").defences[0].key != row.key
 
 
 def test_a_defence_that_means_something_else_has_another_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +356,7 @@ def test_a_defence_that_means_something_else_has_another_row(folder: Path, monke
     other, key = load_defence("strip", ["overlays=2"]), defending.row_key(record, NULL)
     before = defending.row_key(record, other)
     monkeypatch.setattr(type(NULL.method), "version", NULL.method.version + 1)
-    assert defending.row_key(record, NULL) != key == record.defences[0]["key"]
+    assert defending.row_key(record, NULL) != key == record.defences[0].key
     assert defending.row_key(record, other) == before
 
 
@@ -371,13 +374,13 @@ def test_a_run_that_ends_late_keeps_the_rows_that_came_meanwhile(
         return b"a picture"
 
     monkeypatch.setattr(runner, "draw_examples", draw)
-    assert [row["name"] for row in run(spec, copied, device="cpu").defences] == ["max_softmax"]
+    assert [row.name for row in run(spec, copied, device="cpu").defences] == ["max_softmax"]
 
 
 def test_a_filter_that_flags_everything_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="all 100 training images are flagged"):
         defend(folder, [Named("head", Head(first=1000))], device="cpu")
-    assert read_record(folder).defences == []
+    assert read_record(folder).defences == ()
 
 
 # ---- filters retrain in a stage
@@ -405,7 +408,7 @@ def test_what_a_filter_keeps_is_trained_on_once(folder: Path, trainings: Trainin
     assert trainings.since() == 1
     (place,) = (folder.parent / "stages").glob("retrained-*")
     facts = json.loads((place / "facts.json").read_text())
-    kept = read_record(folder).data["n_train"] - 5
+    kept = read_record(folder).data.n_train - 5
     assert len(facts["curves"]["cross_entropy"]) == 1
     assert facts["n_poisoned"] <= kept
     defend(folder, [Named("other", Head())], device="cpu")
@@ -465,8 +468,8 @@ def test_a_defender_retrains_with_the_runs_recipe_seed_and_streams(
         assert ours is not theirs
         weights = theirs.state_dict()
         assert all(torch.equal(value, weights[key]) for key, value in ours.state_dict().items())
-    assert row["cda_clean_model"] == row["cda_clean_model_before"]
-    assert row["asr"] == row["before"]["asr"]
+    assert row.cda_clean_model == row.cda_clean_model_before
+    assert row.asr == row.before.asr
 
 
 def test_what_retrains_knows_no_attack() -> None:
@@ -525,9 +528,9 @@ def test_what_a_twin_comes_to_is_measured_once_for_all_attacks(
     monkeypatch.setattr(type(tuned.method), "apply", lambda self, s: applied.append(s.model) or apply(self, s))
     rows = [defend(run_folder(runs.specs[name], copied), [tuned], device="cpu").defences[0] for name in runs.specs]
     assert len(applied) == 3
-    assert rows[0]["cda_clean_model"] == rows[1]["cda_clean_model"]
+    assert rows[0].cda_clean_model == rows[1].cda_clean_model
     (place,) = (copied / "stages").glob("defended-*")
-    assert json.loads((place / "facts.json").read_text())["after"] == rows[0]["cda_clean_model"]
+    assert json.loads((place / "facts.json").read_text())["after"] == to_table(rows[0].cda_clean_model)
     defend(run_folder(runs.specs["ageb"], copied), [load_defence("fine_tune", ["epochs=2"])], device="cpu")
     assert len(applied) == 5
 
@@ -537,11 +540,11 @@ def test_what_a_twin_comes_to_is_measured_once_for_all_attacks(
 
 def test_two_processes_at_once_lose_no_row(folder: Path) -> None:
     def add(number: int) -> Record:
-        return add_row(folder, {"name": "made", "params": {"n": number}, "key": str(number)})
+        return add_row(folder, to_row(judgement() | {"params": {"n": number}, "key": str(number)}))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(24)))
-    assert sorted(row["params"]["n"] for row in read_record(folder).defences) == list(range(24))
+    assert sorted(row.params["n"] for row in read_record(folder).defences) == list(range(24))
 
 
 def test_a_lock_is_given_back(folder: Path) -> None:
@@ -553,5 +556,5 @@ def test_a_lock_is_given_back(folder: Path) -> None:
 
 def test_the_record_holds_what_a_row_is(folder: Path) -> None:
     (row,) = defend(folder, [NULL], device="cpu").defences
-    assert json.loads(json.dumps(row)) == row
-    assert asdict(read_record(folder))["defences"] == [row]
+    assert to_row(json.loads(json.dumps(to_table(row)))) == row
+    assert read_record(folder).defences == (row,)

@@ -13,6 +13,7 @@ from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
 from vitrap.experiment.network import Network, network_of, try_out
 from vitrap.experiment.plan import make_plan
+from vitrap.experiment.record import OwnNetwork
 from vitrap.experiment.run import run
 from vitrap.experiment.spec import ModelTable, load_spec
 from vitrap.models.classifier import Architecture, open_model
@@ -37,7 +38,7 @@ def test_weights_are_where_training_starts_and_the_record_says_what_was_adapted(
     network = Network(ARCHITECTURE, weights=file)
     said = "head replaced (7 -> 10 classes); prefix 'module.' taken off"
     assert network.adapted == said
-    assert network.shown()["weights"] == said
+    assert network.shown().weights == said
     built: Any = network.build(0)
     assert torch.equal(built.body.blocks[1].mlp.fc1.weight, trained()["blocks.1.mlp.fc1.weight"])
     other: Any = network.build(1)
@@ -54,7 +55,7 @@ def test_a_linear_probe_trains_its_head_alone(file: str) -> None:
         "body.head.weight",
         "body.head.bias",
     ]
-    assert probe.shown() == {**whole.shown(), "linear_probe": True}
+    assert probe.shown() == replace(whole.shown(), linear_probe=True)
     assert probe.depends == {**whole.depends, "linear_probe": True}
     spec = load_spec(None, [f"surrogate.weights={file}", *(f"surrogate.{k}={v}" for k, v in TINY.items())])
     assert spec.surrogate
@@ -70,7 +71,7 @@ def test_a_run_with_a_linear_probe_as_surrogate(file: str, tmp_path: Path) -> No
     probe = [f"surrogate.weights={file}", "surrogate.linear_probe=true", f"model.weights={file}"]
     spec = load_spec(None, [*names, *tiny, *probe, "data.limit=100", "recipe.epochs=1", "recipe.layer_decay=0.7"])
     record = run(spec, tmp_path, device="cpu")
-    assert record.models["surrogate"]["linear_probe"] is True
+    assert record.models["surrogate"].linear_probe is True
     surrogate, twin = sorted(tmp_path.glob("stages/clean-*/model.safetensors"), key=changed_layers)
     assert changed_layers(surrogate) == 0
     assert changed_layers(twin) > 3
@@ -104,8 +105,8 @@ def changed_layers(file: Path) -> int:
 
 def test_without_such_a_file_the_record_has_null() -> None:
     network = Network(ARCHITECTURE)
-    assert (network.adapted, network.shown()["weights"]) == (None, None)
-    assert Network(ARCHITECTURE, module=nn.Identity()).shown() == {"module": "Identity"}
+    assert (network.adapted, network.shown().weights) == (None, None)
+    assert Network(ARCHITECTURE, module=nn.Identity()).shown() == OwnNetwork("Identity")
 
 
 def test_the_files_content_decides_not_its_name(file: str, tmp_path: Path) -> None:

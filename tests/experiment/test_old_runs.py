@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment.defend import defend
 from vitrap.experiment.predict import predict, triggered
-from vitrap.experiment.records import read_records
+from vitrap.experiment.records import read_record, read_records
 from vitrap.experiment.run import open_run
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, parse_spec
@@ -43,40 +42,40 @@ def test_it_opens_and_its_trigger_fires_as_it_did(old: Path) -> None:
     spec, world = parse_spec(record["spec"]), open_data("digits", limit=300)
     assert world.fingerprint == record["data"]["fingerprint"]
     said = predict(opened.model, triggered(world.test, opened.trigger), Arithmetic())
-    found = asdict(attack_success(said, world.test.labels, spec.attack.goal_for(10)))
-    assert found["n"] == record["victim"]["asr"]["n"]
-    assert found["value"] == pytest.approx(record["victim"]["asr"]["value"], abs=0.01)
+    found = attack_success(said, world.test.labels, spec.attack.goal_for(10))
+    assert found.n == record["victim"]["asr"]["n"]
+    assert found.value == pytest.approx(record["victim"]["asr"]["value"], abs=0.01)
 
 
 @each_run
 def test_it_takes_a_defence(copied: Path) -> None:
-    before = json.loads((copied / "record.json").read_text())
+    before = read_record(copied)
     asked = [
         load_defence("strip", ["overlays=4", "screened=50"]),
         load_defence("fine_tune", ["epochs=1"]),
         load_defence("spectral"),
     ]
     record = defend(copied, asked, device="cpu")
-    names = [(row["name"], row["kind"]) for row in record.defences[-3:]]
+    names = [(row.name, row.kind) for row in record.defences[-3:]]
     assert names == [("strip", "screen"), ("fine_tune", "repair"), ("spectral", "filter")]
-    assert record.victim == before["victim"]
-    assert record.defences[-1]["auroc"]["n_triggered"] == before["data"]["n_poisoned"]
+    assert record.victim == before.victim
+    assert record.defences[-1].auroc.n_triggered == before.data.n_poisoned
     assert len(read_scores(copied, record.defences[-3]).victim.clean) == 50
 
 
 @each_run
 def test_its_old_rows_say_that_they_kept_no_scores(copied: Path) -> None:
-    row = next(row for row in json.loads((copied / "record.json").read_text())["defences"] if row["name"] == "strip")
+    row = next(row for row in read_record(copied).defences if row.name == "strip")
     with pytest.raises(UserError, match="defend"):
         read_scores(copied, row)
 
 
 @pytest.mark.parametrize("runs", sorted(p for p in OLD.iterdir() if p.is_dir()), ids=lambda folder: folder.name)
 def test_they_report(runs: Path, tmp_path: Path) -> None:
-    shelf = read_records(runs)
-    assert shelf.skipped == ()
-    assert len(shelf.records) == len(list(runs.glob("*/record.json")))
-    assert len(load_records(runs)) >= len(shelf.records)
-    page = make_page(shelf, "old runs").content.decode()
-    for found in shelf.records:
-        assert found.content["name"] in page
+    loaded = read_records(runs)
+    assert loaded.skipped == ()
+    assert len(loaded.records) == len(list(runs.glob("*/record.json")))
+    assert len(load_records(runs)) >= len(loaded.records)
+    page = make_page(loaded, "old runs").content.decode()
+    for found in loaded.records:
+        assert found.record.name in page

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import Tensor, nn
 
 from tests.experiment.conftest import Runs
+from tests.report import made
+from tests.report.made import to_row
 from tests.test_docs import keys_of_rows
 from vitrap.contracts import (
     AllToAll,
@@ -38,6 +40,7 @@ from vitrap.experiment.progress import silent
 from vitrap.experiment.scores import Scores, read_scores, scores_file, write_scores
 from vitrap.metrics.detection import auroc
 from vitrap.metrics.interval import wilson
+from vitrap.metrics.values import Auroc, Rate, Rates
 from vitrap.report.tables import defence_measures
 from vitrap.tensors.pixels import round8, to_bytes
 from vitrap.train.arithmetic import Arithmetic
@@ -130,30 +133,30 @@ class Made:
 
 def measured(
     case: Case, outcome: Callable[[Suspect], Outcome], kind: str, needs_train: bool = False, screened: int = 1000
-) -> tuple[dict[str, Any], Scores | None]:
-    made: Any = Made(outcome, [], kind, needs_train)
-    return measure_defence(Named("made", made, screened), case, lambda: None)
+) -> tuple[Any, Scores | None]:
+    method: Any = Made(outcome, [], kind, needs_train)
+    return measure_defence(Named("made", method, screened), case, lambda: None)
 
 
-def row(case: Case, outcome: Callable[[Suspect], Outcome], kind: str, needs_train: bool = False) -> dict[str, Any]:
+def row(case: Case, outcome: Callable[[Suspect], Outcome], kind: str, needs_train: bool = False) -> Any:
     return measured(case, outcome, kind, needs_train)[0]
 
 
 def test_the_case_is_the_runs_own(runs: Runs) -> None:
     case = open_case(runs, "badnets")
-    cda, asr, ra = case.rates(case.victim, lambda: None)
     victim = runs.records["badnets"].victim
-    assert (cda, asr, ra) == (victim["cda"], victim["asr"], victim["ra"])
-    assert case.rates(case.twin, lambda: None)[:2] == (victim["cda_clean_model"], victim["asr_clean_model"])
-    assert int(case.poisoned.poisoned.sum()) == runs.records["badnets"].data["n_poisoned"]
+    assert case.rates(case.victim, lambda: None) == Rates(victim.cda, victim.asr, victim.ra)
+    twin = case.rates(case.twin, lambda: None)
+    assert (twin.cda, twin.asr) == (victim.cda_clean_model, victim.asr_clean_model)
+    assert int(case.poisoned.poisoned.sum()) == runs.records["badnets"].data.n_poisoned
     row(case, lambda s: Screen(blue), "screen")
     assert (runs.folder("badnets") / "record.json").exists()
 
 
 def test_a_defender_sees_model_and_clean_images_and_no_more(case: Case) -> None:
     seen: list[Suspect] = []
-    made: Any = Made(lambda s: Judged(0.0, 1.0), seen, "judgement")
-    measure_defence(Named("made", made), case, lambda: None)
+    method: Any = Made(lambda s: Judged(0.0, 1.0), seen, "judgement")
+    measure_defence(Named("made", method), case, lambda: None)
     assert [s.model for s in seen] == [case.victim, case.twin]
     assert [s.generator.initial_seed() for s in seen] == [seen[0].generator.initial_seed()] * 2
     for suspect in seen:
@@ -172,8 +175,8 @@ def test_a_filter_sees_the_training_set_without_its_mask(case: Case) -> None:
         n = len(suspect.train)
         return Flagged(torch.zeros(n), torch.zeros(n, dtype=torch.bool))
 
-    made: Any = Made(flag, seen, "filter", needs_train=True)
-    measure_defence(Named("made", made), replace(case, train_kept=lambda kept: case.twin), lambda: None)
+    method: Any = Made(flag, seen, "filter", needs_train=True)
+    measure_defence(Named("made", method), replace(case, train_kept=lambda kept: case.twin), lambda: None)
     unmarked, clean = (s.train for s in seen)
     assert unmarked is not None
     assert clean is case.world.train
@@ -208,10 +211,10 @@ def test_a_defence_is_applied_outside_of_any_autocast(case: Case) -> None:
 
 def test_a_row_says_what_a_defence_is(case: Case) -> None:
     found = row(case, lambda s: Judged(0.9, 0.5, (), None, "head", {"steps": 3.0}), "judgement")
-    assert (found["name"], found["kind"], found["version"]) == ("made", "judgement", 7)
-    assert found["params"]["needs_train"] is False
-    assert (found["layer"], found["report"]) == ("head", {"steps": 3.0})
-    assert found["seconds"]["apply"] >= 0
+    assert (found.name, found.kind, found.version) == ("made", "judgement", 7)
+    assert found.params["needs_train"] is False
+    assert (found.layer, found.report) == ("head", {"steps": 3.0})
+    assert found.seconds["apply"] >= 0
 
 
 def flag_none(suspect: Suspect) -> Outcome:
@@ -231,7 +234,7 @@ def flag_none(suspect: Suspect) -> Outcome:
 def test_a_row_has_the_keys_that_its_page_lists(case: Case, kind: str, outcome: Callable[[Suspect], Outcome]) -> None:
     found = row(replace(case, train_kept=lambda kept: case.twin), outcome, kind, kind == "filter")
     listed = keys_of_rows()
-    assert set(found) | {"key"} | ({"scores"} if kind == "screen" else set()) == listed["every"] | listed[kind]
+    assert {part.name for part in fields(found)} == listed["every"] | listed[kind]
 
 
 # ---- screens
@@ -248,13 +251,13 @@ def test_a_screen_is_measured_as_scikit_learn_would(case: Case) -> None:
     fired = blue(round8(case.trigger(test.images(torch.arange(len(test))))))[counts]
     held = blue(case.world.threshold.images(torch.arange(len(case.world.threshold))))
     truth = [1] * len(fired) + [0] * len(clean)
-    assert found["auroc"]["value"] == pytest.approx(roc_auc_score(truth, torch.cat([fired, clean]).numpy()))
-    assert (found["auroc"]["n_triggered"], found["auroc"]["n_clean"]) == (len(fired), len(clean))
-    assert (found["n_threshold"], found["screened"]) == (len(held), 1000)
+    assert found.auroc.value == pytest.approx(roc_auc_score(truth, torch.cat([fired, clean]).numpy()))
+    assert (found.auroc.n_triggered, found.auroc.n_clean) == (len(fired), len(clean))
+    assert (found.n_threshold, found.screened) == (len(held), 1000)
     for fpr in FPRS:
         cut = held.sort(descending=True).values[int(fpr * len(held))]
-        assert found["tpr_at_fpr"][f"{fpr:.2f}"] == vars(wilson(int((fired > cut).sum()), len(fired)))
-        assert found["fpr_on_test"][f"{fpr:.2f}"] == vars(wilson(int((clean > cut).sum()), len(clean)))
+        assert found.tpr_at_fpr[f"{fpr:.2f}"] == wilson(int((fired > cut).sum()), len(fired))
+        assert found.fpr_on_test[f"{fpr:.2f}"] == wilson(int((clean > cut).sum()), len(clean))
 
 
 def test_ties_with_the_threshold_are_said(case: Case) -> None:
@@ -266,10 +269,10 @@ def test_ties_with_the_threshold_are_said(case: Case) -> None:
     held = coarse(case.world.threshold.images(torch.arange(len(case.world.threshold))))
     found = row(case, lambda s: Screen(coarse), "screen")
     assert held.mean() > max(FPRS)
-    assert {rate["value"] for rate in found["tpr_at_fpr"].values()} == {0.0}
-    assert {rate["value"] for rate in found["tied_at_fpr"].values()} == {1.0}
+    assert {rate.value for rate in found.tpr_at_fpr.values()} == {0.0}
+    assert {rate.value for rate in found.tied_at_fpr.values()} == {1.0}
     assert ("  more that tie with the threshold", "100.00 %") in [
-        (name, value[:8]) for name, value, *_ in defence_measures({"kind": "screen", **found})
+        (name, value[:8]) for name, value, *_ in defence_measures(found)
     ]
 
 
@@ -293,9 +296,9 @@ def test_what_hits_is_measured_apart(case: Case) -> None:
     assert 0 < int(hits.sum()) < len(fired)
     assert scores is not None
     assert torch.equal(scores.hits, hits)
-    assert found["auroc_on_hits"]["n_triggered"] == int(hits.sum())
-    assert found["auroc_on_hits"]["value"] > found["auroc"]["value"]
-    assert {rate["n"] for rate in found["tpr_at_fpr_on_hits"].values()} == {int(hits.sum())}
+    assert found.auroc_on_hits.n_triggered == int(hits.sum())
+    assert found.auroc_on_hits.value > found.auroc.value
+    assert {rate.n for rate in found.tpr_at_fpr_on_hits.values()} == {int(hits.sum())}
 
 
 def test_the_twin_has_its_own_thresholds(case: Case) -> None:
@@ -303,9 +306,9 @@ def test_the_twin_has_its_own_thresholds(case: Case) -> None:
         return Screen(blue if suspect.model is case.victim else lambda x: torch.arange(len(x)).float() * 0 + 7)
 
     found = row(case, apply, "screen")
-    assert found["auroc_clean_model"]["value"] == 0.5
-    assert {rate["value"] for rate in found["fpr_on_clean_model"].values()} == {0.0}
-    assert found["auroc"]["value"] != 0.5
+    assert found.auroc_clean_model.value == 0.5
+    assert {rate.value for rate in found.fpr_on_clean_model.values()} == {0.0}
+    assert found.auroc.value != 0.5
 
 
 def test_how_many_images_a_screen_scores_is_asked_for(case: Case) -> None:
@@ -317,8 +320,8 @@ def test_how_many_images_a_screen_scores_is_asked_for(case: Case) -> None:
 
     found, scores = measured(case, lambda s: Screen(score), "screen", screened=20)
     assert sum(scored) == 2 * 3 * 20  # victim and twin; held out, clean and triggered
-    assert found["screened"] == found["n_threshold"] == 20
-    assert (found["auroc"]["n_triggered"], found["auroc"]["n_clean"]) == (20, 20)
+    assert found.screened == found.n_threshold == 20
+    assert (found.auroc.n_triggered, found.auroc.n_clean) == (20, 20)
     assert scores is not None
     assert {len(part) for part in (*vars(scores.victim).values(), *vars(scores.twin).values())} == {20}
 
@@ -351,13 +354,13 @@ def test_screens_are_combined_from_their_files_without_a_model(case: Case, tmp_p
     for name, score in (("blue", blue), ("red", lambda images: images[:, 0].mean((1, 2)))):
         found, scores = measured(case, lambda s, score=score: Screen(score), "screen", screened=50)
         assert scores is not None
-        rows.append({**found, "name": name, "params": {}, "scores": scores_file(name, "0" * 16)})
+        rows.append(replace(found, name=name, params={}, scores=scores_file(name, "0" * 16)))
         write_scores(tmp_path, rows[-1], scores, {"backdoor": True})
     one, other = (read_scores(tmp_path, found) for found in rows)
     for found, scores in zip(rows, (one, other), strict=True):
-        assert vars(auroc(scores.victim.triggered, scores.victim.clean)) == found["auroc"]
-        assert vars(auroc(scores.victim.triggered[scores.hits], scores.victim.clean)) == found["auroc_on_hits"]
-        assert vars(auroc(scores.twin.triggered, scores.twin.clean)) == found["auroc_clean_model"]
+        assert auroc(scores.victim.triggered, scores.victim.clean) == found.auroc
+        assert auroc(scores.victim.triggered[scores.hits], scores.victim.clean) == found.auroc_on_hits
+        assert auroc(scores.twin.triggered, scores.twin.clean) == found.auroc_clean_model
     assert torch.equal(one.index.triggered, other.index.triggered)
     mean = sum(ranks(torch.cat([s.victim.triggered, s.victim.clean])) for s in (one, other)) / 2
     together = auroc(mean[:50], mean[50:])
@@ -373,10 +376,10 @@ def test_screens_are_combined_from_their_files_without_a_model(case: Case, tmp_p
 def test_a_file_of_scores_says_that_it_belongs_to_a_backdoor(case: Case, tmp_path: Path) -> None:
     found, scores = measured(case, lambda s: Screen(blue), "screen", screened=20)
     assert scores is not None
-    kept = {**found, "params": {"n": 1}, "scores": scores_file("odd/na me", "f" * 16)}
+    kept = replace(found, params={"n": 1}, scores=scores_file("odd/na me", "f" * 16))
     write_scores(tmp_path, kept, scores, {"backdoor": True})
     assert [p.name for p in (tmp_path / "scores").iterdir()] == [f"odd_na_me-{'f' * 16}.safetensors"]
-    with safe_open(tmp_path / kept["scores"], "pt") as file:
+    with safe_open(tmp_path / kept.scores, "pt") as file:
         about = file.metadata()
     assert about["vitrap"] == '{"backdoor": true}'
     assert about["defence"] == "made"
@@ -384,17 +387,17 @@ def test_a_file_of_scores_says_that_it_belongs_to_a_backdoor(case: Case, tmp_pat
 
 
 def test_scores_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
-    screen = {"name": "strip", "kind": "screen"}
+    screen = to_row(made.screen("strip"))
     with pytest.raises(UserError, match="'fine_tune' is a repair, and only a screen scores images"):
-        read_scores(tmp_path, {"name": "fine_tune", "kind": "repair"})
+        read_scores(tmp_path, to_row(made.repair("fine_tune")))
     with pytest.raises(UserError, match="'strip' was measured before scores were kept; defend the run with it again"):
         read_scores(tmp_path, screen)
     with pytest.raises(UserError, match="missing or damaged .* defend the run with 'strip' again"):
-        read_scores(tmp_path, {**screen, "scores": "scores/gone.safetensors"})
+        read_scores(tmp_path, replace(screen, scores="scores/gone.safetensors"))
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="missing or damaged"):
-        read_scores(tmp_path, {**screen, "scores": "scores/bad.safetensors"})
+        read_scores(tmp_path, replace(screen, scores="scores/bad.safetensors"))
 
 
 # ---- repairs
@@ -402,9 +405,9 @@ def test_scores_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
 
 def test_a_repair_that_does_nothing(case: Case) -> None:
     found = row(case, lambda s: Repaired(copy.deepcopy(s.model)), "repair")
-    assert found["der"] == 0.5
-    assert {k: found[k] for k in ("cda", "asr", "ra")} == found["before"]
-    assert found["cda_clean_model"] == found["cda_clean_model_before"]
+    assert found.der == 0.5
+    assert Rates(found.cda, found.asr, found.ra) == found.before
+    assert found.cda_clean_model == found.cda_clean_model_before
 
 
 def test_a_repair_is_measured_before_and_after(case: Case) -> None:
@@ -416,13 +419,13 @@ def test_a_repair_is_measured_before_and_after(case: Case) -> None:
     test, goal = case.world.test, case.goal
     fives = accuracy_score(test.labels.numpy(), torch.full((len(test),), 5).numpy())
     twins = accuracy_score(test.labels.numpy(), case.twin(test.images(torch.arange(len(test)))).argmax(1).numpy())
-    assert found["cda"]["value"] == found["cda_clean_model"]["value"] == pytest.approx(fives)
-    assert found["cda_clean_model_before"]["value"] == pytest.approx(twins)
-    assert found["asr"]["value"] == 0
+    assert found.cda.value == found.cda_clean_model.value == pytest.approx(fives)
+    assert found.cda_clean_model_before.value == pytest.approx(twins)
+    assert found.asr.value == 0
     counts = goal.counts(test.labels)
-    assert found["ra"]["value"] == pytest.approx((test.labels[counts] == 5).double().mean().item())
-    fall = found["before"]["asr"]["value"] - max(0, found["before"]["cda"]["value"] - fives)
-    assert found["der"] == pytest.approx((fall + 1) / 2)
+    assert found.ra.value == pytest.approx((test.labels[counts] == 5).double().mean().item())
+    fall = found.before.asr.value - max(0, found.before.cda.value - fives)
+    assert found.der == pytest.approx((fall + 1) / 2)
 
 
 # ---- what is remembered of the twin
@@ -440,19 +443,22 @@ def judged(suspect: Suspect) -> Outcome:
 def test_a_second_attack_on_a_twin_does_not_apply_the_defence_to_it_again(
     case: Case, kind: str, outcome: Callable[[Suspect], Outcome]
 ) -> None:
-    kept: dict[str, dict[str, Any]] = {}
+    kept: dict[str, Any] = {}
 
-    def remember(asked: Named, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return kept.setdefault(asked.name, {}) or kept[asked.name].update(find()) or kept[asked.name]
+    def remember(asked: Named, kind: type[Any], find: Callable[[], Any]) -> Any:
+        if asked.name not in kept:
+            kept[asked.name] = find()
+        assert isinstance(kept[asked.name], kind)
+        return kept[asked.name]
 
-    made: Any = Made(outcome, [], kind)
-    first = measure_defence(Named("made", made), replace(case, remember=remember), lambda: None)[0]
+    method: Any = Made(outcome, [], kind)
+    first = measure_defence(Named("made", method), replace(case, remember=remember), lambda: None)[0]
     other = replace(case, victim=Linear(2).eval(), remember=remember)
-    second = measure_defence(Named("made", made), other, lambda: None)[0]
-    assert [suspect.model for suspect in made.seen] == [case.victim, case.twin, other.victim]
-    twins = [key for key in first if "clean_model" in key]
+    second = measure_defence(Named("made", method), other, lambda: None)[0]
+    assert [suspect.model for suspect in method.seen] == [case.victim, case.twin, other.victim]
+    twins = [key for key in vars(first) if "clean_model" in key]
     assert twins
-    assert {key: first[key] for key in twins} == {key: second[key] for key in twins}
+    assert [vars(first)[key] for key in twins] == [vars(second)[key] for key in twins]
 
 
 @pytest.mark.parametrize("kind", ["screen", "filter"])
@@ -462,11 +468,11 @@ def test_screens_and_filters_are_applied_to_the_twin_anew(case: Case, kind: str)
             return Screen(blue)
         return Flagged(torch.zeros(len(case.world.train)), torch.zeros(len(case.world.train), dtype=torch.bool))
 
-    def remember(*args: object) -> dict[str, Any]:
+    def remember(*args: object) -> Any:
         raise AssertionError("remembered")
 
     found = row(replace(case, remember=remember, train_kept=lambda kept: case.twin), apply, kind, kind == "filter")
-    assert "auroc" in found
+    assert found.auroc.value >= 0
 
 
 # ---- filters
@@ -484,16 +490,15 @@ def test_a_filter_that_knows_everything(case: Case) -> None:
         return case.twin
 
     found = row(replace(case, train_kept=train_kept), apply, "filter", needs_train=True)
-    assert found["auroc"]["value"] == found["tpr"]["value"] == 1
-    assert found["fpr"]["value"] == 0
-    assert found["n_flagged"] == found["tpr"]["n"] == len(POISONED)
+    assert found.auroc.value == found.tpr.value == 1
+    assert found.fpr.value == 0
+    assert found.n_flagged == found.tpr.n == len(POISONED)
     assert not kept[0].poisoned.any()
     assert int(kept[0].covers.sum()) == len(COVERS)
-    assert len(kept[0]) == len(case.world.train) - found["n_flagged"]
-    cda, asr, ra = case.rates(case.twin, lambda: None)
-    assert (found["cda_retrained"], found["asr_retrained"], found["ra_retrained"]) == (cda, asr, ra)
-    assert found["fpr_on_clean_model"] == vars(wilson(3, len(case.world.train)))
-    assert set(found["seconds"]) == {"apply", "retrain"}
+    assert len(kept[0]) == len(case.world.train) - found.n_flagged
+    assert Rates(found.cda_retrained, found.asr_retrained, found.ra_retrained) == case.rates(case.twin, lambda: None)
+    assert found.fpr_on_clean_model == wilson(3, len(case.world.train))
+    assert set(found.seconds) == {"apply", "retrain"}
 
 
 def test_covers_count_as_no_poison(case: Case) -> None:
@@ -505,8 +510,8 @@ def test_covers_count_as_no_poison(case: Case) -> None:
 
     found = row(replace(case, train_kept=lambda kept: case.twin), apply, "filter", needs_train=True)
     n = len(case.world.train)
-    assert found["fpr"] == vars(wilson(len(COVERS), n - len(POISONED)))
-    assert found["auroc"]["value"] == pytest.approx(1 - 0.5 * len(COVERS) / (n - len(POISONED)))
+    assert found.fpr == wilson(len(COVERS), n - len(POISONED))
+    assert found.auroc.value == pytest.approx(1 - 0.5 * len(COVERS) / (n - len(POISONED)))
 
 
 def test_a_filter_where_nothing_is_poisoned(case: Case) -> None:
@@ -517,9 +522,9 @@ def test_a_filter_where_nothing_is_poisoned(case: Case) -> None:
 
     clean = replace(case, poison=lambda: case.world.train, train_kept=lambda kept: case.twin)
     found = row(clean, apply, "filter", needs_train=True)
-    assert found["auroc"] == {"value": 0.5, "low": 0.0, "high": 1.0, "n_triggered": 0, "n_clean": 100}
-    assert found["tpr"] == {"value": 0.0, "low": 0.0, "high": 1.0, "n": 0}
-    assert found["fpr"] == vars(wilson(4, 100))
+    assert found.auroc == Auroc(0.5, 0.0, 1.0, 0, 100)
+    assert found.tpr == Rate(0.0, 0.0, 1.0, 0)
+    assert found.fpr == wilson(4, 100)
 
 
 def test_a_repair_may_retrain(case: Case) -> None:
@@ -539,7 +544,7 @@ def test_a_repair_may_retrain(case: Case) -> None:
     assert [epochs for _, epochs in trained] == [2, 2]
     assert [images.slot for images, _ in trained] == [None, None]
     assert int((trained[0][0].labels != trained[1][0].labels).sum()) > 0  # the poisoned labels, and the true ones
-    assert found["cda"] == found["cda_clean_model"] == found["cda_clean_model_before"]
+    assert found.cda == found.cda_clean_model == found.cda_clean_model_before
 
 
 # ---- judgements
@@ -553,14 +558,14 @@ def test_a_judgement(case: Case, suspected: tuple[int, ...]) -> None:
         return Judged(0.2, 0.5, (2, 1))
 
     found = row(case, apply, "judgement")
-    assert (found["score"], found["score_clean_model"], found["threshold"]) == (0.9, 0.2, 0.5)
-    assert (found["backdoored"], found["backdoored_clean_model"]) == (True, False)
-    assert found["suspected"] == (suspected[0] if suspected else None)
-    assert found["suspected_classes"] == list(suspected)
-    assert found["by_class"] == [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125]
-    assert found["suspects_target"] is (suspected == (0,))
-    assert (found["suspected_clean_model"], found["suspected_classes_clean_model"]) == (2, [2, 1])
-    assert found["by_class_clean_model"] is None
+    assert (found.score, found.score_clean_model, found.threshold) == (0.9, 0.2, 0.5)
+    assert (found.backdoored, found.backdoored_clean_model) == (True, False)
+    assert found.suspected == (suspected[0] if suspected else None)
+    assert found.suspected_classes == suspected
+    assert found.by_class == (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125)
+    assert found.suspects_target is (suspected == (0,))
+    assert (found.suspected_clean_model, found.suspected_classes_clean_model) == (2, (2, 1))
+    assert found.by_class_clean_model is None
 
 
 @pytest.mark.parametrize("judged", [Judged(float("inf"), 2.0), Judged(1.0, 2.0, (), torch.tensor([0.0, float("nan")]))])
@@ -586,7 +591,7 @@ def test_what_a_judgement_suspects_is_held_against_the_goal(
     case: Case, goal: Goal, suspected: int, right: bool | None
 ) -> None:
     found = row(replace(case, goal=goal), lambda s: Judged(0.9, 0.5, (suspected,)), "judgement")
-    assert found["suspects_target"] is right
+    assert found.suspects_target is right
 
 
 def test_nothing_of_the_victim_changes(case: Case) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.experiment.conftest import Runs
 from vitrap.errors import UserError
-from vitrap.experiment.record import SCHEMA
+from vitrap.experiment.record import SCHEMA, to_table
 from vitrap.experiment.records import read_records
 
 
@@ -21,17 +21,17 @@ def change(out: Path, name: str, **keys: object) -> Path:
 
 def test_a_folder_of_runs_a_run_a_file_and_lines_hold_the_same_records(copied: Path, tmp_path: Path):
     found = read_records(copied)
-    assert [f.content["name"] for f in found.records] == ["ageb", "badnets"]
+    assert [f.record.name for f in found.records] == ["ageb", "badnets"]
     assert [f.place.parent for f in found.records] == [copied, copied]
     assert (found.failures, found.skipped) == ((), ())
     first = found.records[0]
-    assert first.content == json.loads((first.place / "record.json").read_text())
+    assert to_table(first.record) == json.loads((first.place / "record.json").read_text())
     assert read_records(first.place).records == (first,)
-    assert read_records(first.place / "record.json").records[0].content == first.content
+    assert read_records(first.place / "record.json").records[0].record == first.record
     lines = tmp_path / "quoted" / "records.jsonl"
     lines.parent.mkdir()
-    lines.write_text("".join(json.dumps(f.content) + "\n" for f in found.records))
-    assert [f.content for f in read_records(lines.parent).records] == [f.content for f in found.records]
+    lines.write_text("".join(json.dumps(to_table(f.record)) + "\n" for f in found.records))
+    assert [f.record for f in read_records(lines.parent).records] == [f.record for f in found.records]
     assert {f.place for f in read_records(lines).records} == {lines}
 
 
@@ -42,14 +42,17 @@ def test_a_folder_of_runs_a_run_a_file_and_lines_hold_the_same_records(copied: P
         ({"victim": 3}, "it is damaged .victim"),
         ({"victim": {}}, "it is damaged .victim.cda: Field required"),
         ({"seed": "x"}, "it is damaged .seed"),
-        ({"spec": {"attack": {}}}, "it is damaged .spec.data: Field required"),
-        ({"defences": [{"name": "strip"}]}, "it is damaged .defences.0.kind: Field required"),
+        ({"spec": {"attack": {}}}, "it is damaged .spec: Value error, data.name is missing"),
+        (
+            {"defences": [{"name": "strip"}]},
+            "it is damaged .defences.0: Unable to extract tag using discriminator 'kind'",
+        ),
     ],
 )
 def test_a_damaged_or_newer_record_is_named_and_the_rest_read(copied: Path, keys: dict[str, object], said: str):
     file = change(copied, "ageb", **keys)
     found = read_records(copied)
-    assert [f.content["name"] for f in found.records] == ["badnets"]
+    assert [f.record.name for f in found.records] == ["badnets"]
     (line,) = found.skipped
     assert line.startswith(f"{str(file)!r} is skipped: ")
     assert re.search(said, line)
@@ -77,7 +80,7 @@ def test_a_record_that_cannot_be_read_is_passed_over(copied: Path):
 def test_records_of_earlier_days_lack_what_came_later(copied: Path):
     (file,) = copied.glob("ageb-*/record.json")
     content = json.loads(file.read_text())
-    for key in ("schema", "defences", "memory", "stages", "models"):
+    for key in ("diagnosis", "defences", "memory", "stages", "models", "attack_version", "attention", "compiled"):
         del content[key]
     file.write_text(json.dumps(content))
     assert len(read_records(copied).records) == 2

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitrap.experiment.records import Found
+from pydantic import TypeAdapter
+
+from vitrap.experiment.record import Failure, Record
+from vitrap.experiment.records import Found, parse
+from vitrap.experiment.rows import Row
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -12,7 +16,7 @@ HOSTILE = (
     "{{7*7}}{% raw %}",
     "\u202egnitaerht\u202d &amp; <!-- ",
     "W" * 100,
-    "'; javascript:alert(1)//\x00\x1b[31m\ud800",
+    "'; javascript:alert(1)//\x00\x1b[31m",
 )
 
 
@@ -21,7 +25,13 @@ def rate(value: float, n: int = 1000) -> dict[str, Any]:
 
 
 def auroc(value: float) -> dict[str, Any]:
-    return {"value": value, "low": value - 0.02, "high": value + 0.02, "n_triggered": 100, "n_clean": 100}
+    return {
+        "value": value,
+        "low": max(0.0, value - 0.02),
+        "high": min(1.0, value + 0.02),
+        "n_triggered": 100,
+        "n_clean": 100,
+    }
 
 
 def screen(name: str = "strip", value: float = 0.9, twin: float = 0.5, **params: Any) -> dict[str, Any]:
@@ -134,6 +144,7 @@ def record(
             "device_kind": "cpu",
             "threads": 1,
             "torch": "2.11.0",
+            "timm": "1.0.31",
         },
         "data": {"n_train": 100, "n_test": 1000, "n_poisoned": 10, "classes": 10, "fingerprint": "f" * 64},
         "models": {
@@ -168,8 +179,20 @@ def record(
     }
 
 
+def to_record(content: dict[str, Any]) -> Record:
+    return parse(json.dumps(content).encode(), Record)
+
+
+def to_failure(content: dict[str, Any]) -> Failure:
+    return parse(json.dumps(content).encode(), Failure)
+
+
+def to_row(content: dict[str, Any]) -> Row:
+    return TypeAdapter(Row).validate_json(json.dumps(content), strict=True)
+
+
 def found(content: dict[str, Any], folder: Path = Path("runs")) -> Found:
-    return Found(folder / f"{content['seed']}-{content['hash']}", content)
+    return Found(folder / f"{content['seed']}-{content['hash']}", to_record(content))
 
 
 def write(folder: Path, content: dict[str, Any], file: str = "record.json") -> Path:
@@ -194,10 +217,9 @@ def hostile() -> list[dict[str, Any]]:
             repair(text, report=text),
             {**judgement(text), "report": {text: text}},
         ]
-        content = record(text, text, i % 2, i, data=text, setting=text, defences=[*rows, {**sift(text), "kind": text}])
+        content = record(text, text, i % 2, i, data=text, setting=text, defences=[*rows, sift(text)])
         content["attack"] = {text: {text: text}}
-        content["environment"] = {"device": text, text: text}
-        content["data"] |= {"class_names": [text, text]}
+        content["environment"] |= {"device": text}
         content["spec"][text] = {text: text}
         content["curves"]["victim"][text] = [1.0, 0.5]
         content["curves"][text] = {text: [2.0, 1.0]}

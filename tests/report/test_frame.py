@@ -9,22 +9,21 @@ import pandas
 import pytest
 
 import vitrap
+from tests.report import made
 from vitrap.errors import UserError
+
+
+def record(name: str = "one", seed: int = 0, **more: Any) -> dict[str, Any]:
+    """A record whose rates are 1 to 5 of 10, and whose seconds are none."""
+    content = made.record(name, seed=seed)
+    for hits, key in enumerate(("cda", "asr", "ra", "asr_clean_model", "cda_clean_model"), 1):
+        content["victim"][key] = rate(hits, 10)
+    content["victim"]["stealth"] |= {"psnr_db": {"mean": 30.0, "median": 31.0}, "n": 4}
+    return {**content, "seconds": {}, "memory": None, **more}
 
 
 def rate(hits: int, n: int) -> dict[str, Any]:
     return {"value": hits / n, "low": 0.0, "high": 1.0, "n": n}
-
-
-def record(name: str = "one", seed: int = 0, **more: Any) -> dict[str, Any]:
-    victim = {key: rate(i + 1, 10) for i, key in enumerate(("cda", "asr", "ra", "asr_clean_model", "cda_clean_model"))}
-    stealth = {"psnr_db": {"mean": 30.0, "median": 31.0}, "lpips": None, "n": 4}
-    attack = {"name": "badnets", "poison_rate": 0.1}
-    return {
-        "schema": 1, "name": name, "hash": "0" * 12, "seed": seed,
-        "spec": {"name": name, "seed": seed, "data": {"name": "digits"}, "attack": attack, "defences": [1]},
-        "victim": {**victim, "stealth": stealth}, **more,
-    }  # fmt: skip
 
 
 def write(out: Path, content: dict[str, Any]) -> Path:
@@ -35,10 +34,10 @@ def write(out: Path, content: dict[str, Any]) -> Path:
 
 
 def test_a_row_is_a_run_and_a_measure(tmp_path: Path):
-    screen = {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9, "n_clean": 3}, "tpr_at_fpr": {"0.05": rate(1, 4)}}
-    head = {"name": "strip", "kind": "screen", "params": {"overlays": 5}, "key": "k", "layer": ""}
-    few = {"screened": 200, "version": 1, "scores": "scores/a"}
-    rows = [{**head, "seconds": {"a": 2}, **screen}, {**head, "name": "few", **few, **screen}]
+    area = {"value": 0.8, "low": 0.7, "high": 0.9, "n_triggered": 4, "n_clean": 3}
+    screen = made.screen("strip", overlays=5) | {"auroc": area, "tpr_at_fpr": {"0.05": rate(1, 4)}}
+    few = {"name": "few", "seconds": {}, "screened": 200, "version": 1, "scores": "scores/a"}
+    rows = [{**screen, "seconds": {"a": 2}}, {**screen, **few}]
     write(tmp_path, record(defences=rows, attack={"victim": {"deep": 0.5}}, seconds={"fit": 2.5}))
     write(tmp_path, record("two", 1))
     frame = vitrap.load_records(tmp_path)
@@ -63,8 +62,9 @@ def test_a_row_is_a_run_and_a_measure(tmp_path: Path):
     assert json.loads(strip["defence.params"].iloc[0]) == {"overlays": 5}
     few = one[one["defence"] == "few"]
     assert json.loads(few["defence.params"].iloc[0]) == {"overlays": 5, "screened": 200}
-    assert set(few["measure"]) == {"auroc", "tpr_at_fpr.0.05"}
-    assert len(frame[frame["name"] == "two"]) == 5 + 2
+    assert {"auroc", "tpr_at_fpr.0.05", "n_threshold"} <= set(few["measure"])
+    assert not {"version", "screened", "scores"} & set(few["measure"])
+    assert len(frame[frame["name"] == "two"]) == 5 + 5
 
 
 def test_means_over_seeds_are_a_line(tmp_path: Path):
@@ -104,6 +104,6 @@ def test_ten_thousand_records_keep_their_types(tmp_path: Path):
     lines = [json.dumps(record(seed=seed)) for seed in range(10_000)]
     (tmp_path / "records.jsonl").write_text("\n".join(lines))
     frame = vitrap.load_records(tmp_path)
-    assert len(frame) == 10_000 * 7
+    assert len(frame) == 10_000 * 10
     assert frame["seed"].nunique() == 10_000
     assert (str(frame["value"].dtype), str(frame["n"].dtype)) == ("float64", "Int64")

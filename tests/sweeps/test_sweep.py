@@ -15,7 +15,7 @@ import pytest
 
 from tests.waiting import wait_until
 from vitrap.errors import UserError
-from vitrap.experiment.records import Shelf, read_records
+from vitrap.experiment.records import FAILURE, Loaded, read_records
 from vitrap.experiment.run import run
 from vitrap.sweeps import jobs, workers
 from vitrap.sweeps.ahead import look_ahead, total
@@ -56,8 +56,8 @@ def records(out: Path) -> dict[str, int]:
     return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/record.json")}
 
 
-def shelf(out: Path) -> Shelf:
-    return read_records(out) if out.exists() else Shelf((), (), ())
+def loaded(out: Path) -> Loaded:
+    return read_records(out) if out.exists() else Loaded((), (), ())
 
 
 def here(sweep: Sweep, out: Path) -> list[Ended]:
@@ -78,13 +78,11 @@ def test_a_run_that_fails_leaves_its_error_and_the_next_try_clears_it(
     assert (ended.how, ended.said) == ("failed", "IndexError: list index out of range")
     (failure,) = read_records(out).failures
     spec = points.points[0].spec
-    assert failure.place.name == f"tiny-{spec.hash()}"
-    assert {k: failure.content[k] for k in ("name", "hash", "seed", "error")} == {
-        "name": "tiny", "hash": spec.hash(), "seed": 0, "error": ended.said,
-    }  # fmt: skip
-    assert failure.content["spec"] == spec.table()
-    assert "IndexError" in failure.content["traceback"][-1]
-    assert look_ahead(points, shelf(out))[0].state == "failed before"
+    assert (out / f"tiny-{spec.hash()}" / FAILURE).exists()
+    assert (failure.name, failure.hash, failure.seed, failure.error) == ("tiny", spec.hash(), 0, ended.said)
+    assert failure.spec == spec.table()
+    assert "IndexError" in failure.traceback[-1]
+    assert look_ahead(points, loaded(out))[0].state == "failed before"
 
     (ended,) = here(points, out)
     assert ended.how == "done"
@@ -130,8 +128,8 @@ def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(grid, tmp_path: Path):
     out, points = tmp_path / "runs", grid("seed = [0, 1]\nattack.size = [2, 3, 4]\n")
-    assert [a.state for a in look_ahead(points, shelf(out))] == ["to run"] * 6
-    assert total(look_ahead(points, shelf(out)), 2) == (0, 6)
+    assert [a.state for a in look_ahead(points, loaded(out))] == ["to run"] * 6
+    assert total(look_ahead(points, loaded(out)), 2) == (0, 6)
     record = run(points.points[0].spec, out, device="cpu")
     file = out / f"tiny-{record.hash}" / "record.json"
     content = json.loads(file.read_text())
@@ -139,21 +137,21 @@ def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(
     file.write_text(json.dumps(content))
     content["environment"] |= {"threads": 1, "device_kind": "cpu"}
     file.write_text(json.dumps(content))
-    assert [a.seconds for a in look_ahead(points, shelf(out), threads=2)][1] == 8
-    assert [a.seconds for a in look_ahead(points, shelf(out), "cuda:0")][1] is None
+    assert [a.seconds for a in look_ahead(points, loaded(out), threads=2)][1] == 8
+    assert [a.seconds for a in look_ahead(points, loaded(out), "cuda:0")][1] is None
     without = json.loads(json.dumps(content))
     without |= {"name": "other", "seed": 7, "hash": "0" * 12}
     without["spec"]["seed"] = 7
     del without["seconds"]["twin"]
     (out / "other").mkdir()
     (out / "other" / "record.json").write_text(json.dumps(without))
-    ahead = look_ahead(points, shelf(out))
+    ahead = look_ahead(points, loaded(out))
     assert [a.state for a in ahead] == ["record there", *["to run"] * 5]
     assert [a.seconds for a in ahead] == [0, 16, 16, 116, 16, 16]  # the second seed's twin is to be trained once
     assert total(ahead, 2) == (90, 0)
-    other = look_ahead(grid("seed = [0]\nrecipe.epochs = [1, 2]\n"), shelf(out))
+    other = look_ahead(grid("seed = [0]\nrecipe.epochs = [1, 2]\n"), loaded(out))
     assert [a.seconds for a in other] == [16, None]
-    with_strip = look_ahead(grid("seed = [0]\nattack.size = [2]\ndefences = ['strip']\n"), shelf(out))
+    with_strip = look_ahead(grid("seed = [0]\nattack.size = [2]\ndefences = ['strip']\n"), loaded(out))
     assert [(a.state, a.seconds) for a in with_strip] == [("defences missing", 0)]
 
 
@@ -182,7 +180,7 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_
     assert "lower recipe.lr" in ended[3].said
     assert sorted(Counter(n.number for n in news if isinstance(n, Started)).values()) == [1, 1, 1, 2]
     assert len(records(out)) == 3
-    assert [f.content["error"] for f in read_records(out).failures] == [ended[3].said]
+    assert [f.error for f in read_records(out).failures] == [ended[3].said]
     assert not list(out.glob("stages/.*"))
 
     before = records(out)

@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.markup import escape
@@ -23,6 +23,10 @@ from vitrap.cli.sweep import print_ahead, sweep
 from vitrap.cli.table import table
 from vitrap.errors import UserError, unknown
 from vitrap.models.families import listed
+
+if TYPE_CHECKING:
+    from vitrap.experiment.record import Record
+    from vitrap.experiment.rows import Row
 
 app = typer.Typer(
     add_completion=False,
@@ -83,6 +87,7 @@ def run(
 ) -> None:
     """Implant a backdoor as a spec says and measure it beside its clean twin."""
     from vitrap.experiment.answers import recall, remember, traces_of
+    from vitrap.experiment.record import to_table
     from vitrap.experiment.spec import parse_spec, read_spec
 
     asked, record = read_spec(*split(words or [])), None
@@ -103,9 +108,9 @@ def run(
             record = run_spec(spec, out_folder, device=device, redo=redo, steps=bars.step)
         remember(asked, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
     if as_json:
-        print_json(asdict(record))
+        print_json(to_table(record))
         return
-    _print_record(asdict(record), out_folder / f"{record.name}-{record.hash}")
+    _print_record(record, out_folder / f"{record.name}-{record.hash}")
 
 
 @app.command()
@@ -142,6 +147,7 @@ def defend(
     as_json: Annotated[bool, typer.Option("--json", help="print the defence's row alone on stdout")] = False,
 ) -> None:
     """Try a defence on a finished run, and add what it does to the run's record."""
+    from vitrap.experiment.record import to_table
     from vitrap.experiment.spec import load_defence
 
     wanted = load_defence(defence, words or [])
@@ -153,7 +159,7 @@ def defend(
     row = find_row(record, wanted)
     assert row is not None
     if as_json:
-        print_json(row)
+        print_json(to_table(row))
         return
     _print_defences([row])
 
@@ -276,35 +282,35 @@ app.command()(report)
 app.command()(table)
 
 
-def _print_record(record: dict[str, Any], folder: Path) -> None:
+def _print_record(record: "Record", folder: Path) -> None:
     from vitrap.metrics.diagnosis import diagnose, in_a_line
     from vitrap.report.tables import adapted, measured_on, measures
 
-    data = record["data"]
+    data = record.data
     out.print(
-        f"[bold]{escape(record['name'])}[/] seed {record['seed']}: {data['n_poisoned']} of {data['n_train']} training"
-        f" images poisoned, {data['n_test']} {measured_on(record['spec'])} images",
+        f"[bold]{escape(record.name)}[/] seed {record.seed}: {data.n_poisoned} of {data.n_train} training"
+        f" images poisoned, {data.n_test} {measured_on(record.spec)} images",
         highlight=False,
     )
     table = Table("measure", "victim", "clean twin", "n", header_style="bold")
-    for row in measures(record["victim"]):
+    for row in measures(record.victim):
         table.add_row(*row)
     out.print(table)
-    for line in adapted(record["models"]):
+    for line in adapted(record.models):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(in_a_line(diagnose(record["victim"])), highlight=False, markup=False, soft_wrap=True)
-    _print_defences(record["defences"])
+    out.print(in_a_line(diagnose(record.victim)), highlight=False, markup=False, soft_wrap=True)
+    _print_defences(record.defences)
     out.print(f"record, pictures, model and trigger: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_defences(rows: Iterable[dict[str, Any]]) -> None:
-    from vitrap.experiment.named import defence_settings
+def _print_defences(rows: "Iterable[Row]") -> None:
+    from vitrap.experiment.rows import row_settings
     from vitrap.report.tables import defence_measures
 
     for row in rows:
-        settings = ", ".join(f"{k} = {v}" for k, v in defence_settings(row).items() if v is not None)
-        seconds = ", ".join(f"{name} {took:.1f} s" for name, took in row["seconds"].items())
-        out.print(f"[bold]{escape(row['name'])}[/] ({escape(settings)}): {seconds}", highlight=False)
+        settings = ", ".join(f"{k} = {v}" for k, v in row_settings(row).items() if v is not None)
+        seconds = ", ".join(f"{name} {took:.1f} s" for name, took in row.seconds.items())
+        out.print(f"[bold]{escape(row.name)}[/] ({escape(settings)}): {seconds}", highlight=False)
         table = Table("measure", "victim", "clean twin", "n", header_style="bold")
         for line in defence_measures(row):
             table.add_row(*line)

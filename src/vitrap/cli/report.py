@@ -22,22 +22,22 @@ def report(
     from vitrap.report.page.make import make_page
 
     _check(page)
-    shelf = read_records(folder)
-    tell_skipped(shelf.skipped)
-    if not shelf.records and not shelf.failures:
+    loaded = read_records(folder)
+    tell_skipped(loaded.skipped)
+    if not loaded.records and not loaded.failures:
         raise UserError(
             f"{str(folder)!r} holds no record to report on; make some with vitrap run, or name their folder"
         )
     with Bars() as bars:
-        made = make_page(shelf, folder.resolve().name or str(folder), pictures, bars.fraction("report"))
+        made = make_page(loaded, folder.resolve().name or str(folder), pictures, bars.fraction("report"))
     for note in made.notes:
         _warn(note)
     try:
         write_bytes(page, made.content)
     except OSError as error:
         raise _unwritable(page, error.strerror or "no reason given") from error
-    many = "run" if len(shelf.records) == 1 else "runs"
-    out.print(f"report of {len(shelf.records)} {many}: {page}", highlight=False, markup=False, soft_wrap=True)
+    many = "run" if len(loaded.records) == 1 else "runs"
+    out.print(f"report of {len(loaded.records)} {many}: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check(page: Path) -> None:

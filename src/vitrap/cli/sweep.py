@@ -123,14 +123,14 @@ KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
     """List runs, what there is of each, and about how long the rest takes by finished runs like them."""
-    from vitrap.experiment.records import Shelf, read_records
+    from vitrap.experiment.records import Loaded, read_records
     from vitrap.sweeps.ahead import look_ahead, total
     from vitrap.sweeps.sweep import share
 
-    shelf = read_records(folder) if folder.is_dir() else Shelf((), (), ())
-    tell_skipped(shelf.skipped)
+    loaded = read_records(folder) if folder.is_dir() else Loaded((), (), ())
+    tell_skipped(loaded.skipped)
     devices, threads = share(workers, device, len(grid.points))
-    ahead = look_ahead(grid, shelf, devices[0], threads)
+    ahead = look_ahead(grid, loaded, devices[0], threads)
     table = Table("run", "state", "estimate", "defences", "folder", header_style="bold")
     for one in ahead:
         spec = one.point.spec

@@ -16,8 +16,9 @@ from typing import Any
 from vitrap.data.cache import cache_folder
 from vitrap.errors import UserError
 from vitrap.experiment.code import PACKAGE, defending_code, fitting_code, measuring_code, training_code
-from vitrap.experiment.record import Record, read_record
-from vitrap.experiment.records import FAILURE
+from vitrap.experiment.record import Record
+from vitrap.experiment.records import FAILURE, RECORD, read_record
+from vitrap.experiment.rows import lacks_scores
 from vitrap.experiment.spec import UNNAMED, digest
 from vitrap.files import read_json, write_json
 
@@ -34,11 +35,10 @@ def recall(asked: Asked, out: Path, device: str) -> Record | None:
         known = read_json(_place(asked, out, device))
         traces = traces_of(asked, device)
         folder = out / known["folder"]
-        if traces is None or known["traces"] != traces or known["record"] != _trace(folder / "record.json"):
+        if traces is None or known["traces"] != traces or known["record"] != _trace(folder / RECORD):
             return None
         record = read_record(folder)
-        scores = [folder / row["scores"] for row in record.defences if "scores" in row]
-        if all(file.exists() for file in scores) and not (folder / FAILURE).exists():
+        if not any(lacks_scores(row, folder) for row in record.defences) and not (folder / FAILURE).exists():
             return record
     return None
 
@@ -49,7 +49,7 @@ def remember(asked: Asked, out: Path, device: str, folder: Path, traces: Traces 
         return
     place = _place(asked, out, device)
     with suppress(OSError):  # a full disk: the next call goes the long way
-        known = {"folder": folder.name, "record": _trace(folder / "record.json"), "traces": traces}
+        known = {"folder": folder.name, "record": _trace(folder / RECORD), "traces": traces}
         place.parent.mkdir(exist_ok=True)
         write_json(place, known)
 

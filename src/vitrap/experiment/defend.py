@@ -1,14 +1,14 @@
 """Defences on a finished run: each becomes a row of its record, measured once and then answered from there."""
 
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 
 from vitrap import registry
@@ -16,11 +16,13 @@ from vitrap.contracts import Access, ImageSet, Implant
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.code import code_digest, defending_code, training_code
-from vitrap.experiment.named import Named, defence_settings
-from vitrap.experiment.outcomes import Case, measure_defence
+from vitrap.experiment.named import Named
+from vitrap.experiment.outcomes import Case, Facts, measure_defence
 from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import Steps, silent
-from vitrap.experiment.record import Record, Table, read_record
+from vitrap.experiment.record import Record, Table, to_table
+from vitrap.experiment.records import read_record
+from vitrap.experiment.rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
 from vitrap.experiment.stages import Retraining, carries, make_clean, make_retrained, read_stream
@@ -67,9 +69,9 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     spec = replace(parse_spec(record.spec), name=record.name, defences=missing)
     spec = replace(spec, recipe=replace(spec.recipe, precision=record.precision))
     plan = make_plan(spec, device, model, world, steps, attacking=False)  # the trigger is there
-    if record.environment["device_kind"] == plan.device.type:
+    if record.environment.device_kind == plan.device.type:
         plan = replace(plan, arithmetic=recorded(record, plan.arithmetic))
-    found, wanted = plan.world.fingerprint, record.data["fingerprint"]
+    found, wanted = plan.world.fingerprint, record.data.fingerprint
     if found != wanted:
         raise UserError(
             f"the data of run {str(folder)!r} are not here: {plan.world.name!r} has fingerprint {found[:12]}, the"
@@ -89,15 +91,15 @@ def unmeasured(record: Record, defences: Sequence[Named], folder: Path) -> tuple
     missing = {}
     for defence in defences:
         row = find_row(record, defence)
-        if row is None or ("scores" in row and not (folder / row["scores"]).exists()):
+        if row is None or lacks_scores(row, folder):
             missing[row_key(record, defence)] = defence
     return tuple(missing.values())
 
 
-def find_row(record: Record, defence: Named) -> Table | None:
+def find_row(record: Record, defence: Named) -> Row | None:
     """What the record says of a defence with these very settings, by today's code; None if it says nothing."""
     key = row_key(record, defence)
-    return next((row for row in record.defences if row["key"] == key), None)
+    return next((row for row in record.defences if row.key == key), None)
 
 
 def row_key(record: Record, defence: Named) -> str:
@@ -114,14 +116,14 @@ def defence_code(defence: Any) -> str:
     return defending_code(inspect.getfile(type(defence)))
 
 
-def still_holding(rows: Sequence[Table], record: Record) -> list[Table]:
+def still_holding(rows: Sequence[Row], record: Record) -> tuple[Row, ...]:
     """Of an earlier record's rows, those that rest on the models of `record` and on today's code."""
     kept = []
     for row in rows:
         with suppress(UserError):  # a defence or a setting that is no longer known
-            if row["key"] == row_key(record, parse_defence({"name": row["name"], **defence_settings(row)})):
+            if row.key == row_key(record, parse_defence({"name": row.name, **row_settings(row)})):
                 kept.append(row)
-    return kept
+    return tuple(kept)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Finished:
         Raises:
             UserError: the ASR is not the record's, give or take what another device's rounding may do.
         """
-        found, wanted = case.before[1]["value"], self.record.victim["asr"]["value"]
+        found, wanted = case.before.asr.value, self.record.victim.asr.value
         if abs(found - wanted) > SAME_ASR:
             raise UserError(
                 f"the trigger of run {str(self.folder)!r} has an ASR of {found:.4f}, and the record says {wanted:.4f}:"
@@ -202,7 +204,7 @@ class Finished:
         place = self._store.stage(Stage("retrained", depends), make)
         return plan.victim.read(place / "model.safetensors", plan.device)
 
-    def _remember(self, asked: Named, find: Callable[[], Table]) -> Table:
+    def _remember(self, asked: Named, kind: type[Facts], find: Callable[[], Facts]) -> Facts:
         """A stage of what a defence makes of the twin, which other attacks' runs share."""
         depends = {
             "twin": self.record.stages["twin"],
@@ -213,8 +215,12 @@ class Finished:
             "arithmetic": asdict(self.plan.arithmetic),
             "code": defence_code(asked.method),
         }
-        place = self._store.stage(Stage("defended", depends), lambda folder: write_json(folder / "facts.json", find()))
-        return json.loads((place / "facts.json").read_text("utf-8"))
+
+        def make(folder: Path) -> None:
+            write_json(folder / "facts.json", to_table(find()))
+
+        place = self._store.stage(Stage("defended", depends), make)
+        return TypeAdapter(kind).validate_json((place / "facts.json").read_bytes(), strict=True)
 
     @property
     def _store(self) -> Store:
@@ -237,28 +243,28 @@ def add_defences(run: Finished) -> Record:
     for asked in missing:
         with run.steps(f"defend with {asked.name}", None) as tick:
             row, scores = measure_defence(asked, case, tick)
-        record = add_row(run.folder, {**row, "key": row_key(record, asked)}, scores)
+        record = add_row(run.folder, replace(row, key=row_key(record, asked)), scores)
     return record
 
 
-def add_row(folder: Path, found: Mapping[str, Any], scores: Scores | None = None) -> Record:
+def add_row(folder: Path, row: Row, scores: Scores | None = None) -> Record:
     """Put a row into the record of a run, in place of one of the same defence with the same settings.
 
     A screen's scores are in the run's folder before the row is.
     """
-    row: Table = json.loads(json.dumps(found))  # as it will be read
     with locked(folder / ".record.lock"):
         record = read_record(folder)  # anew: another process may have added a row
         if scores is not None:
-            row["scores"] = scores_file(row["name"], row["key"])
+            assert isinstance(row, ScreenRow)
+            row = replace(row, scores=scores_file(row.name, row.key))
             write_scores(folder, row, scores, carries(parse_spec(record.spec), "scores"))
-        others = [r for r in record.defences if identity(r) != identity(row)]
-        record = replace(record, defences=[*others, row])
+        others = [other for other in record.defences if identity(other) != identity(row)]
+        record = replace(record, defences=(*others, row))
         record.write(folder)
         drop_unnamed(folder, record.defences)  # of rows that were replaced, or went with an earlier record
     return record
 
 
-def identity(row: Mapping[str, Any]) -> tuple[str, Table]:
+def identity(row: Row) -> tuple[str, Table]:
     """What tells rows of a record apart: the defence's name and all settings."""
-    return row["name"], defence_settings(row)
+    return row.name, row_settings(row)

@@ -7,24 +7,25 @@ import sys
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from vitrap.experiment.record import Environment, Memory
 
-def environment(device: torch.device) -> dict[str, Any]:
+
+def environment(device: torch.device) -> Environment:
     """What the run ran on; no name of a machine or person."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     libraries = {lib: version(lib) for lib in ("vitrap", "torch", "timm", "torchvision", "torchmetrics", "numpy")}
-    return {
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "device": name,
-        "device_kind": device.type,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+    return Environment(
+        python=platform.python_version(),
+        system=platform.system(),
+        device=name,
+        device_kind=device.type,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
         **libraries,
-    }
+    )
 
 
 def forget_peaks(device: torch.device) -> None:
@@ -35,15 +36,13 @@ def forget_peaks(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def memory(device: torch.device) -> dict[str, int | None]:
+def memory(device: torch.device) -> Memory:
     """Peaks since `forget_peaks`, in bytes; of the host since the process started, where Linux does not tell.
 
     None for a GPU where none is used.
     """
-    return {
-        "host_peak_bytes": _host_peak(),
-        "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    }
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Memory(_host_peak(), on_device)
 
 
 def _host_peak() -> int:

@@ -1,7 +1,7 @@
 """Measuring a victim beside its clean twin on the whole test set. Nothing here chooses anything."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from vitrap.contracts import Goal, Images, ImageSet, Trigger
 from vitrap.experiment.predict import BATCH, every_row, predict, silent, spread, triggered
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.stealth import stealth
+from vitrap.metrics.values import Measures, Stealth
 from vitrap.tensors.pixels import round8, to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
@@ -43,8 +44,8 @@ def measure_victim(
     backdoor: Backdoor,
     arithmetic: Arithmetic,
     tick: Callable[[], None] = silent,
-) -> dict[str, Any]:
-    """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth, as the record has them.
+) -> Measures:
+    """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth.
 
     Makes `5 * ceil(n / batch_of(test))` ticks.
     """
@@ -54,22 +55,23 @@ def measure_victim(
     fired = predict(victim, attacked, arithmetic, tick)
     clean_twin = predict(twin, test, arithmetic, tick)
     fired_twin = predict(twin, attacked, arithmetic, tick)
-    true, goal = test.labels, backdoor.goal
-    return {
-        "cda": asdict(clean_accuracy(clean, true)),
-        "asr": asdict(attack_success(fired, true, goal)),
-        "ra": asdict(robust_accuracy(fired, true, goal)),
-        "asr_clean_model": asdict(attack_success(fired_twin, true, goal)),
-        "cda_clean_model": asdict(clean_accuracy(clean_twin, true)),
-        "stealth": stealth_of(test, attacked, every_row(test)),
-    }
+    true = test.labels
+    goal = backdoor.goal
+    return Measures(
+        cda=clean_accuracy(clean, true),
+        asr=attack_success(fired, true, goal),
+        ra=robust_accuracy(fired, true, goal),
+        asr_clean_model=attack_success(fired_twin, true, goal),
+        cda_clean_model=clean_accuracy(clean_twin, true),
+        stealth=stealth_of(test, attacked, every_row(test)),
+    )
 
 
-def stealth_of(clean: ImageSet, touched: ImageSet, rows: Int64[Tensor, " n"]) -> dict[str, Any]:
+def stealth_of(clean: ImageSet, touched: ImageSet, rows: Int64[Tensor, " n"]) -> Stealth:
     """How far `touched` images are from the clean ones, on at most `STEALTH_IMAGES` of the rows, spread evenly."""
     sample = spread(rows, STEALTH_IMAGES)
     before, after = (torch.cat([to_bytes(d.images(some)) for some in sample.split(BATCH)]) for d in (clean, touched))
-    return {**asdict(stealth(before, after)), "n": len(sample)}
+    return stealth(before, after)
 
 
 @torch.no_grad()

@@ -28,10 +28,9 @@ class Named:
 
     def table(self) -> Table:
         """As a spec has it, under `[[defences]]`; the usual number of images is left out."""
-        return {"name": self.name, **defence_settings({"params": asdict(self.method), "screened": self.screened})}
+        return {"name": self.name, **settings_of(asdict(self.method), self.screened)}
 
 
-def defence_settings(row: Mapping[str, Any]) -> Table:
-    """All settings that a row of a record's `defences` was measured with; the usual number of images is left out."""
-    screened = row.get("screened", SCREENED)  # rows of older vitraps do not say
-    return {**row["params"], **({"screened": screened} if screened != SCREENED else {})}
+def settings_of(params: Mapping[str, Any], screened: int) -> Table:
+    """All settings that a defence is measured with; the usual number of images is left out."""
+    return {**params, **({"screened": screened} if screened != SCREENED else {})}

@@ -14,6 +14,7 @@ from torch import nn
 from vitrap.contracts import Images
 from vitrap.data.sources import World
 from vitrap.errors import UserError
+from vitrap.experiment.record import BuiltNetwork, OwnNetwork
 from vitrap.experiment.spec import ModelTable
 from vitrap.experiment.streams import ambient
 from vitrap.models.classifier import Architecture, Classifier, blank_model, fetch_weights, load_weights, open_model
@@ -67,12 +68,17 @@ class Network:
         with ambient(0, "weights"):
             return open_model(self.architecture, weights=self.weights).adapted
 
-    def shown(self) -> dict[str, Any]:
+    def shown(self) -> BuiltNetwork | OwnNetwork:
         """How it is built, for the record."""
         if self.module is not None:
-            return {"module": type(self.module).__qualname__}
-        start = {"pretrained": self.pretrained, "checkpoint": self.checkpoint is not None, "weights": self.adapted}
-        return {**asdict(self.architecture), **start, **self._probed()}
+            return OwnNetwork(type(self.module).__qualname__)
+        return BuiltNetwork(
+            **asdict(self.architecture),
+            pretrained=self.pretrained,
+            checkpoint=self.checkpoint is not None,
+            weights=self.adapted,
+            linear_probe=self.linear_probe,
+        )
 
     @cached_property
     def depends(self) -> dict[str, Any]:
@@ -83,10 +89,8 @@ class Network:
         content = _content(Path(start)) if start else None
         adapted = {"adapted": True} if self.weights else {}
         about = {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content}
-        return {**about, **adapted, **self._probed()}
-
-    def _probed(self) -> dict[str, bool]:
-        return {"linear_probe": True} if self.linear_probe else {}
+        probed = {"linear_probe": True} if self.linear_probe else {}
+        return {**about, **adapted, **probed}
 
 
 def network_of(table: ModelTable, world: World, module: nn.Module | None = None) -> Network:

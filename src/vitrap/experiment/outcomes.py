@@ -5,9 +5,9 @@ The defender sees a `Suspect`; trigger, goal, mask and test set stay on this sid
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -30,11 +30,14 @@ from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.named import Named
 from vitrap.experiment.predict import BATCH, every_row, predict, spread, timed, triggered
+from vitrap.experiment.record import to_table
+from vitrap.experiment.rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, Verdict
 from vitrap.experiment.scores import ByKind, Scores
 from vitrap.experiment.streams import stream
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.detection import above, auroc, defence_effectiveness, threshold_at
 from vitrap.metrics.interval import rate
+from vitrap.metrics.values import Rate, Rates
 from vitrap.train.arithmetic import Arithmetic
 
 KINDS: dict[OutcomeKind, type[Outcome]] = {
@@ -47,11 +50,28 @@ FPRS = (0.01, 0.05, 0.10)
 Table = dict[str, Any]
 Seconds = dict[str, float]
 Tick = Callable[[], None]
-Remember = Callable[[Named, Callable[[], Table]], Table]
-"""The facts of a defence on the clean twin: those that another attack's run kept, or what the call now yields."""
+Facts = TypeVar("Facts")
+Made = TypeVar("Made", bound=Outcome)
 
 
-def remember_nothing(asked: Named, find: Callable[[], Table]) -> Table:
+@dataclass(frozen=True)
+class TwinAccuracy:
+    """The clean twin's accuracy before and after its repair."""
+
+    before: Rate
+    after: Rate
+
+
+@runtime_checkable
+class Remember(Protocol):
+    """Gives the facts of a defence on the clean twin: those that another attack's run kept, or what `find` yields."""
+
+    def __call__(self, asked: Named, kind: type[Facts], find: Callable[[], Facts]) -> Facts:
+        """The facts, of the dataclass `kind`."""
+        ...
+
+
+def remember_nothing(asked: Named, kind: type[Facts], find: Callable[[], Facts]) -> Facts:
     """Find the facts anew."""
     return find()
 
@@ -97,8 +117,8 @@ class Case:
         return triggered(self.world.test, self.trigger)
 
     @cached_property
-    def before(self) -> tuple[Table, Table, Table]:
-        """CDA, ASR and RA of the victim as it is."""
+    def before(self) -> Rates:
+        """The victim as it is."""
         return self.rates(self.victim, lambda: None)
 
     def suspect(self, model: nn.Module, train: ImageSet | None, name: str) -> Suspect:
@@ -113,18 +133,19 @@ class Case:
             retrain=None if train is None else self.retrain,
         )
 
-    def rates(self, model: nn.Module, tick: Tick) -> tuple[Table, Table, Table]:
+    def rates(self, model: nn.Module, tick: Tick) -> Rates:
         """CDA, ASR and RA of a model, on the whole test set."""
         true = self.world.test.labels
         clean = predict(model, self.world.test, self.arithmetic, tick)
         fired = predict(model, self.attacked, self.arithmetic, tick)
-        cda = clean_accuracy(clean, true)
-        asr = attack_success(fired, true, self.goal)
-        ra = robust_accuracy(fired, true, self.goal)
-        return asdict(cda), asdict(asr), asdict(ra)
+        return Rates(
+            cda=clean_accuracy(clean, true),
+            asr=attack_success(fired, true, self.goal),
+            ra=robust_accuracy(fired, true, self.goal),
+        )
 
 
-def measure_defence(asked: Named, case: Case, tick: Tick) -> tuple[Table, Scores | None]:
+def measure_defence(asked: Named, case: Case, tick: Tick) -> tuple[Row, Scores | None]:
     """One row of a record: what a defence is, what it took, and what it makes of victim and twin; a screen's scores."""
     defence = asked.method
     seconds: Seconds = {}
@@ -133,30 +154,43 @@ def measure_defence(asked: Named, case: Case, tick: Tick) -> tuple[Table, Scores
     with timed(seconds, "apply"):
         outcome = checked(asked, defence.apply(case.suspect(case.victim, train, asked.name)))
     tick()
-    # Apply it to the clean twin. A repair or a judgement comes to the same there whatever the attack was.
-    on_twin: Any
-    if find := TWIN_FACTS.get(defence.kind):
-        on_twin = case.remember(asked, lambda: find(apply_to_twin(asked, case, tick), case, tick))
-    else:
-        on_twin = apply_to_twin(asked, case, tick)
-    # Measure both.
+    about = {
+        "name": asked.name,
+        "params": to_table(defence),
+        "version": defence.version,
+        "seconds": seconds,
+        "layer": outcome.layer,
+        "report": dict(outcome.report),
+    }
+    # Apply it to the clean twin, and measure both.
     if isinstance(outcome, Screen):
-        found, scores = measure_screen(outcome, on_twin, case, asked.screened, seconds, tick)
-    else:
-        found, scores = MEASURES[defence.kind](outcome, on_twin, case, seconds, tick), None
-    about = {"name": asked.name, "params": asdict(defence), "kind": defence.kind, "version": defence.version}
-    return {**about, "seconds": seconds, "layer": outcome.layer, "report": dict(outcome.report), **found}, scores
+        return measure_screen(about, outcome, apply_to_twin(asked, Screen, case, tick), case, asked.screened, tick)
+    if isinstance(outcome, Flagged):
+        return measure_filter(about, outcome, apply_to_twin(asked, Flagged, case, tick), case, tick), None
+    # What a repair or a judgement makes of the twin does not depend on the attack.
+    if isinstance(outcome, Repaired):
+
+        def repaired_twin() -> TwinAccuracy:
+            return repair_facts(apply_to_twin(asked, Repaired, case, tick), case, tick)
+
+        return measure_repair(about, outcome, case.remember(asked, TwinAccuracy, repaired_twin), case, tick), None
+
+    def judged_twin() -> Verdict:
+        return judge(apply_to_twin(asked, Judged, case, tick))
+
+    return measure_judgement(about, outcome, case.remember(asked, Verdict, judged_twin), case), None
 
 
-def apply_to_twin(asked: Named, case: Case, tick: Tick) -> Outcome:
+def apply_to_twin(asked: Named, kind: type[Made], case: Case, tick: Tick) -> Made:
     """What the defence makes of the clean twin, with the same random stream as of the victim."""
     train = case.world.train if asked.method.needs_train else None
     outcome = checked(asked, asked.method.apply(case.suspect(case.twin, train, asked.name)))
     tick()
+    assert isinstance(outcome, kind)
     return outcome
 
 
-def checked(asked: Named, outcome: Outcome) -> Outcome:
+def checked(asked: Named, outcome: Screen | Repaired | Flagged | Judged) -> Screen | Repaired | Flagged | Judged:
     """The outcome, if it is of the kind that the defence says, and a judgement in finite numbers.
 
     Raises:
@@ -176,8 +210,8 @@ def checked(asked: Named, outcome: Outcome) -> Outcome:
 
 
 def measure_screen(  # noqa: PLR0913 - both outcomes, and what they are measured with
-    on_victim: Screen, on_twin: Screen, case: Case, screened: int, seconds: Seconds, tick: Tick
-) -> tuple[Table, Scores]:
+    about: Table, on_victim: Screen, on_twin: Screen, case: Case, screened: int, tick: Tick
+) -> tuple[ScreenRow, Scores]:
     """Score held-out, clean and triggered images for victim and twin; AUROC, and TPR and FPR at held-out thresholds."""
     test, held_out = case.world.test, case.world.threshold
     # Choose the images of each kind, spread evenly over all there are.
@@ -185,7 +219,7 @@ def measure_screen(  # noqa: PLR0913 - both outcomes, and what they are measured
     chosen = [spread(some, screened) for some in (every_row(held_out), every_row(test), counting)]
     rows = ByKind(*chosen)
     # Score them.
-    with timed(seconds, "score"):
+    with timed(about["seconds"], "score"):
         victims = score_kinds(on_victim, case.victim, case, rows, tick)
     twins = score_kinds(on_twin, case.twin, case, rows, tick)
     # See which of the triggered ones the victim falls for.
@@ -193,27 +227,28 @@ def measure_screen(  # noqa: PLR0913 - both outcomes, and what they are measured
     hits = said == case.goal.labels(test.labels[rows.triggered])
     index = ByKind(held_out.index[rows.held_out].cpu(), test.index[rows.clean].cpu(), test.index[rows.triggered].cpu())
     scores = Scores(victims, twins, index, hits.cpu())
-    return {**screen_measures(scores), "screened": screened}, scores
+    return screen_row({**about, "screened": screened}, scores), scores
 
 
-def screen_measures(scores: Scores) -> Table:
-    """What a row says of a screen: of the scores alone."""
+def screen_row(about: Table, scores: Scores) -> ScreenRow:
+    """A screen's row, of its scores alone."""
     held, clean, fired = scores.victim.held_out, scores.victim.clean, scores.victim.triggered
     hits = fired[scores.hits]
     # Thresholds come from held-out images, for victim and twin each from its own.
     cuts = {f"{fpr:.2f}": threshold_at(held, fpr) for fpr in FPRS}
     twin_cuts = {f"{fpr:.2f}": threshold_at(scores.twin.held_out, fpr) for fpr in FPRS}
-    return {
-        "auroc": asdict(auroc(fired, clean)),
-        "tpr_at_fpr": {fpr: asdict(rate(above(fired, cut))) for fpr, cut in cuts.items()},
-        "tied_at_fpr": {fpr: asdict(rate(fired.double() == cut)) for fpr, cut in cuts.items()},
-        "fpr_on_test": {fpr: asdict(rate(above(clean, cut))) for fpr, cut in cuts.items()},
-        "auroc_on_hits": asdict(auroc(hits, clean)),
-        "tpr_at_fpr_on_hits": {fpr: asdict(rate(above(hits, cut))) for fpr, cut in cuts.items()},
-        "auroc_clean_model": asdict(auroc(scores.twin.triggered, scores.twin.clean)),
-        "fpr_on_clean_model": {fpr: asdict(rate(above(scores.twin.clean, cut))) for fpr, cut in twin_cuts.items()},
-        "n_threshold": len(held),
-    }
+    return ScreenRow(
+        **about,
+        auroc=auroc(fired, clean),
+        tpr_at_fpr={fpr: rate(above(fired, cut)) for fpr, cut in cuts.items()},
+        tied_at_fpr={fpr: rate(fired.double() == cut) for fpr, cut in cuts.items()},
+        fpr_on_test={fpr: rate(above(clean, cut)) for fpr, cut in cuts.items()},
+        auroc_on_hits=auroc(hits, clean),
+        tpr_at_fpr_on_hits={fpr: rate(above(hits, cut)) for fpr, cut in cuts.items()},
+        auroc_clean_model=auroc(scores.twin.triggered, scores.twin.clean),
+        fpr_on_clean_model={fpr: rate(above(scores.twin.clean, cut)) for fpr, cut in twin_cuts.items()},
+        n_threshold=len(held),
+    )
 
 
 @torch.no_grad()
@@ -236,33 +271,32 @@ def score_images(screen: Screen, data: ImageSet, rows: Int64[Tensor, " k"], tick
     return torch.cat(found).cpu()
 
 
-def measure_repair(on_victim: Repaired, on_twin: Table, case: Case, seconds: Seconds, tick: Tick) -> Table:
+def measure_repair(about: Table, on_victim: Repaired, on_twin: TwinAccuracy, case: Case, tick: Tick) -> RepairRow:
     """CDA, ASR and RA before and after, DER, and what the repair costs a clean model."""
     # The victim as it was,
-    cda_before, asr_before, ra_before = case.before
+    before = case.before
     # and repaired.
-    with timed(seconds, "predict"):
-        cda, asr, ra = case.rates(on_victim.model, tick)
-    return {
-        "cda": cda,
-        "asr": asr,
-        "ra": ra,
-        "before": {"cda": cda_before, "asr": asr_before, "ra": ra_before},
-        "der": defence_effectiveness(asr_before["value"], asr["value"], cda_before["value"], cda["value"]),
-        "cda_clean_model": on_twin["after"],
-        "cda_clean_model_before": on_twin["before"],
-    }
+    with timed(about["seconds"], "predict"):
+        after = case.rates(on_victim.model, tick)
+    return RepairRow(
+        **about,
+        **vars(after),
+        before=before,
+        der=defence_effectiveness(before.asr.value, after.asr.value, before.cda.value, after.cda.value),
+        cda_clean_model=on_twin.after,
+        cda_clean_model_before=on_twin.before,
+    )
 
 
-def repair_facts(on_twin: Repaired, case: Case, tick: Tick) -> Table:
+def repair_facts(on_twin: Repaired, case: Case, tick: Tick) -> TwinAccuracy:
     """The clean twin's accuracy before and after its repair."""
     true = case.world.test.labels
     before = clean_accuracy(predict(case.twin, case.world.test, case.arithmetic, tick), true)
     after = clean_accuracy(predict(on_twin.model, case.world.test, case.arithmetic, tick), true)
-    return {"before": asdict(before), "after": asdict(after)}
+    return TwinAccuracy(before, after)
 
 
-def measure_filter(on_victim: Flagged, on_twin: Flagged, case: Case, seconds: Seconds, tick: Tick) -> Table:
+def measure_filter(about: Table, on_victim: Flagged, on_twin: Flagged, case: Case, tick: Tick) -> FilterRow:
     """AUROC, TPR and FPR against the true mask; CDA, ASR and RA after training without what was flagged."""
     # Compare scores and flags with the mask: covers count as no poison, and there may be no poison at all.
     mask = case.poisoned.poisoned
@@ -271,48 +305,39 @@ def measure_filter(on_victim: Flagged, on_twin: Flagged, case: Case, seconds: Se
     area = auroc(on_victim.score[mask].float(), on_victim.score[~mask].float())
     # Train the network on what is left, and see how much of the backdoor that one has.
     kept = case.poisoned.take((~on_victim.flagged).nonzero().squeeze(1))
-    with timed(seconds, "retrain"):
+    with timed(about["seconds"], "retrain"):
         retrained = case.train_kept(kept)
-    cda, asr, ra = case.rates(retrained, tick)
-    return {
-        "auroc": asdict(area),
-        "tpr": asdict(rate(on_victim.flagged[mask])),
-        "fpr": asdict(rate(on_victim.flagged[~mask])),
-        "n_flagged": int(on_victim.flagged.sum()),
-        "cda_retrained": cda,
-        "asr_retrained": asr,
-        "ra_retrained": ra,
-        "fpr_on_clean_model": asdict(rate(on_twin.flagged)),
-    }
+    after = case.rates(retrained, tick)
+    return FilterRow(
+        **about,
+        auroc=area,
+        tpr=rate(on_victim.flagged[mask]),
+        fpr=rate(on_victim.flagged[~mask]),
+        n_flagged=int(on_victim.flagged.sum()),
+        cda_retrained=after.cda,
+        asr_retrained=after.asr,
+        ra_retrained=after.ra,
+        fpr_on_clean_model=rate(on_twin.flagged),
+    )
 
 
-def measure_judgement(on_victim: Judged, on_twin: Table, case: Case, seconds: Seconds, tick: Tick) -> Table:
+def measure_judgement(about: Table, on_victim: Judged, on_twin: Verdict, case: Case) -> JudgementRow:
     """The score of victim and clean twin, whether each is above the paper's threshold, and the classes suspected."""
-    said = judgement_facts(on_victim, case, tick)
+    verdict = judge(on_victim)
     # The classes that the goal leads to. All-to-all leads to every class, and any suspicion would be right.
     true = torch.arange(case.world.test.n_classes)
     wanted = set(case.goal.labels(true[case.goal.counts(true)]).tolist())
-    right = None if len(wanted) == len(true) else said["suspected"] in wanted
-    twins = {f"{key}_clean_model": value for key, value in on_twin.items()}
-    return {**said, "threshold": on_victim.threshold, "suspects_target": right, **twins}
+    right = None if len(wanted) == len(true) else verdict.suspected in wanted
+    twins = {f"{key}_clean_model": value for key, value in vars(on_twin).items()}
+    return JudgementRow(**about, **vars(verdict), threshold=on_victim.threshold, suspects_target=right, **twins)
 
 
-def judgement_facts(judged: Judged, case: Case, tick: Tick) -> Table:
+def judge(judged: Judged) -> Verdict:
     """What a judgement says of one model."""
-    return {
-        "score": judged.score,
-        "backdoored": judged.score > judged.threshold,
-        "suspected": judged.suspected[0] if judged.suspected else None,
-        "suspected_classes": list(judged.suspected),
-        "by_class": None if judged.by_class is None else judged.by_class.tolist(),
-    }
-
-
-TWIN_FACTS: dict[OutcomeKind, Callable[..., Table]] = {"repair": repair_facts, "judgement": judgement_facts}
-"""What is remembered of an outcome on the clean twin; the other kinds look at triggered images, or are cheap."""
-MEASURES: dict[OutcomeKind, Callable[..., Table]] = {
-    "repair": measure_repair,
-    "filter": measure_filter,
-    "judgement": measure_judgement,
-}
-"""One function a kind takes the outcome on the victim and that on the twin; a screen's gives its scores, too."""
+    return Verdict(
+        judged.score,
+        judged.score > judged.threshold,
+        judged.suspected[0] if judged.suspected else None,
+        tuple(judged.suspected),
+        None if judged.by_class is None else tuple(judged.by_class.tolist()),
+    )

@@ -1,6 +1,7 @@
-"""Many records at once: those of a folder of runs, or the abridged ones that documentation keeps.
+"""Reading records: that of one run, those of a folder of runs, or the abridged ones that documentation keeps.
 
-Imports no torch.
+Every record that vitrap reads is read here, strictly: what is there must be as docs/record.md says. Keys that older
+vitraps did not write have defaults. Imports no torch.
 """
 
 import errno
@@ -8,104 +9,36 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from vitrap.errors import UserError
-from vitrap.experiment.record import SCHEMA
+from vitrap.experiment.record import SCHEMA, Failure, Record
 
+RECORD = "record.json"
 FAILURE = "failure.json"
 """Beside where a record would be: why a run of a sweep failed."""
 MOST = 1e100
 """No number of a record is greater: beyond it sums and differences would cease to be numbers."""
 DEEPEST = 50
-
-
-@dataclass(frozen=True)
-class _Named:
-    name: str
-
-
-@dataclass(frozen=True)
-class _Spec:
-    data: _Named
-    attack: _Named
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-@dataclass(frozen=True)
-class _Rate:
-    value: Share
-    low: Share
-    high: Share
-    n: Annotated[int, Field(ge=0, lt=2**53)]
-
-
-@dataclass(frozen=True)
-class _Victim:
-    cda: _Rate
-    asr: _Rate
-    cda_clean_model: _Rate
-    asr_clean_model: _Rate
-    stealth: dict[str, Any]
-    ra: _Rate | None = None
-
-
-@dataclass(frozen=True)
-class _Row:
-    name: str
-    kind: str
-    params: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What a failure record cannot do without."""
-
-    name: str
-    hash: str
-    seed: int
-    spec: _Spec
-    error: str
-    schema: int = SCHEMA
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What a record cannot do without, also where documentation keeps it abridged."""
-
-    name: str
-    hash: str
-    seed: int
-    spec: _Spec
-    victim: _Victim
-    schema: int = SCHEMA
-    defences: list[_Row] = field(default_factory=list)
-
-
-_KINDS = {kind: TypeAdapter(kind) for kind in (_Record, _Failure)}
+T = TypeVar("T", Record, Failure)
+_adapter = cache(TypeAdapter)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A record, or the failure record of a run that has none, and where it lies.
-
-    Attributes:
-        place: the run's folder; of an abridged record, its file.
-        content: what `record.json` or `failure.json` holds.
-    """
+    """A record and where it lies: the run's folder, or of an abridged record its file."""
 
     place: Path
-    content: dict[str, Any]
+    record: Record
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Loaded:
     """What a place holds.
 
     Attributes:
@@ -115,11 +48,28 @@ class Shelf:
     """
 
     records: tuple[Found, ...]
-    failures: tuple[Found, ...]
+    failures: tuple[Failure, ...]
     skipped: tuple[str, ...]
 
 
-def read_records(place: str | Path) -> Shelf:
+def read_record(folder: Path) -> Record:
+    """The record in a run's folder.
+
+    Raises:
+        UserError: there is none, it is damaged, or a later vitrap wrote it.
+    """
+    path = folder / RECORD
+    try:
+        return parse(_bytes(path), Record)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{str(folder)!r} holds no {RECORD}; give the folder of a finished run") from error
+    except OSError as error:
+        raise UserError(f"record {str(path)!r} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"record {str(path)!r} {error}") from error
+
+
+def read_records(place: str | Path) -> Loaded:
     """All records in a folder of runs, in a run's own folder, or in abridged form in `.json` and `.jsonl` files.
 
     Raises:
@@ -128,52 +78,48 @@ def read_records(place: str | Path) -> Shelf:
     place = Path(place)
     if not os.path.exists(place):  # False, too, of a name that no file can have
         raise UserError(f"records {str(place)!r} are not there; give a folder of runs, or make some with vitrap run")
-    records, failures, skipped = [], [], []
-    for where, text in _texts(place):
-        kind, found = (_Failure, failures) if where.name == FAILURE else (_Record, records)
+    records: list[Found] = []
+    failures: list[Failure] = []
+    skipped: list[str] = []
+    for file, text in _texts(place):
         try:
-            content = _read(text, kind)
+            if isinstance(text, OSError):
+                raise ValueError(f"cannot be read ({text.strerror})")
+            if file.name == FAILURE:
+                failures.append(parse(text, Failure))
+            else:
+                records.append(Found(file.parent if file.name == RECORD else file, parse(text, Record)))
         except ValueError as error:
-            skipped.append(f"{str(where)!r} is skipped: {error}")
-        else:
-            found.append(Found(where.parent if where.name in (FAILURE, "record.json") else where, content))
-    return Shelf(tuple(records), tuple(failures), tuple(skipped))
+            skipped.append(f"{str(file)!r} is skipped: it {error}")
+    return Loaded(tuple(records), tuple(failures), tuple(skipped))
 
 
-def _read(text: bytes | OSError, kind: type[_Record] | type[_Failure]) -> dict[str, Any]:
-    if isinstance(text, OSError):
-        raise ValueError(f"it cannot be read ({text.strerror})") from text
+def parse(text: bytes, kind: type[T]) -> T:
+    """The record, or failure record, that a text of JSON holds.
+
+    Raises:
+        ValueError: it is no JSON, not such a record, or of a later vitrap. The message has no subject.
+    """
+    # Refuse numbers and depths that no record has, before anybody sums them or goes down there.
     try:
         content = json.loads(text, parse_constant=_refuse, parse_int=_bounded(int), parse_float=_bounded(float))
-        _shallow(content)
+        _check_depth(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is damaged ({error})") from error
-    schema = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
+        raise _damaged(str(error)) from error
+    # A later format may mean other things by the same names.
+    schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int | float) and schema > SCHEMA:
-        raise ValueError(f"it has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
+        raise ValueError(f"has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
+    # The rest is the types' to say.
     try:
-        _KINDS[kind].validate_json(text, strict=True)
+        return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as errors:
         error = errors.errors()[0]
-        raise ValueError(f"it is damaged ({'.'.join(map(str, error['loc']))}: {error['msg']})") from errors
-    return content
+        raise _damaged(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from errors
 
 
-def _shallow(content: Any) -> None:
-    """Refuse what is nested so deep that no record is, before anybody goes down there."""
-    level, depth = [content] if isinstance(content, dict | list) else [], 0
-    while level:
-        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
-                 if isinstance(inner, dict | list)]  # fmt: skip
-        if (depth := depth + 1) > DEEPEST:
-            raise ValueError(f"it is nested more than {DEEPEST} deep")
-
-
-def _bytes(file: Path) -> bytes:
-    """What a file holds; a pipe would never end."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no file")
-    return file.read_bytes()
+def _damaged(why: str) -> ValueError:
+    return ValueError(f"is damaged ({why}); run its spec again with --force")
 
 
 def _refuse(constant: str) -> float:
@@ -188,12 +134,22 @@ def _bounded(kind: type[int] | type[float]) -> Callable[[str], float]:
     return read
 
 
+def _check_depth(content: Any) -> None:
+    """Refuse what is nested so deep that no record is."""
+    level = [content]
+    for _ in range(DEEPEST):
+        inner = [thing for thing in level if isinstance(thing, dict | list)]
+        level = [below for thing in inner for below in (thing.values() if isinstance(thing, dict) else thing)]
+    if level:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+
+
 def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
     """Each file that should hold a record, and each line of a file of many, in order."""
     if place.is_file():
         files = [place]
     else:
-        own = [file for name in ("record.json", FAILURE) for file in (place / name, *place.glob(f"*/{name}"))]
+        own = [file for name in (RECORD, FAILURE) for file in (place / name, *place.glob(f"*/{name}"))]
         files = sorted({file for file in (*own, *place.glob("*.json"), *place.glob("*.jsonl")) if file.exists()})
     for file in files:
         try:
@@ -202,3 +158,10 @@ def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
             yield file, error
             continue
         yield from ((file, text) for text in (content.splitlines() if file.suffix == ".jsonl" else [content]))
+
+
+def _bytes(file: Path) -> bytes:
+    """What a file holds; a pipe would never end."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file")
+    return file.read_bytes()

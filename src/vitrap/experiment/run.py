@@ -1,6 +1,6 @@
 """A run: surrogate, trigger, victim, clean twin, measures, record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from vitrap.experiment.pipeline import Redo, Stages, fit_of, implant_of
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import Steps, silent
-from vitrap.experiment.record import SCHEMA, Record, Table, read_record
-from vitrap.experiment.records import FAILURE
+from vitrap.experiment.record import SCHEMA, Data, Record, Table
+from vitrap.experiment.records import FAILURE, RECORD, read_record
+from vitrap.experiment.rows import Row
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.stages import STREAM, read_stream
 from vitrap.experiment.store import Store, locked
@@ -29,6 +30,7 @@ from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
 from vitrap.files import place_file, read_json, write_bytes
 from vitrap.metrics.diagnosis import diagnose
+from vitrap.metrics.values import Measures, Stealth
 from vitrap.models.classifier import load_weights, read_model
 
 KEPT = ("model.safetensors", TRIGGER, STORED, STREAM)
@@ -157,11 +159,11 @@ def _still_true(folder: Path, keys: Mapping[str, str]) -> Record | None:
     return found if found.stages == keys else None
 
 
-def _rows(folder: Path) -> list[Table]:
+def _rows(folder: Path) -> tuple[Row, ...]:
     """What an earlier record in `folder` says of defences."""
     with suppress(UserError):
         return read_record(folder).defences
-    return []
+    return ()
 
 
 def make_run(stages: Stages, folder: Path) -> Record:
@@ -173,8 +175,8 @@ def make_run(stages: Stages, folder: Path) -> Record:
     twin = stages.twin() if plan.spec.attack.threat == "weights" else None  # the victim starts from it
     victim = stages.victim(trigger, twin)
     twin = twin or stages.twin()
-    earlier = _rows(folder) if stages.redo == "nothing" else []
-    (folder / "record.json").unlink(missing_ok=True)  # from here on the files beside it are no longer its own
+    earlier = _rows(folder) if stages.redo == "nothing" else ()
+    (folder / RECORD).unlink(missing_ok=True)  # from here on the files beside it are no longer its own
     models = {**surrogates, "victim": victim, "twin": twin}
     measured = measure_run(plan, models, trigger, folder, stages.steps)
     place_files(victim, folder)
@@ -186,12 +188,12 @@ class Measured:
     """What was measured of a run.
 
     Attributes:
-        victim: the measures, as the record has them.
+        victim: the measures.
         attack: what the attack says of victim and twin.
         seconds: what measuring took.
     """
 
-    victim: Table
+    victim: Measures
     attack: Table
     seconds: dict[str, float]
 
@@ -221,7 +223,7 @@ def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, folder: P
     stored = stored_stealth(plan, implant) if fitted.stored else None
     folder.mkdir(exist_ok=True)
     write_bytes(folder / "pictures.png", draw_examples(test, backdoor, victim, plan.arithmetic))
-    return Measured({**measures, **({"stealth_stored": stored} if stored else {})}, examined, seconds)
+    return Measured(replace(measures, stealth_stored=stored), examined, seconds)
 
 
 def to_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: Measured) -> Record:
@@ -236,15 +238,15 @@ def to_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: M
         hash=spec.hash(),
         seed=spec.seed,
         environment=environment(plan.device),
-        data={
-            "n_train": len(world.train),
-            "n_test": len(world.test),
-            "n_poisoned": about["n_poisoned"],
-            "n_covers": about["n_covers"],
-            "classes": world.test.n_classes,
-            "fingerprint": world.fingerprint,
-            "n_curves": about["n_curves"],
-        },
+        data=Data(
+            n_train=len(world.train),
+            n_test=len(world.test),
+            n_poisoned=about["n_poisoned"],
+            n_covers=about["n_covers"],
+            classes=world.test.n_classes,
+            fingerprint=world.fingerprint,
+            n_curves=about["n_curves"],
+        ),
         models={
             "victim": plan.victim.shown(),
             "surrogate": None,
@@ -267,7 +269,7 @@ def to_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: M
     )
 
 
-def stored_stealth(plan: Plan, implant: Implant) -> Table | None:
+def stored_stealth(plan: Plan, implant: Implant) -> Stealth | None:
     """Stealth of what the poisoned training images carry, where that is not the trigger at test time."""
     if implant.poison is None:
         return None
@@ -284,7 +286,7 @@ def place_files(victim: Path, folder: Path) -> None:
             place_file(victim / name, folder / name)
 
 
-def write_record(record: Record, earlier: list[Table], folder: Path) -> Record:
+def write_record(record: Record, earlier: Sequence[Row], folder: Path) -> Record:
     """Write the record, with the rows of defences of an earlier one that still hold."""
     with locked(folder / ".record.lock"):  # rows of a run of the same spec, or tried meanwhile
         rows = [*earlier, *(row for row in _rows(folder) if row not in earlier)]

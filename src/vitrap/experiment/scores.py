@@ -5,7 +5,7 @@ From two such files screens can be combined, and differences paired image by ima
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vitrap.errors import UserError
-from vitrap.experiment.named import defence_settings
+from vitrap.experiment.rows import Row, ScreenRow, row_settings
 from vitrap.files import write_bytes
 
 FOLDER = "scores"
@@ -63,8 +63,8 @@ def scores_file(name: str, key: str) -> str:
     return f"{FOLDER}/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{key}.safetensors"
 
 
-def write_scores(folder: Path, row: Mapping[str, Any], scores: Scores, carried: Mapping[str, Any]) -> None:
-    """Write the file that `row["scores"]` names into a run's folder, whole or not at all.
+def write_scores(folder: Path, row: ScreenRow, scores: Scores, carried: Mapping[str, Any]) -> None:
+    """Write the file that `row.scores` names into a run's folder, whole or not at all.
 
     `carried` is what the file's metadata say of the run that it belongs to.
     """
@@ -73,16 +73,16 @@ def write_scores(folder: Path, row: Mapping[str, Any], scores: Scores, carried: 
         f"{part}.{kind}": getattr(numbers, kind).contiguous() for part, numbers in parts.items() for kind in KINDS
     }
     about = {
-        "defence": str(row["name"]),
-        "settings": json.dumps(defence_settings(row)),
+        "defence": row.name,
+        "settings": json.dumps(row_settings(row)),
         "vitrap": json.dumps(carried),
     }
-    path = folder / row["scores"]
+    path = folder / row.scores
     path.parent.mkdir(exist_ok=True)
     write_bytes(path, save({**tensors, "hits": scores.hits.contiguous()}, about))
 
 
-def read_scores(folder: str | Path, row: Mapping[str, Any]) -> Scores:
+def read_scores(folder: str | Path, row: Row) -> Scores:
     """What a screen said of each image that it was measured on.
 
     Args:
@@ -92,12 +92,11 @@ def read_scores(folder: str | Path, row: Mapping[str, Any]) -> Scores:
     Raises:
         UserError: the row is not a screen's, is older than these files, or its file is missing or damaged.
     """
-    name, file = row["name"], row.get("scores")
-    if row["kind"] != "screen":
-        raise UserError(f"defence {name!r} is a {row['kind']}, and only a screen scores images; give a screen's row")
-    if not isinstance(file, str):
-        raise UserError(f"the row of {name!r} was measured before scores were kept; defend the run with it again")
-    path = Path(folder) / FOLDER / PurePath(file).name
+    if not isinstance(row, ScreenRow):
+        raise UserError(f"defence {row.name!r} is a {row.kind}, and only a screen scores images; give a screen's row")
+    if not row.scores:
+        raise UserError(f"the row of {row.name!r} was measured before scores were kept; defend the run with it again")
+    path = Path(folder) / FOLDER / PurePath(row.scores).name
     try:
         found = load_file(path)
         victim, twin, index = (ByKind(*(found[f"{part}.{kind}"] for kind in KINDS)) for part in PARTS)
@@ -105,13 +104,13 @@ def read_scores(folder: str | Path, row: Mapping[str, Any]) -> Scores:
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(
             f"scores {str(path)!r} are missing or damaged ({error}); remove the file and defend the run with"
-            f" {name!r} again"
+            f" {row.name!r} again"
         ) from error
 
 
-def drop_unnamed(folder: Path, rows: list[dict[str, Any]]) -> None:
+def drop_unnamed(folder: Path, rows: Sequence[Row]) -> None:
     """Remove the files of scores in a run's folder that no row names any more, and drafts of them."""
-    named = {PurePath(str(row.get("scores"))).name for row in rows}
+    named = {PurePath(row.scores).name for row in rows if isinstance(row, ScreenRow)}
     for file in (folder / FOLDER).glob("*"):
         if file.name not in named and OURS.search(file.name):
             file.unlink(missing_ok=True)

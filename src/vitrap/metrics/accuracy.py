@@ -4,7 +4,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from vitrap.contracts import Goal
-from vitrap.metrics.interval import Rate, rate
+from vitrap.metrics.interval import rate
+from vitrap.metrics.values import Rate
 
 Classes = Int64[Tensor, " n"]
 

@@ -4,7 +4,6 @@ Triggered is positive, and a higher score is more suspicious. TPR and FPR are th
 threshold.
 """
 
-from dataclasses import dataclass
 from math import exp, log, sqrt
 
 import torch
@@ -12,20 +11,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vitrap.metrics.interval import Z95
+from vitrap.metrics.values import Auroc
 
 HALVINGS = 60
 """Of an interval of length 1: down to less than the spacing of floats there."""
-
-
-@dataclass(frozen=True)
-class Auroc:
-    """The area under the ROC curve with its 95 % interval; NaN never: without scores on a side it is 0.5 in [0, 1]."""
-
-    value: float
-    low: float
-    high: float
-    n_triggered: int
-    n_clean: int
 
 
 def auroc(triggered: Float[Tensor, " p"], clean: Float[Tensor, " q"]) -> Auroc:

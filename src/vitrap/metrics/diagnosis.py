@@ -4,8 +4,9 @@ AGEB's paper names three: a low ASR, since the trigger is not embedded; a low CD
 trigger that shows. docs/studies/failures.md has the records that say where each of them begins.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from vitrap.metrics.values import Measures
 
 EFFECT = 0.5
 """Least ASR above the clean twin's of a trigger that is embedded."""
@@ -15,15 +16,11 @@ PSNR = 20.0
 """Least PSNR, dB, of a trigger that does not show."""
 
 
-def diagnose(victim: Mapping[str, Any]) -> list[str]:
-    """What is wrong with an attack, a line each with its figure in brackets; nothing where the backdoor is in.
-
-    Args:
-        victim: the measures of a record, as docs/record.md has them.
-    """
-    effect = victim["asr"]["value"] - victim["asr_clean_model"]["value"]
-    loss = victim["cda_clean_model"]["value"] - victim["cda"]["value"]
-    psnr = victim["stealth"]["psnr_db"]["mean"]
+def diagnose(victim: Measures) -> tuple[str, ...]:
+    """What is wrong with an attack, a line each with its figure in brackets; nothing where the backdoor is in."""
+    effect = victim.asr.value - victim.asr_clean_model.value
+    loss = victim.cda_clean_model.value - victim.cda.value
+    psnr = victim.stealth.psnr_db.mean
     found = []
     if effect < EFFECT:
         found.append(f"the trigger is not embedded (ASR only {100 * effect:.1f} points above the clean twin's)")
@@ -31,7 +28,7 @@ def diagnose(victim: Mapping[str, Any]) -> list[str]:
         found.append(f"clean images suffer (CDA {100 * loss:.1f} points under the clean twin's)")
     if psnr < PSNR:
         found.append(f"the trigger shows (PSNR {psnr:.1f} dB)")
-    return found
+    return tuple(found)
 
 
 def in_a_line(diagnosis: Sequence[str]) -> str:

@@ -1,31 +1,14 @@
 """Rates with their 95 % intervals, and the centre of a sample."""
 
-from dataclasses import dataclass
 from math import sqrt
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vitrap.metrics.values import Centre, Rate
+
 Z95 = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of `n` cases with its 95 % Wilson interval; NaN never: without cases it is 0 in [0, 1]."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
-class Centre:
-    """Mean and median of a sample."""
-
-    mean: float
-    median: float
 
 
 def wilson(hits: int, n: int) -> Rate:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitrap.contracts import Images
-from vitrap.metrics.interval import Centre, centre
+from vitrap.metrics.interval import centre
+from vitrap.metrics.values import Stealth
 from vitrap.tensors.pixels import to_unit
 
 PSNR_CAP = 100.0
@@ -21,25 +21,6 @@ C1, C2 = 0.01**2, 0.03**2
 """Keep SSIM's quotients finite; for a range of 1."""
 SEEN = 64 * 32 * 32
 """Pixels of the pairs that are compared at a time: the measures take up to some 750 bytes for each."""
-
-
-@dataclass(frozen=True)
-class Stealth:
-    """Distances between clean and triggered images, as mean and median over images.
-
-    Attributes:
-        psnr_db: peak signal-to-noise ratio, capped at 100 dB.
-        ssim: structural similarity, 11 x 11 Gaussian window, sigma 1.5, range 1 (torchmetrics' convention).
-        linf: greatest change of a channel, in 1/255.
-        l1: mean change of a channel, in 1/255.
-        lpips: perceptual distance (AlexNet); None where its real weights are not at hand or the images too small.
-    """
-
-    psnr_db: Centre
-    ssim: Centre
-    linf: Centre
-    l1: Centre
-    lpips: Centre | None
 
 
 def psnr(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
@@ -135,7 +116,7 @@ def stealth(
         for name, values in _distances(to_unit(clean[rows]), to_unit(triggered[rows])).items():
             found.setdefault(name, values.new_empty(len(clean)))[rows] = values  # kept one by one, they split the heap
     centres = {name: centre(values) for name, values in found.items()}
-    return Stealth(**{"lpips": None, **centres})
+    return Stealth(**{"lpips": None, **centres}, n=len(clean))
 
 
 def _distances(clean: Images, triggered: Images) -> dict[str, Float[Tensor, " b"]]:

@@ -3,13 +3,16 @@
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas
 
-from vitrap.experiment.named import defence_settings
+from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found, read_records
+from vitrap.experiment.rows import Row, row_settings
+from vitrap.metrics.values import Auroc, Centre, Rate
 
 ABOUT_ROW = ("name", "kind", "version", "params", "screened", "key", "layer", "scores")
 """Keys of a row of `defences` that are no measures."""
@@ -37,18 +40,18 @@ def load_records(place: str | Path = "runs") -> pandas.DataFrame:
         UserWarning: for each record that is damaged or of a newer vitrap; it is left out, and counted in the frame's
             `attrs["skipped"]`.
     """
-    shelf = read_records(place)
-    for complaint in shelf.skipped:
+    loaded = read_records(place)
+    for complaint in loaded.skipped:
         warnings.warn(complaint, stacklevel=2)
-    frame = to_frame(shelf.records)
-    frame.attrs["skipped"] = len(shelf.skipped)
+    frame = to_frame(loaded.records)
+    frame.attrs["skipped"] = len(loaded.skipped)
     return frame
 
 
 def to_frame(records: Sequence[Found]) -> pandas.DataFrame:
     """The table of some records; see `load_records`."""
     runs = pandas.DataFrame([_run(found) for found in records])
-    lines = [(i, *line) for i, found in enumerate(records) for line in _lines(found.content)]
+    lines = [(i, *line) for i, found in enumerate(records) for line in _lines(found.record)]
     columns = ["run", "defence", "defence.kind", "defence.params", "measure", "value", "low", "high", "n"]
     measures = pandas.DataFrame(lines, columns=columns)
     if not len(runs):
@@ -59,9 +62,9 @@ def to_frame(records: Sequence[Found]) -> pandas.DataFrame:
 
 
 def _run(found: Found) -> dict[str, Any]:
-    record = found.content
-    head = {"run": found.place.name, "name": record["name"], "hash": record["hash"], "seed": record["seed"]}
-    return {**head, **dict(settings({k: v for k, v in record["spec"].items() if k not in head}))}
+    record = found.record
+    head = {"run": found.place.name, "name": record.name, "hash": record.hash, "seed": record.seed}
+    return {**head, **dict(settings({k: v for k, v in record.spec.items() if k not in head}))}
 
 
 def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
@@ -73,40 +76,36 @@ def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, An
             yield f"{place}{key}", value
 
 
-def _lines(record: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def _lines(record: Record) -> Iterator[tuple[Any, ...]]:
     yield from (("", "", "", *line) for line in of_run(record))
-    for row in record.get("defences", []):
-        how = json.dumps(defence_settings(row))
-        yield from ((row["name"], row["kind"], how, *line) for line in of_row(row))
+    for row in record.defences:
+        how = json.dumps(row_settings(row))
+        yield from ((row.name, row.kind, how, *line) for line in of_row(row))
 
 
-def of_run(record: Mapping[str, Any]) -> Iterator[Measured]:
+def of_run(record: Record) -> Iterator[Measured]:
     """What a record says of the run itself."""
-    for part in ("victim", "attack", "seconds", "memory"):
-        found, prefix = record.get(part), "" if part == "victim" else f"{part}."
-        yield from measured(found if isinstance(found, Mapping) else {}, prefix)
+    yield from measured(record.victim)
+    yield from measured({"attack": record.attack, "seconds": record.seconds, "memory": record.memory})
 
 
-def of_row(row: Mapping[str, Any]) -> Iterator[Measured]:
+def of_row(row: Row) -> Iterator[Measured]:
     """What a row of a record's `defences` says."""
-    return measured({key: value for key, value in row.items() if key not in ABOUT_ROW})
+    return measured({key: value for key, value in vars(row).items() if key not in ABOUT_ROW})
 
 
-def measured(table: Mapping[str, Any], place: str = "") -> Iterator[Measured]:
-    """Every number of a nested table, with the intervals of those that have one."""
-    for key, value in table.items():
-        if isinstance(value, Mapping) and _number(value.get("value")) is not None:
-            n = value.get("n")
-            low = _number(value.get("low"))
-            high = _number(value.get("high"))
-            yield f"{place}{key}", value["value"], low, high, n if isinstance(n, int) and abs(n) < 2**63 else None
-        elif isinstance(value, Mapping) and _number(value.get("mean")) is not None:
-            yield f"{place}{key}", value["mean"], None, None, None
-        elif isinstance(value, Mapping):
-            yield from measured(value, f"{place}{key}.")
-        elif _number(value) is not None:
-            yield f"{place}{key}", value, None, None, None
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) else None
+def measured(thing: Any, place: str = "") -> Iterator[Measured]:
+    """Every number in a part of a record by its dotted key, with the intervals of those that have one."""
+    match thing:
+        case Rate():
+            yield place, thing.value, thing.low, thing.high, thing.n
+        case Auroc():
+            yield place, thing.value, thing.low, thing.high, None
+        case Centre():
+            yield place, thing.mean, None, None, None
+        case int() | float():
+            yield place, thing, None, None, None
+        case _:
+            parts = thing if isinstance(thing, Mapping) else vars(thing) if is_dataclass(thing) else {}
+            for key, value in parts.items():
+                yield from measured(value, f"{place}.{key}" if place else key)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitrap.experiment.progress import Steps, silent
-from vitrap.experiment.record import SCHEMA, Table
+from vitrap.experiment.record import SCHEMA, Failure, Table, to_table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.files import write_json
@@ -100,27 +100,27 @@ def work(job: Job, steps: Steps = silent) -> Ended:
         record = run(parse_spec(job.spec), job.out, device=job.device, steps=noting)
     except Exception as error:  # a failed run does not stop the others
         return fail(job, error, time.perf_counter() - start)
-    rates = [f"{name.upper()} {100 * record.victim[name]['value']:.1f} %" for name in ("cda", "asr")]
-    return Ended(job.number, "done" if measured else "kept", ", ".join(rates), time.perf_counter() - start)
+    said = f"CDA {100 * record.victim.cda.value:.1f} %, ASR {100 * record.victim.asr.value:.1f} %"
+    return Ended(job.number, "done" if measured else "kept", said, time.perf_counter() - start)
 
 
 def fail(job: Job, error: BaseException, seconds: float) -> Ended:
     """Leave a failure record, where the disk still takes one; the next call tries the run again."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
-    content = {
-        "schema": SCHEMA,
-        "name": job.spec["name"],
-        "hash": job.hash,
-        "seed": job.spec["seed"],
-        "spec": job.spec,
-        "error": line,
-        "traceback": "".join(traceback.format_exception(error)).splitlines(),
-        "seconds": seconds,
-        "environment": {name: version(name) for name in ("vitrap", "torch", "timm")},
-    }
+    failure = Failure(
+        schema=SCHEMA,
+        name=job.spec["name"],
+        hash=job.hash,
+        seed=job.spec["seed"],
+        spec=job.spec,
+        error=line,
+        traceback=tuple("".join(traceback.format_exception(error)).splitlines()),
+        seconds=seconds,
+        environment={name: version(name) for name in ("vitrap", "torch", "timm")},
+    )
     with suppress(OSError):
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_json(job.folder / FAILURE, content)
+        write_json(job.folder / FAILURE, to_table(failure))
     return Ended(job.number, "failed", line, seconds)
 
 

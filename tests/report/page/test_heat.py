@@ -2,15 +2,18 @@
 
 from typing import Any
 
-import pytest
-
-from tests.report.made import found, judgement, record, repair, screen, sift
+from tests.report.made import found, judgement, record, repair, screen, sift, to_row
+from vitrap.experiment.rows import Row
 from vitrap.report.page.heat import Heat, to_cell, to_heat
 from vitrap.report.page.summary import to_runs
 
 
 def heat(*records: dict[str, Any]) -> Heat:
     return to_heat(to_runs([found(one) for one in records]))
+
+
+def rows(*contents: dict[str, Any]) -> list[Row]:
+    return [to_row(content) for content in contents]
 
 
 def test_a_cell_is_the_mean_over_runs() -> None:
@@ -55,38 +58,31 @@ def test_an_unusual_number_of_images_parts_the_lines() -> None:
 
 
 def test_kinds_have_their_order() -> None:
-    rows = [judgement(), repair(), sift(), screen(), {**screen("odd"), "kind": "unknown"}]
+    rows = [judgement(), repair(), sift(), screen()]
     assert [line.kind for line in heat(record(defences=rows)).lines] == ["screen", "filter", "repair", "judgement"]
 
 
 def test_a_repair_shows_what_it_costs() -> None:
-    cell = to_cell("repair", [repair(der=0.75, cda=0.5, asr=0.1)])
+    cell = to_cell(rows(repair(der=0.75, cda=0.5, asr=0.1)))
     assert cell is not None
     assert (cell.value, cell.step, cell.notes) == ("0.75", 2, ("ASR 80 → 10 %", "⚠ CDA 90 → 50 %"))
-    mild = to_cell("repair", [repair(cda=0.85)])
+    mild = to_cell(rows(repair(cda=0.85)))
     assert mild is not None
     assert mild.notes[1] == "CDA 90 → 85 %"
 
 
 def test_a_filter_shows_what_it_flags() -> None:
-    cell = to_cell("filter", [sift(value=0.25)])
+    cell = to_cell(rows(sift(value=0.25)))
     assert cell is not None
     assert (cell.value, cell.step, cell.notes) == ("0.25", -2, ("flags 25 % of poison, 12 % else",))
 
 
 def test_a_judgement_is_coloured_by_how_many_are_judged_backdoored() -> None:
-    cell = to_cell("judgement", [judgement(score=1.0), judgement(score=0.5, backdoored=False)])
+    cell = to_cell(rows(judgement(score=1.0), judgement(score=0.5, backdoored=False)))
     assert cell is not None
     assert (cell.value, cell.step) == ("0.750", 2)
     assert cell.notes == ("0.500 to 1.000", "clean twin 0.250", "judged backdoored: 1 of 2, twins 0")
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), "high"])
-def test_a_row_without_its_measure_is_no_cell(value: Any) -> None:
-    assert to_cell("screen", [{**screen(), "auroc": {"value": value}}]) is None
-
-
-def test_an_abridged_row_keeps_its_value() -> None:
-    cell = to_cell("screen", [{"auroc": {"value": 0.5}}])
-    assert cell is not None
-    assert (cell.value, cell.step, cell.notes) == ("0.50", 0, ())
+def test_nothing_is_no_cell() -> None:
+    assert to_cell([]) is None

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 
-from tests.report.made import found, record
+from tests.report.made import found, record, to_record
 from vitrap.report.page.summary import (
     Run,
     attack_label,
-    attempt,
     centre,
     number,
     over_seeds,
@@ -34,14 +33,6 @@ def test_faults_are_those_of_the_verdict() -> None:
     assert run.faults == ("the trigger is not embedded", "clean images suffer", "the trigger shows")
 
 
-def test_abridged_stealth_leaves_verdict_and_psnr_open() -> None:
-    content = record()
-    content["victim"]["stealth"] = {}
-    (run,) = runs(content)
-    assert (run.psnr, run.faults) == (None, None)
-    assert run.verdict.startswith("no verdict")
-
-
 def test_lines_are_ordered_by_attack_data_name_and_seed() -> None:
     ordered = runs(
         record("b", "badnets", 1, 1),
@@ -49,7 +40,7 @@ def test_lines_are_ordered_by_attack_data_name_and_seed() -> None:
         record("b", "badnets", 0, 3),
         record("a", "badnets", 5, 4),
     )
-    assert [(r.record["name"], r.record["seed"]) for r in ordered] == [("z", 0), ("a", 5), ("b", 0), ("b", 1)]
+    assert [(r.record.name, r.record.seed) for r in ordered] == [("z", 0), ("a", 5), ("b", 0), ("b", 1)]
 
 
 def test_settings_that_all_share_are_left_out() -> None:
@@ -91,7 +82,7 @@ def test_an_absent_setting_is_a_difference() -> None:
 
 
 def test_the_setting_of_an_attack_is_part_of_its_name() -> None:
-    assert attack_label(record(attack="megatron", setting="clean-label")) == "megatron clean-label"
+    assert attack_label(to_record(record(attack="megatron", setting="clean-label"))) == "megatron clean-label"
 
 
 def test_anchors_are_plain_and_stand_once() -> None:
@@ -136,7 +127,3 @@ def test_values_as_text(value: Any, shown: str) -> None:
 @pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), [1]])
 def test_what_is_no_number(value: Any) -> None:
     assert number(value) is None
-
-
-def test_attempt_passes_over_what_is_not_there() -> None:
-    assert attempt(lambda table: table["a"]["b"], {"a": 1}) is None

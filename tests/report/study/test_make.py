@@ -9,8 +9,9 @@ import pytest
 from scipy.stats import ttest_rel
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from tests.report.made import failure, judgement, record, repair, screen, write
+from tests.report.made import failure, judgement, record, repair, screen, to_record, write
 from vitrap.errors import UserError
+from vitrap.experiment.record import to_table
 from vitrap.experiment.records import read_records
 from vitrap.experiment.spec import parse_spec
 from vitrap.metrics.interval import wilson
@@ -97,10 +98,10 @@ def test_a_failure_is_shown_unless_there_is_a_record(tmp_path: Path) -> None:
 
 def test_an_older_record_is_met_by_what_its_spec_comes_to_today(tmp_path: Path) -> None:
     path = study(tmp_path, at((0.5,)))
-    content = read_records(tmp_path / "runs").records[0].content
-    assert "optimizer" not in content["spec"]["recipe"], "a key that records of old do not have"
+    made = read_records(tmp_path / "runs").records[0].record
+    assert "optimizer" not in made.spec["recipe"], "a key that records of old do not have"
     points = load_sweep(path).points
-    assert parse_spec(content["spec"]).hash() == points[0].spec.hash() != content["hash"]
+    assert parse_spec(made.spec).hash() == points[0].spec.hash() != made.hash
     assert [e.state for e in entries(load_sweep(path), read_records(tmp_path / "runs"))] == ["found"] + ["not run"] * 5
 
 
@@ -110,8 +111,12 @@ def test_an_older_auto_is_the_precision_that_it_stood_for(tmp_path: Path) -> Non
         content["spec"]["recipe"]["precision"] = "auto"
     measured["attention"] = "fused"
     there, spec = parse_spec(measured["spec"]).hash(), record()["spec"]
-    assert today(measured) == there
-    assert today(pinned) == parse_spec({**spec, "recipe": {**spec["recipe"], "precision": "fp32"}}).hash() != there
+    assert today(to_record(measured)) == there
+    assert (
+        today(to_record(pinned))
+        == parse_spec({**spec, "recipe": {**spec["recipe"], "precision": "fp32"}}).hash()
+        != there
+    )
 
 
 def test_of_two_records_the_one_that_was_written_with_todays_hash_counts(tmp_path: Path) -> None:
@@ -349,7 +354,13 @@ def test_collected_records_are_abridged_and_make_the_same_table(tmp_path: Path) 
     assert (first["seed"], second["seed"]) == (0, 1)
     assert {"schema", "stages", "data", "models", "seconds", "precision", "defences"} <= set(first)
     assert not {"memory", "curves"} & set(first)
-    assert first["environment"] == {"python": "3.11.7", "device_kind": "cpu", "threads": 1, "torch": "2.11.0"}
+    assert first["environment"] == {
+        "python": "3.11.7",
+        "device_kind": "cpu",
+        "threads": 1,
+        "torch": "2.11.0",
+        "timm": "1.0.31",
+    }
     assert first["last"] == {"cross_entropy": 0.5, "cda": 0.9, "asr": 0.95}
     assert open_study(path).tables() == open_study(path, tmp_path / "runs").tables()
 
@@ -358,7 +369,8 @@ def test_collecting_supersedes_the_same_run_and_drops_nothing(tmp_path: Path) ->
     path = study(tmp_path, at((0.5, 0.6)), PAGE + ASR)
     kept = tmp_path / "kept" / "records.jsonl"
     kept.parent.mkdir()
-    foreign, older = abridge(record("other", "ageb", number=9)), abridge(record("named before", number=8, asr=0.1))
+    others = (record("other", "ageb", number=9), record("named before", number=8, asr=0.1))
+    foreign, older = (to_table(abridge(to_record(content))) for content in others)
     kept.write_text(f"{json.dumps(foreign)}\n{json.dumps(older)}\nno json\n", "utf-8")
     done = collect(path, tmp_path / "runs")
     assert (done.new, done.superseded, done.missing) == (1, 1, 4)

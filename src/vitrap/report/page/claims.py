@@ -2,12 +2,13 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vitrap.report.page.summary import Run, attempt, text
+from vitrap.experiment.record import BuiltNetwork, OwnNetwork, Record
+from vitrap.metrics.values import Rate
+from vitrap.report.page.summary import Run, text
 
 FOLDER = Path(__file__).parents[1] / "claims"
 SIZES = {"tiny": "t", "small": "s", "base": "b", "large": "l", "huge": "h"}
@@ -45,7 +46,7 @@ class Beside:
     """A run beside a claim: its model, and what is not the claim's."""
 
     run: Run
-    rate: Mapping[str, Any]
+    rate: Rate
     model: str
     unlike: str
 
@@ -63,11 +64,11 @@ def beside(claim: Claim, attack: str, runs: Sequence[Run]) -> tuple[Beside, ...]
     """Runs of the same attack on the same data that have the claim's measure."""
     names = {plain(part) for part in re.split("[,:]", claim.data)}
     return tuple(
-        Beside(run, run.victim[claim.measure], model_of(run.record), "; ".join(unlike(claim, run.record)))
+        Beside(run, rate, model_of(run.record), "; ".join(unlike(claim, run.record)))
         for run in runs
-        if run.record["spec"]["attack"]["name"] == attack
+        if run.record.spec["attack"]["name"] == attack
         and plain(run.data) in names
-        and isinstance(run.victim.get(claim.measure), Mapping)
+        and isinstance(rate := getattr(run.victim, claim.measure, None), Rate)
     )
 
 
@@ -80,56 +81,58 @@ def plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
-def unlike(claim: Claim, record: Mapping[str, Any]) -> list[str]:
+def unlike(claim: Claim, record: Record) -> list[str]:
     """What of a run is not the claim's, or cannot be compared."""
     found = []
     if UNKNOWN in claim.model:
         found.append("the claim's model is not known")
     elif plain(claim.model) != _class(record):
         found.append("model differs")
-    setting = record["spec"]["attack"].get("setting")
+    setting = record.spec["attack"].get("setting")
     if isinstance(setting, str) and setting not in claim.setting:
         found.append(f"setting differs: {setting}")
     elif UNKNOWN in claim.setting:
         found.append("the claim's setting is not known")
     else:
         found.append("settings not compared further")
-    if plain(claim.data) != plain(text(record["spec"]["data"]["name"])):
+    if plain(claim.data) != plain(record.spec["data"]["name"]):
         found.append("which data the claim is for is not known")
-    if record["spec"]["data"].get("limit"):
-        found.append(f"trained on {text(record['spec']['data']['limit'])} images")
+    if limit := record.spec["data"].get("limit"):
+        found.append(f"trained on {text(limit)} images")
     return found
 
 
-def _class(record: Mapping[str, Any]) -> str:
+def _class(record: Record) -> str:
     """The model as a paper would call it, "" where it is changed or of no such name."""
     network = _network(record)
-    family, _, size = text(network.get("name", "")).partition("_")
-    return "" if network.get("overrides") else family + SIZES.get(size.partition("_")[0], "?")
+    if isinstance(network, OwnNetwork) or network.overrides:
+        return ""
+    family, _, size = network.name.partition("_")
+    return family + SIZES.get(size.partition("_")[0], "?")
 
 
-def _network(record: Mapping[str, Any]) -> Mapping[str, Any]:
+def _network(record: Record) -> BuiltNetwork | OwnNetwork:
     """The victim's network as it was built, or where the record has not kept that, as the spec asks for it."""
-    built = attempt(lambda: record["models"]["victim"])
-    asked = record["spec"].get("model")
-    if isinstance(built, Mapping) and built:
+    built = record.models.get("victim")
+    if built is not None:
         return built
-    asked = asked if isinstance(asked, Mapping) else {}
-    plain_keys = ("name", "pretrained", "checkpoint")
-    return {key: asked[key] for key in plain_keys if key in asked} | {
-        "overrides": {key: value for key, value in asked.items() if key not in plain_keys}
-    }
+    asked = record.spec.get("model", {})
+    return BuiltNetwork(
+        name=text(asked.get("name", "network not recorded")),
+        size=0,
+        n_classes=0,
+        overrides={key: value for key, value in asked.items() if key not in ("name", "pretrained", "checkpoint")},
+        pretrained=bool(asked.get("pretrained")),
+        checkpoint=bool(asked.get("checkpoint")),
+    )
 
 
-def model_of(record: Mapping[str, Any]) -> str:
+def model_of(record: Record) -> str:
     """The victim's network in a line: name, what is changed of it, where its weights started."""
     network = _network(record)
-    if "module" in network:
-        return text(network["module"])
-    changed = network.get("overrides")
-    parts = [f"{key} {text(value)}" for key, value in changed.items()] if isinstance(changed, Mapping) else []
-    if network.get("checkpoint"):
-        parts.append("from a checkpoint")
-    elif "pretrained" in network:
-        parts.append("pretrained" if network["pretrained"] else "from scratch")
-    return ", ".join([text(network.get("name", "network not recorded")), *parts])
+    if isinstance(network, OwnNetwork):
+        return network.module
+    changed = [f"{key} {text(value)}" for key, value in network.overrides.items()]
+    pretrained = "pretrained" if network.pretrained else "from scratch"
+    start = "from a checkpoint" if network.checkpoint else pretrained
+    return ", ".join([network.name, *changed, start])

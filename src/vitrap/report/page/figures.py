@@ -1,11 +1,11 @@
 """Where lines and marks of the charts stand; the template draws them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vitrap.report.page.summary import Run, number
+from vitrap.experiment.record import Record
+from vitrap.report.page.summary import Run
 
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
@@ -42,13 +42,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scatter:
-    """ASR over PSNR; `without` runs have no PSNR."""
+    """ASR over PSNR."""
 
     marks: tuple[Mark, ...]
     across: tuple[Tick, ...]
     up: tuple[Tick, ...]
     legend: tuple[tuple[str, int, int], ...]
-    without: int
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,13 @@ def styles(names: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def to_scatter(runs: Sequence[Run]) -> Scatter | None:
-    """Marks for all runs that have a PSNR, None without any."""
-    placed = [(run, run.psnr) for run in runs if run.psnr is not None and _whole(run.victim["asr"])]
-    if not placed:
+    """A mark for each run, None without any."""
+    if not runs:
         return None
-    values = [psnr for _, psnr in placed]
+    values = [run.psnr for run in runs]
     spare = max(0.0, NARROW - (max(values) - min(values))) / 2
     axis = ticks(min(values) - spare, max(values) + spare)
-    look = styles([run.attack for run, _ in placed])
+    look = styles([run.attack for run in runs])
 
     def across(psnr: float) -> float:
         return round(LEFT + (psnr - axis[0]) / (axis[-1] - axis[0]) * (WIDTH - LEFT - RIGHT), 1)
@@ -111,42 +109,29 @@ def to_scatter(runs: Sequence[Run]) -> Scatter | None:
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     marks = []
-    for run, psnr in placed:
-        low, value, high = (up(run.victim["asr"][key]) for key in ("low", "value", "high"))
-        marks.append(Mark(run, across(psnr), value, low, high, *look[run.attack]))
+    for run in runs:
+        asr = run.victim.asr
+        marks.append(Mark(run, across(run.psnr), up(asr.value), up(asr.low), up(asr.high), *look[run.attack]))
     return Scatter(
         tuple(marks),
         tuple(Tick(across(value), f"{value:g}") for value in axis),
         tuple(Tick(up(share / 100), str(share)) for share in range(0, 101, 20)),
         tuple((name, *pair) for name, pair in look.items()),
-        len(runs) - len(placed),
     )
 
 
-def _whole(rate: Mapping[str, Any]) -> bool:
-    return all(number(rate[key]) is not None for key in ("low", "value", "high"))
-
-
-def to_charts(record: Mapping[str, Any]) -> tuple[Chart, ...]:
+def to_charts(record: Record) -> tuple[Chart, ...]:
     """A chart for each term of a record's curves, the models of the run together; rates first."""
-    curves = record.get("curves")
     found: dict[str, dict[str, list[float]]] = {}
-    for role, term, values in _curves(curves if isinstance(curves, Mapping) else {}):
-        found.setdefault(term, {})[role] = values
-    counts = record["data"].get("n_curves") if isinstance(record.get("data"), Mapping) else None
-    terms = [term for term in RATES if term in found] + [term for term in found if term not in RATES]
-    return tuple(_chart(term, found[term], counts if isinstance(counts, Mapping) else {}) for term in terms)
+    for role, terms in record.curves.items():
+        for term, values in terms.items():
+            if values:
+                found.setdefault(term, {})[role] = values
+    order = [term for term in RATES if term in found] + [term for term in found if term not in RATES]
+    return tuple(_chart(term, found[term], record.data.n_curves) for term in order)
 
 
-def _curves(curves: Mapping[str, Any]) -> Iterator[tuple[str, str, list[float]]]:
-    for role, terms in curves.items():
-        for term, values in terms.items() if isinstance(terms, Mapping) else ():
-            known = [number(value) for value in values] if isinstance(values, list) else []
-            if known and all(value is not None for value in known):
-                yield str(role), str(term), [value for value in known if value is not None]
-
-
-def _chart(term: str, curves: Mapping[str, Sequence[float]], counts: Mapping[str, Any]) -> Chart:
+def _chart(term: str, curves: Mapping[str, Sequence[float]], counts: Mapping[str, int]) -> Chart:
     rate = term in RATES
     low, high = (0.0, 1.0) if rate else span([value for curve in curves.values() for value in curve])
     lines = tuple(

@@ -2,14 +2,13 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vitrap.experiment.named import defence_settings
-from vitrap.report.page.summary import Run, attempt, number, text
+from vitrap.experiment.rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, row_settings
+from vitrap.metrics.values import Rate
+from vitrap.report.page.summary import Run, text
 
-Row = Mapping[str, Any]
 KINDS = {"screen": "AUROC", "filter": "AUROC", "repair": "DER", "judgement": "score"}
 SCREENED = "screened"
 STEPS = 4
@@ -55,19 +54,19 @@ class Heat:
 
 def to_heat(runs: Sequence[Run]) -> Heat:
     """Means over all runs of an attack on a data set."""
-    tried = [(run, row) for run in runs for row in run.defences if row["kind"] in KINDS]
+    tried = [(run, row) for run in runs for row in run.defences]
     columns = tuple(sorted({(run.attack, run.data) for run, _ in tried}))
     named = setting_names([row for _, row in tried])
     groups: dict[tuple[str, str, str], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for run, row in tried:
-        line = (row["kind"], row["name"], describe(row, named))
+        line = (row.kind, row.name, describe(row, named))
         groups[line][run.attack, run.data].append(row)
     order = list(KINDS)
     lines = sorted(groups, key=lambda line: (order.index(line[0]), *line[1:]))
     return Heat(
         columns,
         tuple(
-            Line(name, how, kind, KINDS[kind], tuple(to_cell(kind, groups[kind, name, how][c]) for c in columns))
+            Line(name, how, kind, KINDS[kind], tuple(to_cell(groups[kind, name, how][c]) for c in columns))
             for kind, name, how in lines
         ),
     )
@@ -77,8 +76,8 @@ def setting_names(rows: Sequence[Row]) -> Mapping[str, tuple[str, ...]]:
     """Of each defence the settings that differ between rows; an unusual number of images is always one of them."""
     values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
-        for key, value in defence_settings(row).items():
-            values[row["name"]][key].add(text(value))
+        for key, value in row_settings(row).items():
+            values[row.name][key].add(text(value))
     return {
         name: tuple(k for k, seen in table.items() if len(seen) > 1 or k == SCREENED) for name, table in values.items()
     }
@@ -86,59 +85,73 @@ def setting_names(rows: Sequence[Row]) -> Mapping[str, tuple[str, ...]]:
 
 def describe(row: Row, named: Mapping[str, tuple[str, ...]]) -> str:
     """The settings of a row that differ between rows of its defence."""
-    how = defence_settings(row)
-    return ", ".join(f"{k} {text(how[k])}" for k in named.get(row["name"], ()) if k in how)
+    how = row_settings(row)
+    return ", ".join(f"{k} {text(how[k])}" for k in named.get(row.name, ()) if k in how)
 
 
-def to_cell(kind: str, rows: Sequence[Row]) -> Cell | None:
-    """The mean of a kind's measure over some rows, None without any."""
-    found = [(value, row) for row in rows if (value := number(attempt(MEASURE[kind], row))) is not None]
-    if not found:
+def to_cell(rows: Sequence[Row]) -> Cell | None:
+    """The mean of their kind's measure over some rows, None without any."""
+    if not rows:
         return None
-    values, kept = [value for value, _ in found], [row for _, row in found]
+    values = [measure_of(row) for row in rows]
     middle = statistics.fmean(values)
-    digits = 3 if kind == "judgement" else 2
-    share = statistics.fmean(bool(row.get("backdoored")) for row in kept) if kind == "judgement" else 2 * middle - 1
-    notes = attempt(NOTES[kind], kept) or []
+    judged = [row.backdoored for row in rows if isinstance(row, JudgementRow)]
+    digits = 3 if judged else 2
+    share = statistics.fmean(judged) if judged else 2 * middle - 1
+    notes = notes_of(rows)
     if len(values) > 1:
         notes = [f"{min(values):.{digits}f} to {max(values):.{digits}f}", *notes]
     return Cell(f"{middle:.{digits}f}", len(values), max(-STEPS, min(STEPS, round(STEPS * share))), tuple(notes))
 
 
-def _mean(rows: Sequence[Row], rate: Callable[[Row], Any]) -> float:
-    return 100 * statistics.fmean(rate(row)["value"] for row in rows)
+def measure_of(row: Row) -> float:
+    """The measure of the row's kind."""
+    match row:
+        case ScreenRow() | FilterRow():
+            return row.auroc.value
+        case RepairRow():
+            return row.der
+        case JudgementRow():
+            return row.score
 
 
-def _of_screen(rows: Sequence[Row]) -> list[str]:
-    return [f"clean twin {_mean(rows, lambda row: row['auroc_clean_model']) / 100:.2f}"]
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """What else to know of rows of one kind: their means."""
+    if screens := [row for row in rows if isinstance(row, ScreenRow)]:
+        return _of_screens(screens)
+    if filters := [row for row in rows if isinstance(row, FilterRow)]:
+        return _of_filters(filters)
+    if repairs := [row for row in rows if isinstance(row, RepairRow)]:
+        return _of_repairs(repairs)
+    return _of_judgements([row for row in rows if isinstance(row, JudgementRow)])
 
 
-def _of_filter(rows: Sequence[Row]) -> list[str]:
-    return [
-        f"flags {_mean(rows, lambda row: row['tpr']):.0f} % of poison, {_mean(rows, lambda row: row['fpr']):.0f} % else"
-    ]
+def _mean(rates: Iterable[Rate]) -> float:
+    """The mean of some rates, in percent."""
+    return 100 * statistics.fmean(rate.value for rate in rates)
 
 
-def _of_repair(rows: Sequence[Row]) -> list[str]:
-    before = _mean(rows, lambda row: row["before"]["cda"])
-    after = _mean(rows, lambda row: row["cda"])
-    asr_before = _mean(rows, lambda row: row["before"]["asr"])
-    asr = _mean(rows, lambda row: row["asr"])
+def _of_screens(rows: Sequence[ScreenRow]) -> list[str]:
+    return [f"clean twin {statistics.fmean(row.auroc_clean_model.value for row in rows):.2f}"]
+
+
+def _of_filters(rows: Sequence[FilterRow]) -> list[str]:
+    poison = _mean(row.tpr for row in rows)
+    other = _mean(row.fpr for row in rows)
+    return [f"flags {poison:.0f} % of poison, {other:.0f} % else"]
+
+
+def _of_repairs(rows: Sequence[RepairRow]) -> list[str]:
+    before = _mean(row.before.cda for row in rows)
+    after = _mean(row.cda for row in rows)
+    asr_before = _mean(row.before.asr for row in rows)
+    asr = _mean(row.asr for row in rows)
     mark = "⚠ " if before - after > 100 * BROKEN else ""
     return [f"ASR {asr_before:.0f} → {asr:.0f} %", f"{mark}CDA {before:.0f} → {after:.0f} %"]
 
 
-def _of_judgement(rows: Sequence[Row]) -> list[str]:
-    victims = sum(row["backdoored"] for row in rows)
-    twins = sum(row["backdoored_clean_model"] for row in rows)
-    twin = statistics.fmean(row["score_clean_model"] for row in rows)
+def _of_judgements(rows: Sequence[JudgementRow]) -> list[str]:
+    victims = sum(row.backdoored for row in rows)
+    twins = sum(row.backdoored_clean_model for row in rows)
+    twin = statistics.fmean(row.score_clean_model for row in rows)
     return [f"clean twin {twin:.3f}", f"judged backdoored: {victims} of {len(rows)}, twins {twins}"]
-
-
-MEASURE: Mapping[str, Callable[[Row], Any]] = {
-    "screen": lambda row: row["auroc"]["value"],
-    "filter": lambda row: row["auroc"]["value"],
-    "repair": lambda row: row["der"],
-    "judgement": lambda row: row["score"],
-}
-NOTES = {"screen": _of_screen, "filter": _of_filter, "repair": _of_repair, "judgement": _of_judgement}

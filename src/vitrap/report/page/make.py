@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from vitrap.experiment.records import Shelf
+from vitrap.experiment.records import Loaded
 from vitrap.report.page import figures
 from vitrap.report.page.claims import UNKNOWN, beside, read_papers
 from vitrap.report.page.details import to_detail
@@ -58,16 +58,16 @@ class Sections:
     packed: tuple[str, ...]
 
 
-def make_page(shelf: Shelf, title: str, pictures: bool = True, progress: Progress = lambda done, whole: None) -> Page:
+def make_page(loaded: Loaded, title: str, pictures: bool = True, progress: Progress = lambda done, whole: None) -> Page:
     """The report of all records that were found.
 
     Args:
-        shelf: records, failures, and what was passed over.
+        loaded: records, failures, and what was passed over.
         title: what the page calls the place that they were found in.
         pictures: whether runs' pictures are part of it.
         progress: told how many of the runs are done.
     """
-    runs = to_runs(shelf.records)
+    runs = to_runs(loaded.records)
     drawn = [run for run in runs if pictures and run.place.is_dir() and (run.place / PICTURES).exists()]
     found, notes = _pictures(drawn, progress) if len(runs) <= PICTURED else ({}, [])
     if drawn and len(runs) > PICTURED:
@@ -79,7 +79,7 @@ def make_page(shelf: Shelf, title: str, pictures: bool = True, progress: Progres
         if not packed and sum(map(len, sections.bodies)) - held > BYTES:
             continue
         kept = [*notes, *([] if curves else ["curves are left out, so that the page stays small"])]
-        content = _draw(shelf, runs, sections, title, kept)
+        content = _draw(loaded, runs, sections, title, kept)
         if len(content) - held <= BYTES:
             return Page(content, tuple(kept))
     size = f"the page has {len(content) / 1e6:.1f} MB: too many runs for {BYTES / 1e6:g} MB, report on part of them"
@@ -112,13 +112,13 @@ def _packs(bodies: Sequence[str]) -> Iterator[str]:
         yield base64.b64encode(zlib.compress(content, 9)).decode()
 
 
-def _draw(shelf: Shelf, runs: Sequence[Run], sections: Sections, title: str, notes: Sequence[str]) -> bytes:
+def _draw(loaded: Loaded, runs: Sequence[Run], sections: Sections, title: str, notes: Sequence[str]) -> bytes:
     style, script = (_source(name) for name in ("page.css", "page.js"))
     html = _template("page.html").render(
         title=title,
         notes=notes,
-        skipped=shelf.skipped,
-        failures=shelf.failures,
+        skipped=loaded.skipped,
+        failures=loaded.failures,
         runs=runs,
         counts={key: _count(runs, key) for key in ("cda", "asr")},
         attacks=Counter(run.attack for run in runs),
@@ -141,7 +141,7 @@ def _draw(shelf: Shelf, runs: Sequence[Run], sections: Sections, title: str, not
 
 def _count(runs: Sequence[Run], key: str) -> str:
     """Of how many images a rate is, over all runs."""
-    counts = [run.victim[key]["n"] for run in runs]
+    counts = [getattr(run.victim, key).n for run in runs]
     if not counts:
         return "0"
     low = min(counts)

@@ -5,17 +5,19 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found
+from vitrap.experiment.rows import Row
 from vitrap.metrics.diagnosis import diagnose, in_a_line, in_short
+from vitrap.metrics.values import Measures
 from vitrap.report.frame import settings
 from vitrap.report.tables import measured_on
 
-Rate = Mapping[str, Any]
 HEADED = ("name", "seed", "data.name", "attack.name", "attack.setting", "attack.poison_rate")
 """Settings that have a column of their own."""
 
@@ -29,35 +31,35 @@ class Run:
         attack: the attack's name, and its setting where it has one.
         differs: settings that not all runs share (of the attack's: not all of the same attack).
         effect: ASR less the twin's, in points.
-        psnr: mean over images, dB; None where the record has none.
-        faults: what the verdict finds, in short; empty where the backdoor is in; None where there is no verdict.
+        psnr: mean over images, dB.
+        faults: what the verdict finds, in short; empty where the backdoor is in.
     """
 
-    record: Mapping[str, Any]
+    record: Record
     place: Path
     anchor: str
     attack: str
     data: str
     differs: tuple[str, ...]
     effect: float
-    psnr: float | None
+    psnr: float
     verdict: str
-    faults: tuple[str, ...] | None
+    faults: tuple[str, ...]
 
     @property
-    def victim(self) -> Mapping[str, Any]:
-        """The measures of the victim."""
-        return self.record["victim"]
+    def victim(self) -> Measures:
+        """What was measured of victim and twin."""
+        return self.record.victim
 
     @property
     def poison_rate(self) -> float | None:
         """The share of the training set, or of the target class where labels are clean."""
-        return number(self.record["spec"]["attack"].get("poison_rate"))
+        return number(self.record.spec["attack"].get("poison_rate"))
 
     @property
-    def defences(self) -> Sequence[Mapping[str, Any]]:
+    def defences(self) -> Sequence[Row]:
         """A row for each defence that was tried."""
-        return self.record.get("defences", ())
+        return self.record.defences
 
 
 @dataclass(frozen=True)
@@ -90,44 +92,37 @@ def number(value: Any) -> float | None:
     return float(value) if good else None
 
 
-def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function makes of a part of a record, None where the part is abridged or not as it should be."""
-    try:
-        return function(*arguments)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
-        return None
-
-
 def to_runs(records: Sequence[Found]) -> tuple[Run, ...]:
     """A line for each record, by attack, data, name and seed."""
     records = sorted(records, key=_order)
-    specs = [dict(settings(found.content["spec"])) for found in records]
+    specs = [dict(settings(found.record.spec)) for found in records]
     named = _differences(specs)
-    anchors = _anchors([found.content["hash"] for found in records])
+    anchors = _anchors([found.record.hash for found in records])
     return tuple(
         _run(found, anchor, _differs(spec, named)) for found, anchor, spec in zip(records, anchors, specs, strict=True)
     )
 
 
 def _order(found: Found) -> tuple[str, str, str, int]:
-    record = found.content
-    return attack_label(record), text(record["spec"]["data"]["name"]), record["name"], record["seed"]
+    record = found.record
+    return attack_label(record), record.spec["data"]["name"], record.name, record.seed
 
 
 def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
-    record, victim = found.content, found.content["victim"]
-    faults = attempt(diagnose, victim)
+    record = found.record
+    victim = record.victim
+    faults = diagnose(victim)
     return Run(
         record,
         found.place,
         anchor,
         attack_label(record),
-        data_label(record["spec"]),
+        data_label(record.spec),
         differs,
-        100 * (victim["asr"]["value"] - victim["asr_clean_model"]["value"]),
-        number(attempt(lambda: victim["stealth"]["psnr_db"]["mean"])),
-        "no verdict: the record lacks what it takes" if faults is None else in_a_line(faults),
-        None if faults is None else in_short(faults),
+        100 * (victim.asr.value - victim.asr_clean_model.value),
+        victim.stealth.psnr_db.mean,
+        in_a_line(faults),
+        in_short(faults),
     )
 
 
@@ -138,9 +133,9 @@ def data_label(spec: Mapping[str, Any]) -> str:
     return name if images == "test" else f"{name}, {images} images"
 
 
-def attack_label(record: Mapping[str, Any]) -> str:
+def attack_label(record: Record) -> str:
     """The attack's name and its setting, if it has one."""
-    attack = record["spec"]["attack"]
+    attack = record.spec["attack"]
     return " ".join(filter(None, [attack["name"], text(attack.get("setting") or "")]))
 
 
@@ -176,14 +171,14 @@ def over_seeds(runs: Sequence[Run]) -> tuple[Spread, ...]:
     """Groups of runs whose specs differ by seed (and name) alone; of two runs with one seed, the first counts."""
     groups: dict[str, dict[int, Run]] = defaultdict(dict)
     for run in runs:
-        rest = {k: v for k, v in run.record["spec"].items() if k not in ("name", "seed", "defences")}
-        groups[json.dumps(rest, sort_keys=True)].setdefault(run.record["seed"], run)
+        rest = {k: v for k, v in run.record.spec.items() if k not in ("name", "seed", "defences")}
+        groups[json.dumps(rest, sort_keys=True)].setdefault(run.record.seed, run)
     return tuple(_spread(group) for group in groups.values() if len(group) > 1)
 
 
 def _spread(group: Mapping[int, Run]) -> Spread:
-    def rates(key: str) -> list[float | None]:
-        return [100 * run.victim[key]["value"] for run in group.values()]
+    def rates(key: str) -> list[float]:
+        return [100 * getattr(run.victim, key).value for run in group.values()]
 
     lists = {key: rates(key) for key in ("cda", "cda_clean_model", "asr", "asr_clean_model")}
     lists |= {"effect": [run.effect for run in group.values()], "psnr": [run.psnr for run in group.values()]}

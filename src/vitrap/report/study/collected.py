@@ -1,22 +1,18 @@
 """The records that a page's tables are made from: abridged, one a line, kept beside the documentation."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vitrap.errors import UserError
-from vitrap.experiment.records import read_records
+from vitrap.experiment.record import Record, to_table
+from vitrap.experiment.records import parse, read_records
 from vitrap.files import write_bytes
 from vitrap.report.study.entries import find, today
 from vitrap.report.study.layout import read_page
 from vitrap.sweeps.grid import load_sweep
 
 FILE = "records.jsonl"
-DROPPED = ("memory", "curves")
-MACHINE = ("system", "device", "cores")
-"""What a record says of the machine that is not kept."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +34,12 @@ class Collected:
     skipped: tuple[str, ...]
 
 
-def abridge(record: Mapping[str, Any]) -> dict[str, Any]:
+def abridge(record: Record) -> Record:
     """A record without memory, machine and the history of its curves; `last` has where the victim's ended."""
-    kept = {key: value for key, value in record.items() if key not in DROPPED}
-    kept["environment"] = {k: v for k, v in record.get("environment", {}).items() if k not in MACHINE}
-    curves = record.get("curves", {}).get("victim", {})
-    return kept | ({"last": {name: curve[-1] for name, curve in curves.items() if curve}} if curves else {})
+    versions = replace(record.environment, system="", device="", cores=0)
+    curves = record.curves.get("victim", {})
+    last = {name: curve[-1] for name, curve in curves.items() if curve} or record.last
+    return replace(record, memory=None, environment=versions, curves={}, last=last)
 
 
 def collect(spec: str | Path, runs: str | Path) -> Collected:
@@ -58,25 +54,33 @@ def collect(spec: str | Path, runs: str | Path) -> Collected:
     records = read_page(sweep, Path(spec).parent).records
     if records is None:
         raise UserError(f"the spec of sweep {sweep.name!r} has no page.records: it does not say where to keep them")
-    shelf = read_records(runs)
-    known, file = find(shelf), records / FILE
-    kept = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    wanted = {point.spec.hash() for point in sweep.points}
-    taken = {key: json.dumps(abridge(known[key])) for key in wanted if key in known}
-    place = {_key(line): i for i, line in enumerate(kept)}
-    new = [point.spec.hash() for point in sweep.points if point.spec.hash() in taken.keys() - place.keys()]
-    changed = [key for key in taken.keys() & place.keys() if kept[place[key]] != taken[key]]
+    loaded = read_records(runs)
+    known = find(loaded)
+    file = records / FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    kept = [_record(line) for line in lines]
+    place = {today(record): i for i, record in enumerate(kept) if record is not None}
+    wanted = list(dict.fromkeys(point.spec.hash() for point in sweep.points))
+    taken = {key: abridge(known[key]) for key in wanted if key in known}
+    new = [key for key in taken if key not in place]
+    changed = [key for key in taken if key in place and kept[place[key]] != taken[key]]
     for key in changed:
-        kept[place[key]] = taken[key]
+        lines[place[key]] = _line(taken[key])
     if new or changed:
         records.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, "".join(f"{line}\n" for line in [*kept, *(taken[key] for key in new)]).encode())
-    return Collected(file, len(new), len(changed), len(wanted - taken.keys() - place.keys()), shelf.skipped)
+        lines += [_line(taken[key]) for key in new]
+        write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
+    missing = [key for key in wanted if key not in taken and key not in place]
+    return Collected(file, len(new), len(changed), len(missing), loaded.skipped)
 
 
-def _key(line: str) -> str:
-    """What a line is found by; one that cannot be read stays, and is found by nothing."""
+def _record(line: str) -> Record | None:
+    """The record in a line; None where it cannot be read: it stays as it is."""
     try:
-        return today(json.loads(line))
-    except (ValueError, KeyError, TypeError):
-        return ""
+        return parse(line.encode(), Record)
+    except ValueError:
+        return None
+
+
+def _line(record: Record) -> str:
+    return json.dumps(to_table(record))

@@ -12,8 +12,10 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
-from vitrap.experiment.named import SCREENED, Named, defence_settings
-from vitrap.experiment.records import Shelf
+from vitrap.experiment.named import SCREENED, Named
+from vitrap.experiment.record import Failure, Record
+from vitrap.experiment.records import Loaded
+from vitrap.experiment.rows import Row, row_settings
 from vitrap.experiment.spec import parse_defence, parse_spec
 from vitrap.report.frame import Measured, of_row, of_run, settings
 from vitrap.report.study.layout import DEFENCE
@@ -52,33 +54,34 @@ class Entry:
     reference: "Entry | None" = None
 
 
-def today(record: Mapping[str, Any]) -> str:
+def today(record: Record | Failure) -> str:
     """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own.
 
     Where a record does not say how attention was computed, nothing was measured: "auto" stood for its precision.
     """
-    spec = record["spec"]
-    if "precision" in record and not record.get("attention") and spec["recipe"].get("precision") == "auto":
-        spec = {**spec, "recipe": {**spec["recipe"], "precision": record["precision"]}}
+    spec = record.spec
+    if isinstance(record, Record) and not record.attention and spec["recipe"].get("precision") == "auto":
+        spec = {**spec, "recipe": {**spec["recipe"], "precision": record.precision}}
     try:
         return parse_spec(spec).hash()
     except UserError:
-        return record["hash"]
+        return record.hash
 
 
-def find(shelf: Shelf) -> dict[str, Mapping[str, Any]]:
+def find(loaded: Loaded) -> dict[str, Record]:
     """Each record by the hash of its spec today; of several, the one that was written with it."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for record in (each.content for each in shelf.records):
+    found: dict[str, Record] = {}
+    for record in (each.record for each in loaded.records):
         key = today(record)
-        if key not in found or record["hash"] == key:
+        if key not in found or record.hash == key:
             found[key] = record
     return found
 
 
-def entries(sweep: Sweep, shelf: Shelf) -> tuple[Entry, ...]:
+def entries(sweep: Sweep, loaded: Loaded) -> tuple[Entry, ...]:
     """Every run of a sweep and every defence on it, in the order of the grid."""
-    records, failed = find(shelf), {today(each.content) for each in shelf.failures}
+    records = find(loaded)
+    failed = {today(failure) for failure in loaded.failures}
     named = _labels(defence for point in sweep.points for defence in point.spec.defences)
     return tuple(
         entry
@@ -87,9 +90,7 @@ def entries(sweep: Sweep, shelf: Shelf) -> tuple[Entry, ...]:
     )
 
 
-def _of_point(
-    point: Point, record: Mapping[str, Any] | None, failed: bool, named: Sequence[tuple[Named, str]]
-) -> Iterator[Entry]:
+def _of_point(point: Point, record: Record | None, failed: bool, named: Sequence[tuple[Named, str]]) -> Iterator[Entry]:
     keys = {**point.settings, **dict(settings(point.spec.table()))}
     keys.pop(DEFENCES, None)
     missing = "failed" if failed else "not run"
@@ -97,7 +98,7 @@ def _of_point(
         yield Entry(keys, "", missing)
     else:
         yield Entry(keys, "", "found", _values(of_run(record)))
-    rows = [(row, _defence(row)) for row in record.get("defences", [])] if record else []
+    rows = [(row, _defence(row)) for row in record.defences] if record else []
     for defence in point.spec.defences:
         own = {**keys, DEFENCE: next(label for each, label in named if each == defence)}
         how = {**defence.table(), **({"screened": defence.screened} if defence.method.kind == "screen" else {})}
@@ -107,9 +108,9 @@ def _of_point(
         yield Entry(own, defence.method.kind, state if record else missing, _values(of_row(row)) if row else {})
 
 
-def _defence(row: Mapping[str, Any]) -> Named | None:
+def _defence(row: Row) -> Named | None:
     try:
-        return parse_defence({**{k: v for k, v in defence_settings(row).items() if v is not None}, "name": row["name"]})
+        return parse_defence({**{k: v for k, v in row_settings(row).items() if v is not None}, "name": row.name})
     except UserError:
         return None
 

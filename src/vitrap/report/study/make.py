@@ -64,8 +64,8 @@ def open_study(spec: str | Path, records: str | Path | None = None) -> Study:
     place = records if records is not None else page.records
     if place is None:
         raise UserError(f"the spec of sweep {sweep.name!r} has no page.records; say where they lie with --records")
-    shelf = read_records(place)
-    return Study(page, entries(sweep, shelf), shelf.skipped)
+    loaded = read_records(place)
+    return Study(page, entries(sweep, loaded), loaded.skipped)
 
 
 def make(study: Study, write: bool = True) -> list[Change]:

@@ -1,0 +1,206 @@
+"""A defence's row of a record: what it was asked, and what it makes of victim and clean twin. See docs/record.md.
+
+There is a class for each kind of outcome. All begin alike:
+
+- `kind`: of the outcome;
+- `name`: of the defence, and `params`, all its settings;
+- `version`: of the defence, raised when it comes to mean something else;
+- `seconds`: wall-clock time on the victim, by step;
+- `layer`: the layer that the defence looks at, "" where at the model's outputs alone;
+- `report`: what the defence says of itself;
+- `key`: hash of all that the row rests on, "" until the row is in a record.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from vitrap.experiment.named import SCREENED, settings_of
+from vitrap.metrics.values import Auroc, Count, Rate, Rates, Share
+
+Table = dict[str, Any]
+OPTIONAL = {"optional": True}
+"""Marks a field that a record leaves out while it has its default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenRow:
+    """A screen: how its scores tell triggered images from clean ones.
+
+    Rates by false positive rate are at the threshold that lets so many held-out images through.
+
+    Attributes:
+        auroc: triggered against clean test images.
+        tpr_at_fpr: triggered images above the threshold.
+        tied_at_fpr: triggered images whose score is the threshold itself.
+        fpr_on_test: clean test images above it.
+        auroc_on_hits: as `auroc`, of the triggered images that fool the victim.
+        tpr_at_fpr_on_hits: as `tpr_at_fpr`, of these.
+        auroc_clean_model: as `auroc`, for the clean twin.
+        fpr_on_clean_model: as `fpr_on_test`, for the clean twin and its own thresholds.
+        n_threshold: held-out images.
+        screened: images of each kind that are scored, or all where there are fewer.
+        scores: the file in the run's folder with the score of each image; "" in older rows.
+    """
+
+    kind: Literal["screen"] = "screen"
+    name: str
+    params: Table
+    version: int = 1
+    seconds: dict[str, float]
+    layer: str
+    report: Table
+    key: str = ""
+    auroc: Auroc
+    tpr_at_fpr: dict[str, Rate]
+    tied_at_fpr: dict[str, Rate] = field(default_factory=dict, metadata=OPTIONAL)
+    fpr_on_test: dict[str, Rate]
+    auroc_on_hits: Auroc
+    tpr_at_fpr_on_hits: dict[str, Rate]
+    auroc_clean_model: Auroc
+    fpr_on_clean_model: dict[str, Rate]
+    n_threshold: Count
+    screened: Count = SCREENED
+    scores: str = field(default="", metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairRow:
+    """A repair: CDA, ASR and RA of the victim after and before it.
+
+    Attributes:
+        cda: after the repair, as `asr` and `ra`.
+        before: the victim as it was.
+        der: defence effectiveness rate; 0.5 for no effect.
+        cda_clean_model: of the clean twin, repaired.
+        cda_clean_model_before: of the clean twin as it was.
+    """
+
+    kind: Literal["repair"] = "repair"
+    name: str
+    params: Table
+    version: int = 1
+    seconds: dict[str, float]
+    layer: str
+    report: Table
+    key: str = ""
+    cda: Rate
+    asr: Rate
+    ra: Rate
+    before: Rates
+    der: Share
+    cda_clean_model: Rate
+    cda_clean_model_before: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterRow:
+    """A filter: what it flags of the training set, and a model trained on the rest.
+
+    Attributes:
+        auroc: poisoned training images against the others.
+        tpr: poisoned images that it flags.
+        fpr: other images that it flags.
+        n_flagged: images flagged.
+        cda_retrained: of the network trained on what is left, as `asr_retrained` and `ra_retrained`.
+        fpr_on_clean_model: images flagged of the clean training set, with the clean twin.
+    """
+
+    kind: Literal["filter"] = "filter"
+    name: str
+    params: Table
+    version: int = 1
+    seconds: dict[str, float]
+    layer: str
+    report: Table
+    key: str = ""
+    auroc: Auroc
+    tpr: Rate
+    fpr: Rate
+    n_flagged: Count
+    cda_retrained: Rate
+    asr_retrained: Rate
+    ra_retrained: Rate
+    fpr_on_clean_model: Rate
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judgement says of one model.
+
+    Attributes:
+        score: higher for a backdoored model.
+        backdoored: whether the score is above the paper's threshold.
+        suspected: the class that the backdoor seems to lead to; None where the method names none.
+        suspected_classes: all that it may lead to, the likeliest first; None in older rows.
+        by_class: a score for each class; None where the method has none.
+    """
+
+    score: float
+    backdoored: bool
+    suspected: int | None
+    suspected_classes: tuple[int, ...] | None = None
+    by_class: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgementRow:
+    """A judgement: what it says of the victim and of the clean twin (`..._clean_model`), as in `Verdict`.
+
+    Attributes:
+        threshold: the paper's.
+        suspects_target: whether `suspected` is a class that the goal leads to; None where it leads to every class.
+    """
+
+    kind: Literal["judgement"] = "judgement"
+    name: str
+    params: Table
+    version: int = 1
+    seconds: dict[str, float]
+    layer: str
+    report: Table
+    key: str = ""
+    score: float
+    backdoored: bool
+    suspected: int | None
+    suspected_classes: tuple[int, ...] | None = field(default=None, metadata=OPTIONAL)
+    by_class: tuple[float, ...] | None = None
+    threshold: float
+    suspects_target: bool | None
+    score_clean_model: float
+    backdoored_clean_model: bool
+    suspected_clean_model: int | None
+    suspected_classes_clean_model: tuple[int, ...] | None = field(default=None, metadata=OPTIONAL)
+    by_class_clean_model: tuple[float, ...] | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it says of the victim."""
+        return Verdict(self.score, self.backdoored, self.suspected, self.suspected_classes, self.by_class)
+
+    @property
+    def verdict_clean_model(self) -> Verdict:
+        """What it says of the clean twin."""
+        return Verdict(
+            self.score_clean_model,
+            self.backdoored_clean_model,
+            self.suspected_clean_model,
+            self.suspected_classes_clean_model,
+            self.by_class_clean_model,
+        )
+
+
+Row = Annotated[ScreenRow | RepairRow | FilterRow | JudgementRow, Field(discriminator="kind")]
+"""A row of whichever kind its `kind` says."""
+
+
+def row_settings(row: Row) -> Table:
+    """All settings that a row was measured with; of a screen, the number of images where it is not the usual one."""
+    return settings_of(row.params, row.screened if isinstance(row, ScreenRow) else SCREENED)
+
+
+def lacks_scores(row: Row, folder: Path) -> bool:
+    """Whether a row names a file of scores that is gone from the run's folder."""
+    return isinstance(row, ScreenRow) and row.scores != "" and not (folder / row.scores).exists()
