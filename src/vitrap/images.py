@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from vitrap.errors import UserError
 from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
 
@@ -255,6 +256,14 @@ class Marks:
 
     poisoned: Bool[Tensor, " n"]
     covers: Bool[Tensor, " n"]
+
+
+def misshapen(images: Tensor, wanted: str) -> UserError:
+    """The refusal of images whose shape is not the one wanted, "b x 3 x 32 x 32" say."""
+    came = " x ".join(str(side) for side in images.shape)
+    return UserError(
+        f"images of shape {came} do not fit, {wanted} is wanted; resize them; a single one is images[None]"
+    )
 
 
 def pixels_limit(device: torch.device) -> int:
