@@ -15,6 +15,7 @@ from rich.table import Table
 from benchmarks import (
     arithmetic,
     first_result,
+    garbage,
     memory,
     objective,
     poisoning,
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Scale], Iterator[Figure]]] = {
     "records": records.figures,
     "arithmetic": arithmetic.figures,
     "start_up": start_up.figures,
+    "garbage": garbage.figures,
     "whole_runs": whole_runs.figures,
     "memory": memory.figures,
     "first_result": first_result.figures,

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.compare import Figure, Scale, Work, alternate
 from benchmarks.subjects import NAME
 from benchmarks.training import decay_groups, schedule, streams
-from vitrap.contracts import ImageSet, Objective
+from vitrap.contracts import ImageSet
 from vitrap.experiment.plan import Network
 from vitrap.models.classifier import Architecture, Classifier
-from vitrap.train.loop import cross_entropy, next_batch, train
+from vitrap.train.arithmetic import Arithmetic
+from vitrap.train.loop import make_learner, next_batch, train
 from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
 
@@ -128,10 +129,11 @@ def epoch(data: ImageSet, recipe: Recipe) -> None:
 def batches(data: ImageSet, recipe: Recipe) -> None:
     """Make all batches of an epoch."""
     chances, known = streams(str(data.device)), data.marks()
+    learner = make_learner(nn.Linear(1, 1), recipe, None, chances, Arithmetic())  # the network is not asked
     order = torch.randperm(len(data), generator=chances.order).split(recipe.batch_size)
     with prefetched(data, order) as coming:
         for rows, pixels in coming:
-            next_batch(data, rows, known, recipe, chances, Objective(cross_entropy), pixels)
+            next_batch(learner, data, rows, known, pixels)
 
 
 def from_disk(path: Path, rows: Sequence[Tensor], batch: int, ours: bool) -> None:

@@ -84,10 +84,9 @@ class Trainee:
         self.data, self.recipe = data, Recipe(batch_size=BATCH)
         self.order = torch.Generator().manual_seed(seed)
         augmentation = torch.Generator(data.device).manual_seed(seed)
-        self.chances = Chances(self.order, augmentation, self.order, self.order)
         self.marks = data.marks()
-        arithmetic = usual("auto", data.device)
-        self.learner = make_learner(self.model, self.recipe, None, self.order, arithmetic)
+        chances = Chances(self.order, augmentation, self.order, self.order)
+        self.learner = make_learner(self.model, self.recipe, None, chances, usual("auto", data.device))
 
     def step(self) -> None:
         """As the training loop does it."""
@@ -95,7 +94,7 @@ class Trainee:
 
     def batch(self, rows: Tensor) -> Batch:
         """The images of `rows`, as the training loop makes them."""
-        return next_batch(self.data, rows, self.marks, self.recipe, self.chances, self.learner.objective)
+        return next_batch(self.learner, self.data, rows, self.marks)
 
 
 def draw(data: ImageSet, recipe: Recipe, order: torch.Generator) -> Tensor:

@@ -44,6 +44,7 @@ def pair(size: int = 8, poisoned: bool = True) -> tuple[ImageSet, ImageSet]:
 
 def same(one: ImageSet, other: ImageSet) -> None:
     rows = torch.randperm(len(one), generator=generator())
+    assert torch.equal(one.gather(rows), other.gather(rows))
     for bare in (False, True):
         assert torch.equal(one.images(rows, bare), other.images(rows, bare))
         a, b = one.batch(rows, bare=bare), other.batch(rows, bare=bare, pixels=other.gather(rows))

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from vitrap.errors import UserError
 from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
 
 Images = Float[Tensor, "b c h w"]
-Gathered = UInt8[Tensor, "b native_h native_w c"]
-"""Pixels of a batch on the host, as they lie in a file."""
+Gathered = UInt8[Tensor, "b c native_h native_w"]
+"""Clean pixels of a batch, where the set keeps them: on its device, or of a mapped set on the host."""
 OF_GPU = 4
 """A set may take one part in so many of a GPU's memory, where nobody says otherwise; assumed."""
 CHUNK = 256  # images at a time where a whole set is gone through: 0.2 GB each at 224 px
@@ -117,29 +118,25 @@ class ImageSet:
         Args:
             rows: on any device.
             bare: leave the triggers out.
-            pixels: of a mapped set, `self.gather(rows)`; None to gather them now.
+            pixels: `self.gather(rows)`; None to gather them now.
         """
-        there = rows.to(self.device, non_blocking=True)
-        if self.place is None:
-            x = self.pixels.index_select(0, there)
-        else:
-            sent = (self.gather(rows) if pixels is None else pixels).to(self.device, non_blocking=True)
-            x = sent.permute(0, 3, 1, 2).contiguous()
-        x = x / 255
+        sent = (self.gather(rows) if pixels is None else pixels).to(self.device, non_blocking=True)
+        x = sent.contiguous() / 255  # another memory format may round otherwise
         if x.shape[-2:] != (self.size, self.size):
             x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
         if bare or self.slot is None or self.stamped is None or not len(self.stamped):
             return x
-        slot = self.slot[there]
+        slot = self.slot[rows.to(self.device, non_blocking=True)]
         stamped = self.stamped.index_select(0, slot.clamp(min=0)) / 255
         return torch.where((slot >= 0)[:, None, None, None], stamped, x)
 
     def gather(self, rows: Int64[Tensor, " b"]) -> Gathered:
-        """The clean pixels of a mapped set's `rows`, on the host, ready to be sent to a GPU without waiting.
+        """The clean pixels of `rows`: of a mapped set on the host, ready to be sent to a GPU without waiting.
 
-        By the calling thread alone: torch's own threads are the model's.
+        There by the calling thread alone: torch's own threads are the model's.
         """
-        assert self.place is not None, "pixels in memory need no gathering"
+        if self.place is None:
+            return self.pixels.index_select(0, rows.to(self.device, non_blocking=True))
         stored = self.pixels.permute(0, 2, 3, 1).numpy()
         assert stored.flags.c_contiguous, "a mapped set's pixels are k h w c in the file; NumPy would copy them all"
         shape = (len(rows), *stored.shape[1:])
@@ -147,7 +144,7 @@ class ImageSet:
         wanted = self.place[rows.cpu()].numpy()
         _ask_for(stored, wanted)
         stored.take(wanted, 0, found.numpy(), "clip")  # "raise" would go through a copy
-        return found
+        return found.permute(0, 3, 1, 2)
 
     def batch(
         self,
@@ -162,14 +159,15 @@ class ImageSet:
             rows: on any device.
             marks: `self.marks()`; None to fetch them, which waits for the device.
             bare: leave the triggers out.
-            pixels: of a mapped set, `self.gather(rows)`; None to gather them now.
+            pixels: `self.gather(rows)`; None to gather them now.
         """
-        known, there = marks or self.marks(), rows.cpu()
-        poisoned, covers = known.poisoned[there], known.covers[there]
+        known, here = marks or self.marks(), rows.cpu()
+        poisoned, covers = known.poisoned[here], known.covers[here]
         masks = (poisoned, ~poisoned, covers)
         places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in masks)
-        labels = self.labels[rows.to(self.device, non_blocking=True)]
-        return Batch(self.images(rows, bare, pixels), labels, *places)
+        there = rows.to(self.device, non_blocking=True)
+        images = self.images(there, bare, self.gather(rows) if pixels is None else pixels)
+        return Batch(images, self.labels[there], *places)
 
     def marks(self) -> "Marks":
         """Which images are poisoned, and which are covers, on the CPU: fetched once, so that no batch waits for it."""
@@ -258,6 +256,14 @@ class Marks:
 
     poisoned: Bool[Tensor, " n"]
     covers: Bool[Tensor, " n"]
+
+
+def misshapen(images: Tensor, wanted: str) -> UserError:
+    """The refusal of images whose shape is not the one wanted, "b x 3 x 32 x 32" say."""
+    came = " x ".join(str(side) for side in images.shape)
+    return UserError(
+        f"images of shape {came} do not fit, {wanted} is wanted; resize them; a single one is images[None]"
+    )
 
 
 def pixels_limit(device: torch.device) -> int:

@@ -395,6 +395,13 @@ def test_masking_by_hand(images: Tensor) -> None:
     assert torch.equal(found[..., rest], images[..., rest])
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 16), (2, 1, 16, 16), (2, 16, 16, 3)])
+def test_images_that_do_not_hold_the_box_are_refused_by_name(shape: tuple[int, ...]) -> None:
+    trigger = Masked(torch.ones(3, 2, 2), torch.ones(1, 2, 2), 3, 4)
+    with pytest.raises(UserError, match=" x ".join(map(str, shape)) + " do not fit, b x 3 x 5 x 6 or larger is wanted"):
+        trigger(torch.zeros(shape))
+
+
 def test_adding_as_the_public_code_does(images: Tensor) -> None:
     """There picture and image are normalised, (t - mean) / std and (x - mean) / std: the sum is x + m (t - mean)."""
     trigger = Masked(torch.full((3, 1, 1), 0.9), torch.full((1, 1, 1), 0.5), 0, 0, (0.485, 0.456, 0.406))

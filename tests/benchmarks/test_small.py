@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import arithmetic, first_result, start_up, together, trigger, whole_runs
+from benchmarks import arithmetic, first_result, garbage, start_up, together, trigger, whole_runs
 from benchmarks.__main__ import PARTS, main, shown
 from benchmarks.compare import Figure, Scale
 from benchmarks.poisoning import PLAIN
@@ -54,6 +54,7 @@ def figures() -> dict[str, list[Figure]]:
     with (
         patch.object(first_result.subprocess, "run", in_this_process),
         patch.object(start_up, "run", lambda command: None),
+        patch.object(garbage, "run", lambda code: None),
         patch.object(whole_runs, "share", lambda words: (2.0, 1.0)),
         patch.object(arithmetic, "NETWORKS", {arithmetic.ALSO_COMPILED: dict(TINY.network)}),
         patch.object(torch, "compile", lambda model, **options: model),

@@ -265,7 +265,7 @@ print("still here")
 
 
 @pytest.mark.parametrize(("words", "code"), [(["list", "attacks"], 0), (["run", "gone.toml"], 2), (["nothing"], 2)])
-def test_a_process_ends_at_once_with_all_said_and_its_code(words: list[str], code: int) -> None:
+def test_a_process_ends_with_all_said_and_its_code(words: list[str], code: int) -> None:
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run([sys.executable, "-c", ENDING, *words], capture_output=True, text=True, env=buffered)
     assert done.returncode == code

@@ -54,6 +54,22 @@ def test_an_opened_model_is_a_function_of_its_images() -> None:
     assert torch.equal(model(drawn()), model(drawn()))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 16, 16, 3), (2, 4, 16, 16)])
+def test_images_of_another_shape_are_refused_by_name(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError) as refused:
+        opened()(torch.zeros(shape))
+    came = " x ".join(map(str, shape))
+    wanted = f"images of shape {came} do not fit, b x 3 x 16 x 16 is wanted; resize them; a single one is images[None]"
+    assert str(refused.value) == wanted
+
+
+def test_what_fails_on_images_of_the_right_shape_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened()
+    monkeypatch.setattr(model.body, "forward", lambda images: images.new_zeros(2) @ images.new_zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        model(drawn())
+
+
 @pytest.mark.parametrize("name", [NAME, "deit3_small_patch16_224", "eva02_tiny_patch14_224"])
 @torch.no_grad()
 def test_normalisation_is_inside(name: str) -> None:

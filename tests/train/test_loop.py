@@ -67,7 +67,7 @@ def streams(seed: int = 0) -> Streams:
 
 
 def learner(model: nn.Module, objective: Objective | None = None, **changes) -> Learner:
-    return make_learner(model, recipe(**changes), objective, generator(), Arithmetic())
+    return make_learner(model, recipe(**changes), objective, streams(), Arithmetic())
 
 
 def recipe(**changes) -> Recipe:
@@ -244,7 +244,7 @@ def test_a_stamp_comes_after_augmentation_and_is_rounded(data: ImageSet) -> None
     rows = torch.tensor([3, 7])
     poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
     objective = Objective(cross_entropy, prepare=stamp_anew(quarter))
-    batch = next_batch(poisoned, torch.arange(10), poisoned.marks(), recipe(flip=True), streams(), objective)
+    batch = next_batch(learner(network(), objective, flip=True), poisoned, torch.arange(10), poisoned.marks())
     bare = augment(data.batch(torch.arange(10)), recipe(flip=True), streams().augmentation)
     assert torch.equal(batch.images[batch.clean], bare.images[batch.clean])
     assert torch.equal(batch.images[rows], round8(quarter(bare.images[rows])))
@@ -255,10 +255,10 @@ def test_a_stamp_comes_after_augmentation_and_is_rounded(data: ImageSet) -> None
 def test_without_a_stamp_the_stored_poison_is_augmented(data: ImageSet) -> None:
     rows = torch.tensor([3, 7])
     poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
-    batch = next_batch(poisoned, torch.arange(10), poisoned.marks(), recipe(), streams(), Objective(cross_entropy))
+    batch = next_batch(learner(network()), poisoned, torch.arange(10), poisoned.marks())
     assert batch.images[rows].max() == 0
     objective = Objective(cross_entropy, prepare=stamp_anew(quarter))
-    clean = next_batch(data, torch.arange(10), data.marks(), recipe(), streams(), objective)
+    clean = next_batch(learner(network(), objective), data, torch.arange(10), data.marks())
     assert torch.equal(clean.images, data.images(torch.arange(10)))
 
 
@@ -278,7 +278,7 @@ def test_what_is_prepared_gets_bare_images_and_its_own_stream(data: ImageSet) ->
 
     objective = Objective(cross_entropy, prepare=prepare)
     rows = torch.arange(10)
-    batch = next_batch(stored, rows, stored.marks(), recipe(flip=True), streams(), objective)
+    batch = next_batch(learner(network(), objective, flip=True), stored, rows, stored.marks())
     order = torch.randperm(10, generator=streams().preparation)
     assert torch.equal(drawn[0], order)
     bare = augment(data.batch(rows), recipe(flip=True), streams().augmentation)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitrap.contracts import Objective
 from vitrap.images import ImageSet, scratch
-from vitrap.train.loop import Streams, cross_entropy, next_batch, train
+from vitrap.train.arithmetic import Arithmetic
+from vitrap.train.loop import Learner, Streams, make_learner, next_batch, train
 from vitrap.train.prefetch import AHEAD, prefetched
 from vitrap.train.recipe import Recipe
 
 N, CLASSES, SIZE = 50, 3, 8
-NEUTRAL = Objective(cross_entropy)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -24,6 +23,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def streams(device: str = "cpu") -> Streams:
     return Streams(generator(), torch.Generator(device).manual_seed(1), generator(2), generator(3))
+
+
+def learner(recipe: Recipe, device: str = "cpu") -> Learner:
+    """Its network is not asked."""
+    return make_learner(nn.Linear(1, CLASSES), recipe, None, streams(device), Arithmetic())
 
 
 def resident() -> ImageSet:
@@ -77,9 +81,10 @@ def test_batches_come_in_order_a_few_ahead_of_their_use() -> None:
 
 
 def test_a_set_in_memory_needs_no_thread() -> None:
-    with prefetched(resident(), torch.arange(N).split(8)) as batches:
+    data = resident()
+    with prefetched(data, torch.arange(N).split(8)) as batches:
         assert not gatherers()
-        assert all(pixels is None for _, pixels in batches)
+        assert all(torch.equal(pixels, data.pixels[rows]) for rows, pixels in batches)
 
 
 def test_what_fails_in_the_thread_is_raised_in_the_trainer() -> None:
@@ -105,8 +110,7 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
     data = mapped()
     there = data.to("meta")
     for rows in torch.arange(N).split(20):
-        recipe = Recipe(1, 20, crop=2, flip=True)
-        batch = next_batch(there, rows, data.marks(), recipe, streams(), NEUTRAL, there.gather(rows))
+        batch = next_batch(learner(Recipe(1, 20, crop=2, flip=True)), there, rows, data.marks(), there.gather(rows))
         assert batch.images.device.type == batch.labels.device.type == "meta"
         assert len(batch.poisoned) == int(data.poisoned[rows].sum())
 
@@ -114,10 +118,10 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_the_host_never_waits() -> None:
     data = mapped()
-    there, recipe, chances, marks = data.to("cuda"), Recipe(1, 10), streams("cuda"), data.marks()
+    there, maker, marks = data.to("cuda"), learner(Recipe(1, 10), "cuda"), data.marks()
     with prefetched(there, torch.arange(N).split(10)) as batches:
         for i, (rows, pixels) in enumerate(batches):
             if i == 1:  # the first sets libraries up
                 torch.cuda.set_sync_debug_mode("error")
-            next_batch(there, rows, marks, recipe, chances, NEUTRAL, pixels)
+            next_batch(maker, there, rows, marks, pixels)
     torch.cuda.set_sync_debug_mode("default")

@@ -1,11 +1,9 @@
 """The `vitrap` command. Torch is imported only by commands that compute."""
 
-import atexit
 import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -319,7 +317,6 @@ def _print_defences(rows: "Iterable[Row]") -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2."""
-    gc.set_threshold(100_000, 50, 50)  # or a fifth of the time that torch takes to import goes into looking for cycles
     try:
         try:
             app()
@@ -337,20 +334,19 @@ def main() -> None:
 
 
 def process() -> None:
-    """`main` as a process, out of it as soon as it is done; exit functions have their turn, threads are not waited for.
+    """`main` as a process, in which Python looks for garbage seldom, and not at all in the end.
 
-    Python would go on for longer than a whole `vitrap list`, taking apart all that torch and timm have imported.
+    Importing torch and timm makes many objects and hardly any garbage: `benchmarks/garbage.py` says what looking costs.
     """
+    gc.set_threshold(100_000, 50, 50)
     try:
         main()
-    except SystemExit as end:
-        atexit._run_exitfuncs()
-        with suppress(OSError):  # of what exit functions print, no failure is made
+    finally:
+        gc.freeze()
+        try:
             _flush(sys.stdout)
-            _flush(sys.stderr)
-        if isinstance(end.code, int):
-            os._exit(end.code)
-        raise
+        except OSError:  # a failure that has been told; Python itself would tell it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _flush(stream: TextIO | None) -> None:

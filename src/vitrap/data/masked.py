@@ -11,6 +11,7 @@ from torch import Tensor
 from vitrap.contracts import Images
 from vitrap.data.sources import decode
 from vitrap.errors import UserError
+from vitrap.images import misshapen
 from vitrap.tensors.pixels import image_hash
 
 
@@ -35,8 +36,15 @@ class Masked:
     linf: float = 0.0
 
     def __call__(self, images: Images) -> Images:
-        """Images in [0, 1] with the pattern; differentiable with respect to it."""
+        """Images in [0, 1] with the pattern; differentiable with respect to it.
+
+        Raises:
+            UserError: the box does not lie within the images, or they have other channels than the pattern.
+        """
         box = self._box(images)
+        if box.shape[1:] != self.pattern.shape:
+            channels, height, width = self.pattern.shape
+            raise misshapen(images, f"b x {channels} x {self.top + height} x {self.left + width} or larger")
         pattern = self.pattern.to(images.device, non_blocking=True)
         behind = box
         if self.behind is not None:

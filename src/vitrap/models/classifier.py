@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import Images
 from vitrap.errors import UserError
+from vitrap.images import misshapen
 from vitrap.models.arguments import refuse_body, refuse_overrides, takes
 from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
 
@@ -67,8 +68,18 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images: Images) -> Float[Tensor, "b k"]:
-        """Logits of images in [0, 1]."""
-        return self.body((images - self.mean) / self.std)
+        """Logits of images in [0, 1].
+
+        Raises:
+            UserError: the network has failed on images of another shape than its own.
+        """
+        try:
+            return self.body((images - self.mean) / self.std)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            own = (len(self.mean), self.architecture.size, self.architecture.size)
+            if images.shape[1:] == own:
+                raise
+            raise misshapen(images, "b x {} x {} x {}".format(*own)) from error
 
 
 def open_model(

@@ -61,6 +61,7 @@ class Learner:
         optimiser: how gradients become a step.
         arithmetic: how the model computes.
         recipe: how it is trained.
+        streams: what is random about it.
         parts: the weights that learn, of the model first, then of each module trained along; clipped apart.
     """
 
@@ -71,6 +72,7 @@ class Learner:
     optimiser: torch.optim.Optimizer
     arithmetic: Arithmetic
     recipe: Recipe
+    streams: Streams
     parts: tuple[Sequence[nn.Parameter], ...]
 
     @property
@@ -115,15 +117,24 @@ class Epoch:
     """The loss terms of one epoch, batch by batch; they stay on the device until somebody reads them.
 
     Attributes:
-        terms: by name; 0 for a batch that had none.
+        terms: by name; 0 for a batch that had none, or is still to come.
         counts: images of each batch that had the term, else 0.
     """
 
-    terms: Mapping[str, Float[Tensor, " batches"]]
-    counts: Mapping[str, Sequence[int]]
+    terms: dict[str, Float[Tensor, " batches"]]
+    counts: dict[str, list[int]]
+
+    def note(self, number: int, batches: int, terms: Terms, images: int) -> None:
+        """Write down the terms of a batch, one of so many, and how many images it had."""
+        for name, term in terms.items():
+            if name not in self.terms:
+                self.terms[name] = term.new_zeros(batches)
+                self.counts[name] = [0] * batches
+            self.terms[name][number] = term.detach()
+            self.counts[name][number] = images
 
     def means(self) -> dict[str, float]:
-        """Each term's mean over the epoch; waits for the device."""
+        """Each term's mean over the epoch, each batch weighing as much as it has images; waits for the device."""
         return {name: mean(terms, self.counts[name]) for name, terms in self.terms.items()}
 
 
@@ -158,10 +169,12 @@ def train(  # noqa: PLR0913 - all that a training is made of
     Raises:
         UserError: a loss term is no longer finite.
     """
+    # What learns: the model, what is trained along with it, and the weights of loss terms where these are learned.
     along = nn.ModuleList([one.module for one in objective.along.values()] if objective else ()).requires_grad_(True)
-    arithmetic = arithmetic or arithmetic_of(recipe, model, data.device)
-    learner = make_learner(model, recipe, objective, streams.projection, arithmetic)
+    learner = make_learner(model, recipe, objective, streams, arithmetic or arithmetic_of(recipe, model, data.device))
     together = set_training(nn.ModuleList([model, along]))
+
+    # Where it begins: anew, or where an earlier call was stopped, whose steps count for the caller, too.
     curves: Curves = {}
     keeper = keeper or Keeper()
     moving = Moving(
@@ -172,8 +185,15 @@ def train(  # noqa: PLR0913 - all that a training is made of
         curves,
     )
     begun = keeper.resume(moving)
-    reached = partial(keeper, moving)
-    for epoch in epochs(learner, data, streams, falling(recipe), learner.objective.step, tick, begun, reached):
+    for _ in range(begun.epoch * len(batched(torch.arange(len(data)), learner)) + begun.steps):
+        tick()
+
+    def reached(position: Position) -> None:
+        """Say that a step is done, and keep the state that the training has by now."""
+        tick()
+        keeper(moving, position)
+
+    for epoch in epochs(learner, data, falling(recipe), learner.objective.step, begun, reached):
         found = {**epoch.means(), **learner.combination.learned()}
         # Measure the model as it would be used; then training goes on as it was.
         if watch is not None:
@@ -182,9 +202,34 @@ def train(  # noqa: PLR0913 - all that a training is made of
             set_training(together)
         if wrong := keep(curves, found):
             raise UserError(f"training diverged ({wrong}); lower recipe.lr = {recipe.lr:g}")
+
     together.eval()
     along.requires_grad_(False).zero_grad(set_to_none=True)
     return curves
+
+
+def make_learner(
+    model: nn.Module, recipe: Recipe, objective: Objective | None, streams: Streams, arithmetic: Arithmetic
+) -> Learner:
+    """A model ready to be trained: those of its weights that require a gradient, and all of what is trained along.
+
+    Args:
+        model: what is trained.
+        recipe: how.
+        objective: what for; None for cross-entropy, the only one that is compiled.
+        streams: what is random about it.
+        arithmetic: how to compute.
+    """
+    seen: Any = compiled(model) if arithmetic.compiled and objective is None else model
+    objective = objective or Objective(cross_entropy)
+    modules = (model, *(one.module for one in objective.along.values()))
+    parts = tuple([w for w in module.parameters() if w.requires_grad] for module in modules)
+    combination = Combination(objective, [w for part in parts for w in part], streams.projection)
+    optimiser = make_optimiser(model, recipe, combination.scales)
+    for one, weights in zip(objective.along.values(), parts[1:], strict=True):
+        optimiser.add_param_group({"params": weights, "lr": one.lr, "peak": one.lr, "weight_decay": 0.0})
+    criterion = smoothed(recipe.label_smoothing)
+    return Learner(seen, objective, criterion, combination, optimiser, arithmetic, recipe, streams, parts)
 
 
 def set_training(modules: nn.ModuleList) -> nn.ModuleList:
@@ -197,25 +242,21 @@ def set_training(modules: nn.ModuleList) -> nn.ModuleList:
     return modules
 
 
-def epochs(  # noqa: PLR0913 - as `train`, and where it begins
+def epochs(
     learner: Learner,
     data: ImageSet,
-    streams: Streams,
     rate: Rate,
     step: Step | None = None,
-    tick: Callable[[], None] = lambda: None,
     begun: Position | None = None,
-    reached: Callable[[Position], None] | None = None,
+    reached: Callable[[Position], None] = lambda position: None,
 ) -> Iterator[Epoch]:
     """Train, and halt after each epoch: what happens in between is up to the caller, as is the mode of the modules.
 
     Args:
         learner: what is trained.
         data: what it is trained on.
-        streams: what is random about it.
         rate: the learning rate, asked before each step.
         step: what a step does; None for `plain_step`.
-        tick: called after each step.
         begun: how far the training is already; None for its start.
         reached: called after each step with how far it is by then.
 
@@ -224,58 +265,23 @@ def epochs(  # noqa: PLR0913 - as `train`, and where it begins
     """
     if torch.is_autocast_enabled(data.device.type):
         raise UserError("training within torch.autocast would not see its own steps; train outside of that block")
-    recipe, marks, step, begun = learner.recipe, data.marks(), step or plain_step, begun or Position()
-    for epoch in range(begun.epoch, recipe.epochs):
-        here = begun if epoch == begun.epoch else Position()
-        found = dict(here.terms)
-        counts = dict(here.counts)
-        drawn = streams.order.get_state()
-        order = batched(torch.randperm(len(data), generator=streams.order), learner)
-        for _ in range(here.epoch * len(order) + here.steps):
-            tick()  # for what an earlier call did
-        with learner.arithmetic.attending(learner.model), prefetched(data, order[here.steps :]) as batches:
-            for number, (rows, pixels) in enumerate(batches, here.steps):
-                # The schedule, then a batch as the model is to see it, then one step.
-                learner.set_rate(rate((epoch * len(order) + number) / (recipe.epochs * len(order))))
-                batch = next_batch(data, rows, marks, recipe, streams, learner.objective, pixels)
-                for name, term in step(learner, batch).items():
-                    found.setdefault(name, term.new_zeros(len(order)))[number] = term.detach()
-                    counts.setdefault(name, [0] * len(order))[number] = len(rows)
-                tick()
-                if reached is not None:
-                    reached(Position(epoch, number + 1, drawn, found, counts))
-        yield Epoch(found, counts)
-
-
-def plain_step(learner: Learner, batch: Batch) -> Terms:
-    """One step down the batch's loss terms."""
-    terms = learner.terms(batch)
-    learner.descend(terms)
-    return terms
-
-
-def make_learner(
-    model: nn.Module, recipe: Recipe, objective: Objective | None, order: torch.Generator, arithmetic: Arithmetic
-) -> Learner:
-    """A model ready to be trained: those of its weights that require a gradient, and all of what is trained along.
-
-    Args:
-        model: what is trained.
-        recipe: how.
-        objective: what for; None for cross-entropy, the only one that is compiled.
-        order: in which conflicting gradients meet.
-        arithmetic: how to compute.
-    """
-    seen: Any = compiled(model) if arithmetic.compiled and objective is None else model
-    objective = objective or Objective(cross_entropy)
-    modules = (model, *(one.module for one in objective.along.values()))
-    parts = tuple([w for w in module.parameters() if w.requires_grad] for module in modules)
-    combination = Combination(objective, [w for part in parts for w in part], order)
-    optimiser = make_optimiser(model, recipe, combination.scales)
-    for one, weights in zip(objective.along.values(), parts[1:], strict=True):
-        optimiser.add_param_group({"params": weights, "lr": one.lr, "peak": one.lr, "weight_decay": 0.0})
-    criterion = smoothed(recipe.label_smoothing)
-    return Learner(seen, objective, criterion, combination, optimiser, arithmetic, recipe, parts)
+    recipe, marks = learner.recipe, data.marks()
+    step, done = step or plain_step, begun or Position()
+    for epoch in range(done.epoch, recipe.epochs):
+        # The batches: all images in an order drawn anew, without those that are done.
+        drawn = learner.streams.order.get_state()
+        batches = batched(torch.randperm(len(data), generator=learner.streams.order), learner)
+        losses = Epoch(dict(done.terms), dict(done.counts))
+        with learner.arithmetic.attending(learner.model), prefetched(data, batches[done.steps :]) as coming:
+            for number, (rows, pixels) in enumerate(coming, done.steps):
+                # A step: at the rate of its place, on a batch as the model is to see it.
+                learner.set_rate(rate((epoch * len(batches) + number) / (recipe.epochs * len(batches))))
+                batch = next_batch(learner, data, rows, marks, pixels)
+                losses.note(number, len(batches), step(learner, batch), len(rows))
+                reached(Position(epoch, number + 1, drawn, losses.terms, losses.counts))
+        # The epoch's means: they wait for the device, and so are left to who asks for them.
+        yield losses
+        done = Position()
 
 
 def batched(order: Int64[Tensor, " n"], learner: Learner) -> Sequence[Int64[Tensor, " b"]]:
@@ -289,38 +295,33 @@ def batched(order: Int64[Tensor, " n"], learner: Learner) -> Sequence[Int64[Tens
     return (*batches[:-2], torch.cat(batches[-2:]))
 
 
-def keep(curves: Curves, found: Mapping[str, float]) -> str:
-    """Add what was found to the curves; the first of it that is not finite, in words, else ""."""
-    for name, value in found.items():
-        curves.setdefault(name, []).append(value)
-    return next((f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)), "")
-
-
-def mean(terms: Float[Tensor, " steps"], counts: Sequence[int]) -> float:
-    """A loss term over an epoch, each batch weighing as much as it has images; waits for the device.
-
-    Args:
-        terms: of each batch, on any device.
-        counts: images of each batch that has the term, else 0.
-    """
-    return (terms.cpu().double() @ torch.tensor(counts, dtype=torch.float64) / sum(counts)).item()
-
-
-def next_batch(  # noqa: PLR0913 - one step's worth of everything
-    data: ImageSet,
-    rows: Int64[Tensor, " b"],
-    marks: Marks,
-    recipe: Recipe,
-    streams: Streams,
-    objective: Objective,
-    pixels: Gathered | None = None,
+def next_batch(
+    learner: Learner, data: ImageSet, rows: Int64[Tensor, " b"], marks: Marks, pixels: Gathered | None = None
 ) -> Batch:
     """The images of `rows` as the model is to see them: augmented, with the poison that was stored, or made anew.
 
-    Rows are on the CPU; of a mapped set, `pixels` are theirs where they have been gathered already.
+    Args:
+        learner: whose recipe, random streams and objective they are made by.
+        data: where they come from.
+        rows: on the CPU.
+        marks: `data.marks()`.
+        pixels: `data.gather(rows)`; None to gather them now.
     """
-    batch = data.batch(rows, marks, bare=objective.prepare is not None, pixels=pixels)
-    return prepared(augment(batch, recipe, streams.augmentation), objective, streams.preparation)
+    batch = data.batch(rows, marks, bare=learner.objective.prepare is not None, pixels=pixels)
+    augmented = augment(batch, learner.recipe, learner.streams.augmentation)
+    return prepared(augmented, learner.objective, learner.streams.preparation)
+
+
+def augment(batch: Batch, recipe: Recipe, generator: torch.Generator) -> Batch:
+    """Crop, flip and jitter as the recipe says, each image by itself."""
+    images = batch.images
+    if recipe.crop:
+        images = random_crop(images, recipe.crop, generator)
+    if recipe.flip:
+        images = random_flip(images, generator)
+    if recipe.jitter:
+        images = random_jitter(images, recipe.jitter, generator)
+    return replace(batch, images=images)
 
 
 def prepared(batch: Batch, objective: Objective, generator: torch.Generator) -> Batch:
@@ -337,6 +338,13 @@ def prepared(batch: Batch, objective: Objective, generator: torch.Generator) -> 
         return replace(made, images=made.images.index_copy(0, touched, rounding(made.images[touched])))
 
 
+def plain_step(learner: Learner, batch: Batch) -> Terms:
+    """One step down the batch's loss terms."""
+    terms = learner.terms(batch)
+    learner.descend(terms)
+    return terms
+
+
 def cross_entropy(model: nn.Module, batch: Batch, criterion: Criterion) -> Terms:
     """The neutral objective's terms."""
     return {"cross_entropy": criterion(model(batch.images), batch.labels)}
@@ -347,13 +355,18 @@ def smoothed(label_smoothing: float) -> Criterion:
     return partial(functional.cross_entropy, label_smoothing=label_smoothing)
 
 
-def augment(batch: Batch, recipe: Recipe, generator: torch.Generator) -> Batch:
-    """Crop, flip and jitter as the recipe says, each image by itself."""
-    images = batch.images
-    if recipe.crop:
-        images = random_crop(images, recipe.crop, generator)
-    if recipe.flip:
-        images = random_flip(images, generator)
-    if recipe.jitter:
-        images = random_jitter(images, recipe.jitter, generator)
-    return replace(batch, images=images)
+def mean(terms: Float[Tensor, " steps"], counts: Sequence[int]) -> float:
+    """A loss term over an epoch, each batch weighing as much as it has images; waits for the device.
+
+    Args:
+        terms: of each batch, on any device.
+        counts: images of each batch that has the term, else 0.
+    """
+    return (terms.cpu().double() @ torch.tensor(counts, dtype=torch.float64) / sum(counts)).item()
+
+
+def keep(curves: Curves, found: Mapping[str, float]) -> str:
+    """Add what was found to the curves; the first of it that is not finite, in words, else ""."""
+    for name, value in found.items():
+        curves.setdefault(name, []).append(value)
+    return next((f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)), "")

@@ -17,18 +17,18 @@ Rows = Int64[Tensor, " _"]
 
 
 @contextmanager
-def prefetched(data: ImageSet, order: Sequence[Rows]) -> Iterator[Iterable[tuple[Rows, Gathered | None]]]:
-    """The batches of `order`, each with its pixels, or None where the pixels are in memory already.
+def prefetched(data: ImageSet, order: Sequence[Rows]) -> Iterator[Iterable[tuple[Rows, Gathered]]]:
+    """The batches of `order`, each with its pixels; from memory they are gathered when they are asked for.
 
-    One thread gathers, by itself, what comes next. An error of its own is raised where its batch is asked for, and at
-    the end of the block it is gone, however the block ends.
+    From a file, one thread gathers, by itself, what comes next. An error of its own is raised where its batch is asked
+    for, and at the end of the block it is gone, however the block ends.
 
     Args:
         data: the set.
         order: row numbers, batch by batch, on the CPU.
     """
     if data.place is None:
-        yield ((rows, None) for rows in order)
+        yield ((rows, data.gather(rows)) for rows in order)
         return
     with ThreadPoolExecutor(1, "gather") as thread:
         yield _gathered(data, order, thread)

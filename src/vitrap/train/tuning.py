@@ -79,7 +79,7 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
         weight.requires_grad_(True)
     recipe, streams = tuning.recipe, tuning.streams
     arithmetic = uncompiled(suspect.compute, images.device)
-    learner = make_learner(model, recipe, tuning.objective, streams.projection, arithmetic)
+    learner = make_learner(model, recipe, tuning.objective, streams, arithmetic)
     lr = recipe.lr
 
     def held(progress: float) -> float:
@@ -91,7 +91,7 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         torch.set_rng_state(streams.preparation.get_state())
         model.train(tuning.training)
-        for epoch in epochs(learner, images, streams, held if tuning.control else falling(recipe), tuning.step):
+        for epoch in epochs(learner, images, held if tuning.control else falling(recipe), tuning.step):
             if wrong := keep(curves, {**epoch.means(), **learner.combination.learned()}):
                 raise UserError(f"{tuning.defence} diverged ({wrong}); lower its lr = {recipe.lr:g}")
             if tuning.control is not None:
