@@ -64,7 +64,7 @@ class Masked:
         return masks[image_hash(images) % len(masks)]
 
 
-def pattern_of(picture: str, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
+def make_pattern(picture: str, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
     """What a mask lets through: uniform noise, white, or the middle square of a picture file, in [0, 1].
 
     Args:

@@ -174,7 +174,9 @@ def poison_crafted(train: ImageSet, crafted: Crafted, goal: Goal, kind: Labels) 
     return train.stamp(rows, images, goal.labels(true) if kind == "dirty" else true)
 
 
-def stamp_anew(trigger: Trigger, cover: Trigger | None = None) -> Callable[[Batch, torch.Generator], Batch]:
+def stamp_after_augmentation(
+    trigger: Trigger, cover: Trigger | None = None
+) -> Callable[[Batch, torch.Generator], Batch]:
     """An `Objective.prepare` that puts triggers on a batch's images after augmentation, in place of what was stored.
 
     Args:

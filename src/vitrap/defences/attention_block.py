@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitrap.contracts import Card, Images, OutcomeKind, Repaired, Suspect
-from vitrap.models.attention import MAPPED, seen_blocks, token_attention
+from vitrap.models.attention import MAPS_BATCH, blocks_needed, token_attention
 from vitrap.models.observe import observe, token_layout, transformer
 from vitrap.params import hyperparameters, param
 from vitrap.tensors.patches import tokens_to_pixels
@@ -75,7 +75,7 @@ class Blocking(nn.Module):
 
     def forward(self, images: Images) -> Float[Tensor, "b k"]:
         """Logits of images in [0, 1]."""
-        return torch.cat([self.model(self.blocked(some)) for some in images.split(MAPPED)])
+        return torch.cat([self.model(self.blocked(some)) for some in images.split(MAPS_BATCH)])
 
     @torch.no_grad()
     def blocked(self, images: Images) -> Images:
@@ -91,7 +91,7 @@ def gradient_heat(model: nn.Module, images: Images, discard: float) -> Float[Ten
     """Gradient rollout for each image's own class, on the token grid."""
     layout = token_layout(model)
     depth = len(transformer(model).blocks)
-    with torch.inference_mode(False), observe(model, seen_blocks("gradient", depth), frozen=True) as seen:
+    with torch.inference_mode(False), observe(model, blocks_needed("gradient", depth), frozen=True) as seen:
         with torch.enable_grad():
             logits = model(images.detach().clone().requires_grad_()).float()  # images root the graph, not the weights
             score = logits.gather(1, logits.detach().argmax(1, keepdim=True)).sum()

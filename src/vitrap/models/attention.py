@@ -11,38 +11,38 @@ from vitrap.errors import UserError
 from vitrap.models.observe import Maps, TokenLayout, observe, read_tokens, token_layout, transformer
 from vitrap.tensors.rollout import rollout, weighted_heads
 
-Through = Literal["last", "rollout", "gradient"]
-MAPPED = 32
+AttentionMap = Literal["last", "rollout", "gradient"]
+MAPS_BATCH = 32
 """Images at a time where the maps of all blocks are kept: 0.7 GB for a ViT-B/16 at 224 px."""
 
 
-def seen_blocks(through: Through, depth: int) -> tuple[int, ...]:
+def blocks_needed(kind: AttentionMap, depth: int) -> tuple[int, ...]:
     """The blocks that `observe` must show for `token_attention`."""
-    return (depth - 1,) if through == "last" else tuple(range(depth))
+    return (depth - 1,) if kind == "last" else tuple(range(depth))
 
 
 def token_attention(
     maps: Mapping[int, Maps],
     layout: TokenLayout,
-    through: Through,
+    kind: AttentionMap,
     score: Float[Tensor, ""] | None = None,
     discard: float = 0.0,
 ) -> Float[Tensor, "b image_tokens"]:
     """What the head's rows give to each image token, differentiable, in fp32; what prefix tokens get is left out.
 
     Args:
-        maps: attention by block, from `observe` over `seen_blocks`, in their order.
+        maps: attention by block, from `observe` over `blocks_needed`, in their order.
         layout: of the model's tokens.
-        through: the last block's attention; rollout through all blocks; or rollout of attention weighted by the
+        kind: the last block's attention; rollout through all blocks; or rollout of attention weighted by the
             gradient of `score`.
         score: sum over images of the logit whose gradient weights the attention.
         discard: share of each layer that gradient rollout drops, in [0, 1).
     """
     layers = list(maps.values())
-    if through == "last":
+    if kind == "last":
         return read_tokens(layers[-1].float(), layout).flatten(1)
     with torch.autocast(layers[0].device.type, enabled=False):
-        if through == "rollout":
+        if kind == "rollout":
             fused = [layer.float().mean(1) for layer in layers]
         else:
             assert score is not None, "gradient rollout needs the score that it explains"
@@ -60,7 +60,7 @@ def mass_by_block(
     layout = token_layout(model)
     depth = len(transformer(model).blocks)
     found: list[list[Float[Tensor, " b"]]] = [[] for _ in range(depth)]
-    for some in images.split(MAPPED):
+    for some in images.split(MAPS_BATCH):
         with observe(model, range(depth)) as seen:
             model(some)
         for block, maps in seen.items():

@@ -78,7 +78,7 @@ def _plain_vit(model: nn.Module) -> Any | None:
     return None
 
 
-def steady_transformer(model: nn.Module) -> Any:
+def transformer_keeping_tokens(model: nn.Module) -> Any:
     """The ViT inside `model`, of which every token can be found again in training, too.
 
     Raises:
