@@ -419,7 +419,7 @@ class Defence(Protocol):
 
 
 def undeclared(method: type[Any]) -> list[str]:
-    """The public attributes of an attack's or a defence's class that its contract does not know, misspelt ones say."""
+    """The public attributes of an attack's or a defence's class that its contract does not know: misspelt names."""
     contract = Attack if hasattr(method, "fit") else Defence
     known = {*contract.__annotations__, *vars(contract)}
     if contract is Attack:
