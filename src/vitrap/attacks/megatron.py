@@ -15,8 +15,12 @@ attention that the head pays to image token i, and D the attention diffusion are
     L_alpha = |A(x_b) - A(x_t)|^2                                   latent loss, on outputs of attention layers
     L_beta  = sum_{i in D} (1 - A_0i) + sum_{i not in D} A_0i       attention diffusion loss
 
-In the training setting the pattern is given, and the victim is trained on cross-entropy + alpha L_alpha + beta L_beta.
-In the clean-label setting the pattern minimises alpha L_alpha + gamma L_beta on the surrogate, and then poisons images.
+The steps of each setting:
+
+    "training"      1. put the trigger, with a given pattern, on a share of the training images; relabel them
+                    2. train the victim on cross-entropy + alpha L_alpha + beta L_beta
+    "clean-label"   1. minimise alpha L_alpha + gamma L_beta over the pattern, on the surrogate
+                    2. put the trigger on a share of the target class; training is left to the victim
 
 Defaults marked "code" are, for the training setting, those of https://github.com/boweitian/Megatron_2025; those of the
 clean-label setting are assumed. docs/studies/megatron.md lists what this file does otherwise than that code, and why.
@@ -86,13 +90,13 @@ class Megatron:
     )
     version: ClassVar[int] = 1
 
-    target: int = param(0, "class that triggered images shall get", symbol="y_t", low=0)
+    target: int = param(0, "class that triggered images shall get", low=0)
     poison_rate: float = param(
         None, "share of the training set (0.1), or of the target class (clean-label: 0.5)", low=0, high=1, open="low"
     )
     setting: Literal["training", "clean-label"] = param("training", "what the attacker controls", source="paper")
     picture: str = param("noise", "pattern, or where its optimising starts", choices=("noise", "white"), file=True)
-    size: float = param(None, "side of box (16; clean-label: 112, ours)", unit="px", source="code", low=0, open=True)
+    size: float = param(None, "box side (16; clean-label: 112, ours)", unit="px", source="code", low=0, open=True)
     top: float = param(10.0, "first row of the box", unit="px", source="code", low=0)
     left: float = param(10.0, "first column of the box", unit="px", source="code", low=0)
     margin: float = param(4.0, "how far D extends beyond the box", symbol="D", unit="px", source="code", low=0)
@@ -101,10 +105,10 @@ class Megatron:
     opacity: float = param(0.7, "opacity of the strong cell", source="code", low=0, high=1)
     faint: float = param(None, "opacity around it (0.05; clean-label: 0.3, ours)", source="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
-        "mask", "the cell's places: they tile the box; so, and only the cell is shown; they lie 1 px apart"
+        "mask", "where the cell can be: places tile the box; the same, only the cell visible; places 1 px apart"
     )
     place: Literal["fixed", "hashed"] = param("fixed", "the cell's place: the middle, or picked by a hash of the image")
-    blend: Literal["over", "add"] = param("over", "x under mask m, pattern t: (1 - m) x + m t, or x + m (t - mean)")
+    blend: Literal["over", "add"] = param("over", "with mask m and pattern t: (1 - m) x + m t, or x + m (t - mean)")
     linf: float = param(0.0, "greatest change of a pixel before rounding; 0: no bound", unit="1/255", low=0, high=255)
     latent: float = param(None, "weight of the latent loss (0.1; clean-label: 1)", symbol="α", low=0)
     layers: Literal["all", "last"] = param(None, "layers of the latent loss (all; clean-label: last)", source="paper")
