@@ -66,7 +66,7 @@ def test_the_kind_is_named_in_the_singular() -> None:
 
 
 def test_headlines() -> None:
-    headline = "AGEB: erode the pixels to which the attention of a surrogate ViT answers most."
+    headline = "AGEB: erode the pixels on which the attention of a surrogate ViT depends most."
     assert registry.headline("attacks", "ageb") == headline
     assert registry.headline("attacks", "nothing of ours") == ""
 

@@ -28,7 +28,7 @@ from vitrap.attacks.megatron import diffusion_loss
 from vitrap.contracts import AllToOne, Batch, Criterion, Images, Objective
 from vitrap.data.poison import choose_rows, poison_set
 from vitrap.experiment.streams import ambient, stream, training_streams
-from vitrap.models.attention import seen_blocks, token_attention
+from vitrap.models.attention import blocks_needed, token_attention
 from vitrap.models.classifier import Architecture, open_model
 from vitrap.models.observe import observe, read_tokens, token_layout, transformer
 from vitrap.train.loop import train
@@ -92,7 +92,7 @@ def objective(arm: Arm) -> Objective:
 
     def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Float[Tensor, ""]]:
         layout, sees = token_layout(model), arm.sees
-        with observe(model, seen_blocks("last" if sees in ("nothing", "last") else "rollout", DEPTH)) as maps:
+        with observe(model, blocks_needed("last" if sees in ("nothing", "last") else "rollout", DEPTH)) as maps:
             logits = model(batch.images)
         losses = {"cross_entropy": criterion(logits, batch.labels)}
         if sees == "nothing" or not len(batch.poisoned):

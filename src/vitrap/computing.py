@@ -1,4 +1,4 @@
-"""How a network computes, as far as those need to know who only use it."""
+"""How a network computes, for code that runs networks but does not choose how; `train.arithmetic` does."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from torch import nn
 
 @runtime_checkable
 class Compute(Protocol):
-    """How a network computes: a context for its forward passes, made by model and device."""
+    """How a network computes: a context manager around its forward passes."""
 
     @property
     def precision(self) -> Literal["fp32", "bf16"]:
-        """Of the matrix products."""
+        """Precision of the matrix products."""
         ...
 
     def __call__(self, model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-        """Within the block, `model` computes so on `device`."""
+        """Within the block, `model` computes in this way on `device`."""
         ...
 
 
 @dataclass(frozen=True)
 class DefaultCompute:
-    """As torch does when nobody says otherwise."""
+    """Leaves all to torch's defaults."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
 

@@ -1,7 +1,11 @@
-"""The nouns: what attacks, training, defences and metrics hand to each other.
+"""The contracts: what attacks, training, defences and metrics hand to each other.
 
-Every image is float in [0, 1], `b c h w`; normalisation lives inside the model. Records are frozen: a function that
-changes something returns a new one.
+In the order of a run: `Access` goes into `Attack.fit`, which returns `Fitted`; `Attack.implant` turns that into an
+`Implant`, which poisons data, trains with an `Objective`, or edits the model into an `Edited`. A `Suspect` goes into
+`Defence.apply`, which returns a `Screen`, a `Repaired`, a `Flagged` or a `Judged`.
+
+Images are float in [0, 1], `b c h w`; normalisation is part of the model. All classes here are frozen: a function that
+changes something returns a new object.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,16 +48,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Access:
-    """All that the attacker may see. There is no test set in it.
+    """All that the attacker may see: there is no test set in it.
 
     Attributes:
-        train: the training samples.
-        surrogate: a ready, frozen model of the attacker's own; None where the attack asks for none, or is not to look
-            at it any more.
-        generator: the attacker's random stream, on the CPU; `implant` goes on where `fit` left it.
-        test_surrogate: a second one, for the trigger at test time; None where the spec has no `[test_surrogate]`.
-        other: images that are not the training set, where a setting of the attack names a data set; else None.
-        keeper: keeps the state of a long `fit` now and then, where the attack hands it over.
+        train: the training set.
+        surrogate: a ready, frozen model of the attacker's own; None where the attack needs none, and in `implant`.
+        generator: the attacker's random stream, on the CPU; `implant` continues it where `fit` left it.
+        test_surrogate: a second surrogate, for the trigger at test time; None without `[test_surrogate]` in the spec.
+        other: images from outside the training set, where a setting of the attack names a data set; else None.
+        keeper: saves the state of a long `fit` now and then, where the attack calls it, so that it can be resumed.
     """
 
     train: ImageSet
@@ -65,25 +68,25 @@ class Access:
 
 
 Trigger = Callable[[Images], Images]
-"""Images in [0, 1] to images in [0, 1]; each image's result depends on that image alone."""
+"""Puts the trigger on images in [0, 1] and returns images in [0, 1]. The result of an image depends on it alone."""
 
 
 @runtime_checkable
 class Shown(Protocol):
-    """A trigger that has pictures of how it works."""
+    """A trigger that can show how it works, for the pictures of a record."""
 
     def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
-        """Named maps in [0, 1] of each image."""
+        """Maps of each image, in [0, 1], by name."""
         ...
 
 
 @dataclass(frozen=True)
 class Crafted:
-    """Poisoned training images that `fit` has made one by one, where no function of an image alone does it.
+    """Poisoned training images that `fit` made one by one, where no function of an image alone gives them.
 
     Attributes:
-        rows: which training images they replace.
-        images: what these become, 8 bits at working size.
+        rows: rows of the training images that they replace.
+        images: the new images, 8 bits at working size.
     """
 
     rows: Int64[Tensor, " m"]
@@ -92,12 +95,12 @@ class Crafted:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What an attack makes before anything is poisoned.
+    """What `Attack.fit` makes, before anything is poisoned.
 
     Attributes:
-        trigger: what is done to an image at test time; None where it is known only after training.
-        stored: what poisoned training images carry, or those images themselves; None for the trigger.
-        report: what the attack says of itself, by name.
+        trigger: the trigger at test time; None where it is known only after training.
+        stored: the trigger in the training set, or the poisoned images themselves; None where it is `trigger`.
+        report: numbers for the record, by name.
     """
 
     trigger: Trigger | None
@@ -106,27 +109,32 @@ class Fitted:
 
     @property
     def in_training(self) -> Trigger:
-        """What poisoned training images carry.
+        """The trigger that poisoned training images carry.
 
         Raises:
-            TypeError: nothing is known of it before training, or the images are made one by one.
+            TypeError: the trigger is known only after training, or the images are made one by one.
         """
-        found = self.trigger if self.stored is None else self.stored
-        if found is None or isinstance(found, Crafted):
+        trigger = self.trigger if self.stored is None else self.stored
+        if trigger is None or isinstance(trigger, Crafted):
             raise TypeError("this attack has no trigger that makes a training image poison")
-        return found
+        return trigger
 
 
 Criterion = Callable[[Float[Tensor, "b k"], Int64[Tensor, " b"]], Float[Tensor, ""]]
-"""Logits and labels to the loss that the recipe trains with."""
+"""The loss that the recipe trains with, given logits and labels."""
 
 Combine = Literal["fixed", "learned", "projected"]
-"""How loss terms become one step: see `train.combine`."""
+"""How several loss terms become one step of training: see `train.combine`."""
 
 
 @dataclass(frozen=True)
 class Along:
-    """A module that is trained along with the victim, and its peak learning rate."""
+    """A module that is trained along with the victim, such as a trigger generator.
+
+    Attributes:
+        module: the module.
+        lr: its own peak learning rate.
+    """
 
     module: nn.Module
     lr: float
@@ -134,23 +142,24 @@ class Along:
 
 @dataclass(frozen=True)
 class Objective:
-    """What training is for.
+    """What a training minimises, and how it makes its batches.
 
-    Whatever it remembers from one step to the next lies in `along`, or in the generator that `implant` was handed: from
-    these a training that was killed goes on.
+    A killed training is resumed from the modules in `along` and the generator that `implant` got, so whatever an
+    objective remembers from one step to the next must be in one of them.
 
     Attributes:
-        terms: model, batch and the recipe's criterion to named loss terms, which the record's curves name, too. A term
-            that a batch has nothing for (the poisoned images' in a batch without any) is left out.
-        weights: of the terms that the attack adds; the others count once.
-        combine: by fixed weights, learned ones, or gradients projected so that they do not conflict.
-        prepare: makes poison and covers of a batch after augmentation, with a random stream of its own (on the CPU).
-            It gets the images bare, with what is stored left out, and returns the batch with the positions of those
-            that it changed as `poisoned` or `covers`; these are then rounded to 8 bits. None for what was stored.
+        terms: returns the loss terms by name, given model, batch and the recipe's criterion. The record's curves use
+            the same names. A term for which a batch has nothing (such as poisoned images) is left out.
+        weights: weights of the terms that the attack adds; all other terms have weight 1.
+        combine: "fixed" weights, "learned" ones, or gradients "projected" so that they do not conflict.
+        prepare: puts triggers on the poison and the covers of a batch after augmentation; it has a random stream of its
+            own, on the CPU. It gets the images without any trigger, and returns the batch with the positions of those
+            that it changed as `poisoned` or `covers`. These are then rounded to 8 bits. None: the stored images are
+            used.
         along: modules that are trained with the victim, by name. While there are any, gradients flow through `prepare`
             and its rounding.
-        step: what one step of the training does, in place of going down the terms: it gets the loop's
-            `train.loop.Learner` and the batch, and returns the terms for the curves.
+        step: replaces the step down the terms. It gets the loop's `train.loop.Learner` and the batch, and returns the
+            terms for the curves.
     """
 
     terms: Callable[[nn.Module, Batch, Criterion], Mapping[str, Float[Tensor, ""]]]
@@ -163,12 +172,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class Edited:
-    """What an attack makes of a trained model.
+    """What `Implant.edit` makes of a trained model.
 
     Attributes:
-        model: the edited model, apart from the one handed in.
-        trigger: what is done to an image at test time, from now on.
-        report: what the attack says of the edit, by name.
+        model: the edited model, a new one.
+        trigger: the trigger at test time, from now on.
+        report: numbers for the record, by name.
     """
 
     model: nn.Module
@@ -178,13 +187,13 @@ class Edited:
 
 @dataclass(frozen=True)
 class Implant:
-    """How the backdoor gets into the victim; a field left None is neutral.
+    """How the backdoor gets into the victim; a field that is None changes nothing.
 
     Attributes:
-        poison: training set and generator to poisoned training set; None where nothing that is stored is poisoned.
-        objective: what training is for; None for the recipe's cross-entropy.
-        edit: what is done to the trained model, with the attacker's random stream.
-        examine: what the attack says of a model that looks at triggered images: of victim and clean twin.
+        poison: returns the poisoned training set, given the clean one and a generator.
+        objective: what training minimises; None for the recipe's cross-entropy.
+        edit: changes the trained model, with the attacker's random stream.
+        examine: numbers about a model and triggered images, for the record; called for victim and clean twin.
     """
 
     poison: Callable[[ImageSet, torch.Generator], ImageSet] | None = None
@@ -195,17 +204,17 @@ class Implant:
 
 @runtime_checkable
 class Attack(Protocol):
-    """A frozen dataclass that is the paper's table of hyper-parameters, with two verbs.
+    """An attack: a frozen dataclass of the paper's hyper-parameters, with the methods `goal_for`, `fit` and `implant`.
 
     Class attributes, or properties where a setting decides:
         card: the paper.
-        version: a whole number, raised when the attack comes to mean something else.
-        threat: what the attacker controls: the data, the training, or the weights. Where it is the weights, nothing is
-            poisoned, and the victim is the clean twin until `edit` gets it.
+        version: a whole number, raised when the same settings come to give another attack.
+        threat: what the attacker controls: the "data", the "training", or the "weights". Where it is the weights,
+            nothing is poisoned, and `edit` turns the clean twin into the victim.
         labels: whether poisoned images keep their true label ("clean") or not ("dirty").
-        needs_surrogate: whether `fit` looks at a model of the attacker's own.
+        needs_surrogate: whether `fit` needs a model of the attacker's own.
 
-    It may also have what `ATTACK_MAY` lists, and no other public attribute: a misspelt power would do nothing.
+    It may also have the attributes that `ATTACK_MAY` lists, and no other public one: a misspelt name would do nothing.
     """
 
     card: ClassVar[Card]
@@ -215,15 +224,15 @@ class Attack(Protocol):
     needs_surrogate: bool
 
     def goal_for(self, n_classes: int) -> Goal:
-        """What triggered images of a data set with so many classes should be classified as."""
+        """The attack's goal in a data set of `n_classes` classes."""
         ...
 
     def fit(self, access: Access) -> Fitted:
-        """Make the trigger, at whatever cost: it is kept as a stage."""
+        """Make the trigger; this may take long, since the result is stored and reused."""
         ...
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
-        """How a trigger that `fit` made gets into the victim; cheap, and done again whenever a run is opened."""
+        """Say how the trigger gets into the victim; this must be cheap, since every opening of a run repeats it."""
         ...
 
 
@@ -233,12 +242,12 @@ ATTACK_MAY = {
     "check_surrogate": "check_surrogate(model, images) refuses a surrogate's network before any work is done",
     "test_surrogate": "true where the trigger may use another surrogate at test time",
 }
-"""What an attack may have beside its verbs."""
+"""What an attack may have beside the attributes and methods that every attack has."""
 
 
 @runtime_checkable
 class Retrain(Protocol):
-    """Trains the suspect's network anew with the recipe it came from, and tells nothing but the model."""
+    """Trains the suspect's network again, with the recipe it came from. The defender learns nothing but the model."""
 
     def __call__(
         self,
@@ -247,13 +256,13 @@ class Retrain(Protocol):
         epochs: int | None = None,
         start: nn.Module | None = None,
     ) -> nn.Module:
-        """A ready model, trained on some images.
+        """A model trained on `images`, in evaluation mode.
 
         Args:
-            images: what it is trained on.
-            objective: what for; None for cross-entropy.
-            epochs: how long; None for as long as the recipe says.
-            start: a model whose copy is trained on; None for the network's first weights.
+            images: the training set.
+            objective: what training minimises; None for cross-entropy.
+            epochs: number of epochs; None for the recipe's.
+            start: a model of which a copy is trained further; None for the network's initial weights.
 
         Raises:
             UserError: the training diverges.
@@ -266,14 +275,14 @@ class Suspect:
     """All that the defender may see: no trigger, no goal, no mask of poisoned images, no test set.
 
     Attributes:
-        model: a function of images in [0, 1], in evaluation mode; a defence leaves it as it is.
+        model: a function of images in [0, 1], in evaluation mode; a defence must not change it.
         clean: a few images that the defender trusts, with true labels; a class may be missing from them.
-        n_classes: how many there are.
+        n_classes: number of classes.
         generator: the defender's random stream, on the CPU.
-        train: what the model was trained on; None where the defender does not have it.
-        compute: how the model computes. A defence runs its own forward passes within `computing()`; whoever calls an
-            outcome sees to it that the outcome computes so.
-        retrain: trains the network anew; None where the defender does not have the training set, or no such means.
+        train: the model's training set; None where the defender does not have it.
+        compute: how the model computes (precision, kind of attention). A defence runs its forward passes inside
+            `with suspect.computing():`; the caller of an outcome does the same for the outcome's.
+        retrain: trains the network again; None where the defender has no training set, or no means to train.
     """
 
     model: nn.Module
@@ -294,25 +303,33 @@ class Suspect:
             if images is not None and images.slot is not None:
                 raise UserError(f"suspect.{name} says which of its images are poisoned; hand in {name}.unmarked()")
 
-    def training_set(self, asks: str) -> ImageSet:
-        """The training set, for the defence `asks`; a UserError where there is none."""
+    def training_set(self, defence: str) -> ImageSet:
+        """The training set.
+
+        Args:
+            defence: the name of the defence that needs it, for the message.
+
+        Raises:
+            UserError: there is none.
+        """
         if self.train is None:
-            raise UserError(f"{asks} filters a training set, and train = None; give it as Suspect(train=...)")
+            raise UserError(f"{defence} filters a training set, and train = None; give it as Suspect(train=...)")
         return self.train
 
     def computing(self) -> AbstractContextManager[None]:
-        """Within the block, the suspect's model computes as it was trained and is measured."""
+        """Within the block, the suspect's model computes as it does in training and in measuring."""
         return self.compute(self.model, self.clean.device)
 
 
 @dataclass(frozen=True)
 class Screen:
-    """A score for each input at test time: higher for triggered ones, the same at every call, of that image alone.
+    """The outcome of a defence that scores inputs at test time.
 
-    It is called without gradients; a score that needs them switches them on (`torch.enable_grad`).
-
-    As in all outcomes, `layer` is where in the model it looks, "" where at its outputs alone; `report` is what the
-    defence says of itself, by name.
+    Attributes:
+        score: a score for each image, higher for triggered ones. It depends on that image alone and is the same at
+            every call. It is called without gradients; a score that needs them uses `torch.enable_grad`.
+        layer: which part of the model the defence observes; "" where it is the outputs alone. So in all outcomes.
+        report: numbers for the record, by name. So in all outcomes.
     """
 
     score: Callable[[Images], Float[Tensor, " b"]]
@@ -322,7 +339,7 @@ class Screen:
 
 @dataclass(frozen=True)
 class Repaired:
-    """A model in which the backdoor should no longer work: in evaluation mode, apart from the suspect's."""
+    """The outcome of a repair: a new model, in evaluation mode, in which the backdoor should no longer work."""
 
     model: nn.Module
     layer: str = ""
@@ -331,7 +348,14 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Flagged:
-    """A score for each training image, higher for poisoned ones, and which of them the defender would leave out."""
+    """The outcome of a filter of the training set.
+
+    Attributes:
+        score: a score for each training image, higher for poisoned ones.
+        flagged: the images that the defender would leave out.
+        layer: as in `Screen`.
+        report: as in `Screen`.
+    """
 
     score: Float[Tensor, " n"]
     flagged: Bool[Tensor, " n"]
@@ -341,13 +365,15 @@ class Flagged:
 
 @dataclass(frozen=True)
 class Judged:
-    """A judgement of the whole model.
+    """The outcome of a defence that judges the whole model.
 
     Attributes:
         score: higher for a backdoored model.
-        threshold: the paper's own: a model that scores above it counts as backdoored.
-        suspected: the classes that the backdoor seems to lead to, the likeliest first; () where the method names none.
+        threshold: the paper's own threshold; a model that scores above it counts as backdoored.
+        suspected: the likely target classes, the likeliest first; () where the method names none.
         by_class: a score for each class, higher for a likelier target; None where the method has none.
+        layer: as in `Screen`.
+        report: as in `Screen`.
     """
 
     score: float
@@ -364,17 +390,17 @@ OutcomeKind = Literal["screen", "repair", "filter", "judgement"]
 
 @runtime_checkable
 class Defence(Protocol):
-    """A frozen dataclass that is the paper's table of hyper-parameters, with one verb.
+    """A defence: a frozen dataclass of the paper's hyper-parameters, with the method `apply`.
 
     Class attributes, or properties where a setting decides:
         card: the paper.
-        version: a whole number, raised when the defence comes to mean something else.
-        kind: which outcome `apply` returns: a "screen" a Screen, a "repair" a Repaired, a "filter" a Flagged, a
-            "judgement" a Judged.
-        needs_train: whether it looks at the training set.
+        version: a whole number, raised when the same settings come to give another defence.
+        kind: the outcome that `apply` returns: a "screen" returns a Screen, a "repair" a Repaired, a "filter" a
+            Flagged, a "judgement" a Judged.
+        needs_train: whether it needs the training set.
         needs_attention: whether the model must have plain token attention.
 
-    It has no other public attribute: a misspelt one would do nothing.
+    It has no other public attribute: a misspelt name would do nothing.
     """
 
     card: ClassVar[Card]
@@ -384,13 +410,20 @@ class Defence(Protocol):
     needs_attention: bool
 
     def apply(self, suspect: Suspect) -> Outcome:
-        """The paper's method; the suspect's model stays as it was. A UserError where the suspect lacks something."""
+        """Apply the paper's method, without changing the suspect's model.
+
+        Raises:
+            UserError: the suspect lacks something that the defence needs.
+        """
         ...
 
 
 def undeclared(method: type[Any]) -> list[str]:
-    """Public attributes of an attack's or a defence's class that no contract knows: misspelt powers, as a rule."""
+    """The public attributes of an attack's or a defence's class that its contract does not know: misspelt names."""
     contract = Attack if hasattr(method, "fit") else Defence
-    known = {*contract.__annotations__, *vars(contract), *(ATTACK_MAY if contract is Attack else ())}
-    known |= {f.name for f in fields(method)} if is_dataclass(method) else set()
+    known = {*contract.__annotations__, *vars(contract)}
+    if contract is Attack:
+        known |= set(ATTACK_MAY)
+    if is_dataclass(method):
+        known |= {f.name for f in fields(method)}
     return sorted(name for name in dir(method) if not name.startswith("_") and name not in known)

@@ -1,4 +1,4 @@
-"""What an attacker wants of a triggered image: one class for all, the next class, or one class for another's images."""
+"""The goals of an attacker: which class triggered images shall get, and which images count for that."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -15,10 +15,10 @@ GoalName = Literal["all-to-one", "all-to-all", "source-to-target"]
 
 @runtime_checkable
 class Goal(Protocol):
-    """Which images may be poisoned, which count, and what triggered ones become."""
+    """Which label triggered images shall get, which of them count for the ASR, and which images may be poisoned."""
 
     def labels(self, true: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
-        """The label that each triggered image should get."""
+        """The label that each triggered image shall get, given its true label."""
         ...
 
     def counts(self, true: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
@@ -26,13 +26,13 @@ class Goal(Protocol):
         ...
 
     def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
-        """Which training images may carry the trigger, with their label changed ("dirty") or kept ("clean")."""
+        """Which training images may be poisoned, where poison changes labels ("dirty") or keeps them ("clean")."""
         ...
 
 
 @dataclass(frozen=True)
 class AllToOne:
-    """Every triggered image shall be classified as `target`."""
+    """Every triggered image shall be classified as the class `target`."""
 
     target: int
 
@@ -45,7 +45,7 @@ class AllToOne:
         return true != self.target
 
     def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
-        """All but the target class; with clean labels the target class alone."""
+        """With dirty labels all classes but the target, with clean labels the target class alone."""
         return true != self.target if labels == "dirty" else true == self.target
 
 
@@ -64,38 +64,38 @@ class AllToAll:
         return torch.ones_like(true, dtype=torch.bool)
 
     def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
-        """Every image; none with clean labels, since no image has the wanted label already."""
+        """With dirty labels every image; with clean labels none, since no image has its goal's label already."""
         return torch.full_like(true, labels == "dirty", dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class SourceToTarget:
-    """Triggered images of class `source` shall be classified as `target`; the trigger does nothing to others."""
+    """Triggered images of the class `source` shall be classified as `target`; all others keep their class."""
 
     source: int
     target: int
 
     def labels(self, true: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
-        """The target for images of the source class; others keep their label."""
+        """The target for images of the source class, the true label for all others."""
         return torch.where(true == self.source, self.target, true)
 
     def counts(self, true: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        """Images of the source class alone."""
+        """Only images of the source class count."""
         return true == self.source
 
     def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
-        """The source class; with clean labels the target class."""
+        """With dirty labels the source class, with clean labels the target class."""
         return true == (self.source if labels == "dirty" else self.target)
 
 
 def make_goal(name: GoalName, n_classes: int, target: int, source: int | None = None) -> Goal:
-    """The goal of a name.
+    """The goal with this name.
 
     Args:
         name: "all-to-one", "all-to-all" or "source-to-target".
-        n_classes: of the data.
-        target: the wanted class; 0 for "all-to-all", which has none of its own.
-        source: the class whose images shall become the target; for "source-to-target" alone.
+        n_classes: number of classes of the data.
+        target: the class that triggered images shall get; must be 0 for "all-to-all", which has no single target.
+        source: the class whose images shall become the target; for "source-to-target" only.
 
     Raises:
         UserError: a source is missing or is the target, or source or target is given where the goal has none.
@@ -104,8 +104,10 @@ def make_goal(name: GoalName, n_classes: int, target: int, source: int | None = 
         raise UserError(f"source = {source} means nothing with goal = {name!r}; leave it out")
     if name == "all-to-all" and target != 0:
         raise UserError(f"target = {target} means nothing with goal = {name!r}; leave it out")
-    if name != "source-to-target":
-        return AllToOne(target) if name == "all-to-one" else AllToAll(n_classes)
+    if name == "all-to-one":
+        return AllToOne(target)
+    if name == "all-to-all":
+        return AllToAll(n_classes)
     if source is None or source == target:
         raise UserError(
             f"source = {source} is no source for goal = {name!r}; give a class other than the target {target}"

@@ -1,6 +1,7 @@
-"""The state of long work in one file, kept now and then: a training, or a fitting, that was killed goes on from there.
+"""Saving the state of long work (a training, or a long `fit`) now and then, so that killed work can be resumed.
 
-On the CPU, with as many threads, it comes to the same end, bit for bit, as if nothing had happened.
+The state is one file. Work that is resumed on the CPU, with the same number of threads, ends in the same result, bit
+for bit, as work that was never killed.
 """
 
 import json
@@ -23,21 +24,21 @@ from vitrap.errors import UserError
 from vitrap.files import whole_file
 
 EVERY = 180.0
-"""Seconds between two states, where `VITRAP_STATE_SECONDS` says nothing else."""
+"""The default number of seconds between two states; `VITRAP_STATE_SECONDS` changes it."""
 SHARE = 0.02
-"""Of its time that the work spends on them at most: large states are kept less often."""
+"""The greatest share of the work's time that saving may take: large states are saved less often."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far the work is: a training within an epoch, whose loss terms are half gathered, or steps without epochs.
+    """How far the work is: in a training, a place within an epoch; in other work, a number of steps.
 
     Attributes:
-        epoch: the epoch under way.
-        steps: of it that are done.
-        order: state of the stream of orders at the epoch's start; None where there is none.
-        terms: as `loop.Epoch` has them; 0 for the batches to come.
-        counts: as `loop.Epoch` has them.
+        epoch: the current epoch.
+        steps: steps of that epoch that are done.
+        order: state of the random stream of orders at the start of the epoch; None where there is none.
+        terms: the loss terms of the epoch, as in `loop.Epoch`; 0 for the batches to come.
+        counts: the image counts of the epoch, as in `loop.Epoch`.
     """
 
     epoch: int = 0
@@ -49,15 +50,15 @@ class Position:
 
 @dataclass(frozen=True)
 class Moving:
-    """All that the work changes as it goes on.
+    """All that changes while the work goes on, and so must be saved.
 
     Attributes:
-        modules: whose weights change, by name: of a training the model, what is trained along, learned weights of loss
-            terms.
-        optimiser: what remembers gradients.
-        streams: random streams by name. "order" is that of the images' order.
-        device: whose own random state counts, beside the CPU's.
-        curves: of the epochs so far.
+        modules: the modules whose weights change, by name: of a training the model, the modules trained along, and
+            learned weights of loss terms.
+        optimiser: the optimiser, whose state (momentum) is saved.
+        streams: random streams by name; "order" is that of the images' order.
+        device: the device whose random state is saved, beside the CPU's.
+        curves: the curves of the epochs so far.
     """
 
     modules: Mapping[str, nn.Module]
@@ -67,11 +68,12 @@ class Moving:
     curves: dict[str, list[float]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, what the optimiser remembers, and random states, by name; not copied."""
-        named = ((f"{k}/{key}", t) for k, module in self.modules.items() for key, t in module.state_dict().items())
-        found = {name: tensor for name, tensor in named if isinstance(tensor, Tensor)}
-        for number, remembered in self.optimiser.state_dict()["state"].items():
-            found |= {f"optimiser/{number}/{key}": t for key, t in remembered.items() if isinstance(t, Tensor)}
+        """Weights, optimiser state and random states, by name; not copied."""
+        found: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            found |= {f"{name}/{key}": t for key, t in module.state_dict().items() if isinstance(t, Tensor)}
+        for number, state in self.optimiser.state_dict()["state"].items():
+            found |= {f"optimiser/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
         found |= {f"stream/{name}": generator.get_state() for name, generator in self.streams.items()}
         found["torch/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -79,35 +81,36 @@ class Moving:
         return found
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether tensors are of this work, by names and shapes; it may not have made a step yet."""
-        own = self.tensors()
+        """Whether `tensors` are a state of this work, by names and shapes; the optimiser may have no state yet."""
         weights = self._weights()
-        theirs = {name: t for name, t in tensors.items() if name.partition("/")[0] not in ("optimiser", "term")}
-        if {name: t.shape for name, t in theirs.items()} != {
-            name: t.shape for name, t in own.items() if not name.startswith("optimiser/")
-        }:
+        own = {name: t.shape for name, t in self.tensors().items() if not name.startswith("optimiser/")}
+        theirs = {name: t.shape for name, t in tensors.items() if name.partition("/")[0] not in ("optimiser", "term")}
+        if theirs != own:
             return False
-        remembered = [(key.split("/")[0], t) for key, t in _below(tensors, "optimiser").items()]
-        return all(
-            number.isdecimal() and int(number) < len(weights) and t.shape in ((), weights[int(number)].shape)
-            for number, t in remembered
-        )
+        # The optimiser's state belongs to weights by their number: scalars, or tensors of the weight's shape.
+        for key, tensor in _below(tensors, "optimiser").items():
+            number = key.split("/")[0]
+            if not number.isdecimal() or int(number) >= len(weights):
+                return False
+            if tensor.shape not in ((), weights[int(number)].shape):
+                return False
+        return True
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put what `tensors` gave back in its place."""
+        """Load a state that `tensors` returned."""
         for name, module in self.modules.items():
-            module.load_state_dict(_below(tensors, name), strict=False)  # some modules hold what is no tensor
-        remembered: dict[int, dict[str, Tensor]] = {}
+            module.load_state_dict(_below(tensors, name), strict=False)  # the state of some modules is not all tensors
+        states: dict[int, dict[str, Tensor]] = {}
         for key, tensor in _below(tensors, "optimiser").items():
             number, _, name = key.partition("/")
-            remembered.setdefault(int(number), {})[name] = tensor
+            states.setdefault(int(number), {})[name] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": remembered, "param_groups": groups})
-        # A fused step pairs a weight with what is remembered of it in the order of memory.
-        for weight, memory in self.optimiser.state.items():
-            for key, tensor in memory.items():
+        self.optimiser.load_state_dict({"state": states, "param_groups": groups})
+        # A fused step reads a weight and its state in the order of memory, so both need the same memory layout.
+        for weight, state in self.optimiser.state.items():
+            for key, tensor in state.items():
                 if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
-                    memory[key] = torch.empty_like(weight).copy_(tensor)
+                    state[key] = torch.empty_like(weight).copy_(tensor)
         for name, generator in self.streams.items():
             generator.set_state(tensors[f"stream/{name}"])
         torch.set_rng_state(tensors["torch/cpu"])
@@ -115,15 +118,15 @@ class Moving:
             torch.cuda.set_rng_state(tensors["torch/cuda"], self.device)
 
     def _weights(self) -> list[Tensor]:
-        """What the optimiser trains, by its numbers."""
+        """The weights that the optimiser trains, in the order of its numbers."""
         return [weight for group in self.optimiser.param_groups for weight in group["params"]]
 
 
 def state_seconds() -> float:
-    """Seconds between two states: `$VITRAP_STATE_SECONDS`, else `EVERY`; infinity where that is 0.
+    """Seconds between two states: `$VITRAP_STATE_SECONDS`, or else `EVERY`; infinity where the variable is 0.
 
     Raises:
-        UserError: the variable holds no number of seconds.
+        UserError: the variable is no number of seconds.
     """
     chosen = os.environ.get("VITRAP_STATE_SECONDS", "").strip()
     try:
@@ -138,10 +141,12 @@ def state_seconds() -> float:
 
 
 class Keeper:
-    """Keeps the state of one piece of work in a file, and brings it back to that state.
+    """Saves the state of one piece of work to a file, and resumes the work from it.
+
+    Call it before each step; it saves only where the last state is old enough.
 
     Attributes:
-        seconds: that the work had taken by the state that it was brought back to.
+        seconds: the time that the work had taken when the state from which it was resumed was saved.
     """
 
     def __init__(
@@ -150,12 +155,12 @@ class Keeper:
         streams: Mapping[str, torch.Generator] | None = None,
         about: Mapping[str, str] | None = None,
     ) -> None:
-        """A keeper of `path`; nothing is read or written yet.
+        """Make a keeper; nothing is read or written yet.
 
         Args:
-            path: a safetensors file; None to keep nothing.
-            streams: random streams that the work draws from, beside those that it names itself, by name.
-            about: for the file's metadata: what the weights in it carry.
+            path: a safetensors file; None to save nothing.
+            streams: random streams that the work draws from, by name, beside those that it names itself.
+            about: entries for the file's metadata, such as what its weights carry.
         """
         self.path = path
         self.streams = dict(streams or {})
@@ -165,7 +170,7 @@ class Keeper:
         self._start = self._last = time.monotonic()
 
     def resume(self, moving: Moving) -> Position:
-        """Bring `moving` back to the state in the file; without one of this work, it stays at its start."""
+        """Load the state in the file into `moving`, and return its position; without such a state, the start."""
         if self.path is None:
             return Position()
         try:
@@ -185,7 +190,7 @@ class Keeper:
         return position
 
     def __call__(self, moving: Moving, position: Position) -> None:
-        """Keep the state, if the last one is old enough; too little disk or memory for it is no reason to stop."""
+        """Save the state if the last one is old enough. The work goes on where disk or memory are too small for it."""
         if self.path is None or time.monotonic() - self._last < self.pause:
             return
         begun = time.monotonic()
@@ -195,6 +200,7 @@ class Keeper:
         self.pause = max(self.every, (self._last - begun) / SHARE)
 
     def _write(self, path: Path, moving: Moving, position: Position) -> None:
+        """Write the state as one file, which replaces the last."""
         facts: dict[str, Any] = {
             "epoch": position.epoch,
             "steps": position.steps,
@@ -205,12 +211,12 @@ class Keeper:
         tensors = {**moving.tensors(), **{f"term/{name}": term for name, term in position.terms.items()}}
         if position.order is not None:
             tensors["stream/order"] = position.order
-        # A copy of each, since a file holds no tensor twice; then whole or not at all.
+        # Copies, since a safetensors file refuses tensors that share memory.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         with whole_file(path) as draft:
             save_file(copies, draft, {**self.about, "state": json.dumps(facts)})
 
 
 def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors under a name, by the rest of theirs."""
+    """The tensors whose names begin with `name` and a slash, by the rest of their names."""
     return {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}

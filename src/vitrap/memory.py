@@ -1,4 +1,4 @@
-"""How much memory the pixels of a data set may take: the user's choice, which changes no result."""
+"""The memory limit: how many bytes the pixels of a data set may take. The user's choice; it changes no result."""
 
 import os
 import re
@@ -7,19 +7,19 @@ from fractions import Fraction
 from vitrap.errors import UserError
 
 MEMORY = 4 * 2**30
-"""Bytes of pixels of a data set that are kept in the host's memory, where nobody says otherwise."""
+"""The default memory limit, in bytes."""
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def memory_limit(usual: int = MEMORY) -> int:
-    """Bytes that the pixels of a data set may take in memory: `$VITRAP_MEMORY`, else what is usual.
+def memory_limit(default: int = MEMORY) -> int:
+    """The number of bytes that the pixels of a data set may take in memory: `$VITRAP_MEMORY`, or else `default`.
 
     Raises:
         UserError: the variable holds no amount of memory.
     """
     chosen = os.environ.get("VITRAP_MEMORY")
     if not chosen:
-        return usual
+        return default
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", chosen.strip().lower())
     if not parts or parts[2] not in UNITS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A hyper-parameter as a dataclass field: its default, meaning, unit, range, and the source of the default."""
+"""Hyper-parameters: dataclass fields that carry meaning, unit, range, and the source of their default."""
 
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import wraps
@@ -10,25 +10,25 @@ from vitrap.errors import UserError, unknown
 T = TypeVar("T")
 
 Source = Literal["paper", "code", "field", "assumed"]
-"""Where a default comes from: the paper, its reference code, what the field commonly uses, or nowhere but us."""
+"""Where a default comes from: the paper, its public code, common use in the field, or our own assumption."""
 
 
 @dataclass(frozen=True)
 class Param:
-    """What is known of one parameter besides its name, type and default.
+    """All about a hyper-parameter but its name, type and default.
 
     Attributes:
-        doc: its meaning, in a few words.
+        doc: what it means, in a few words.
         symbol: its symbol in the paper, "" where the paper has none.
         unit: its unit, "" for a pure number.
         source: where the default comes from.
-        low: the least value allowed, None for no bound.
-        high: the greatest value allowed, None for no bound.
-        open: whether `low` and `high` themselves are refused; "low" for `low` alone.
+        low: the least allowed value, None for no bound.
+        high: the greatest allowed value, None for no bound.
+        open: whether `low` and `high` themselves are refused; "low" where only `low` is.
         odd: whether only odd numbers are allowed.
-        choices: the strings allowed, () for any.
-        file: whether the value may name a file, whose content then counts, not its name.
-        data: whether the value names a data set, whose content then counts, not its name: the attacker's other images.
+        choices: the allowed strings, () for any.
+        file: whether the value may name a file. Keys then depend on the file's content, not on its name.
+        data: whether the value names a data set, for `Access.other`. Keys then depend on its content, not on its name.
     """
 
     doc: str
@@ -44,19 +44,21 @@ class Param:
     data: bool = False
 
     def range(self) -> str:
-        """The allowed values in words: "" where anything goes."""
+        """The allowed values in words; "" where there is no limit."""
         if self.choices:
             return "one of " + ", ".join(self.choices) + (", or a file" if self.file else "")
-        left, right = "(" if self.open else "[", ")" if self.open is True else "]"
+        left = "(" if self.open else "["
+        right = ")" if self.open is True else "]"
         odd = "odd, " if self.odd else ""
         if self.low is None and self.high is None:
             return odd.rstrip(", ")
         if self.high is None:
             return f"{odd}{'>' if self.open else '>='} {self.low:g}"
-        return f"{odd}in {left}{-float('inf') if self.low is None else self.low:g}, {self.high:g}{right}"
+        low = -float("inf") if self.low is None else self.low
+        return f"{odd}in {left}{low:g}, {self.high:g}{right}"
 
     def allows(self, value: Any) -> bool:
-        """Whether `value`, or each of several, lies in the range; None (left to a default) always does."""
+        """Whether `value`, or each of several values, is allowed; None, which stands for a default, always is."""
         if value is None:
             return True
         if isinstance(value, tuple | list):
@@ -73,22 +75,24 @@ class Param:
 
 
 def param(default: Any, doc: str, **facts: Any) -> Any:
-    """A dataclass field that carries a `Param`; `facts` are the other attributes of `Param`."""
+    """A dataclass field that carries a `Param`; `facts` are its attributes beside `doc`."""
     about = {"param": Param(doc, **facts)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
-    return field(default=default, metadata=about) if default is not MISSING else field(metadata=about)
+    if default is MISSING:
+        return field(metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass_transform(frozen_default=True)
 def hyperparameters(kind: type[T]) -> type[T]:
-    """Make of a class of `param` fields a frozen dataclass that refuses what is out of range.
+    """Turn a class of `param` fields into a frozen dataclass that refuses values out of range.
 
-    Choices are read from the type: those of a `Literal` need not be repeated. A `__post_init__` of the class's own runs
-    after the check, to fill in what other settings decide and to refuse combinations.
+    The choices of a `Literal` type are read from the type. A `__post_init__` of the class itself runs after the check:
+    it may fill in what other settings decide, and refuse combinations.
 
     Raises:
-        UserError: at making one: a setting is unknown, or its value out of range.
+        UserError: when an instance is made, if a setting is unknown or a value is out of range.
     """
     own = kind.__dict__.get("__post_init__")
 
@@ -99,6 +103,7 @@ def hyperparameters(kind: type[T]) -> type[T]:
 
     setattr(kind, "__post_init__", check_and_complete)  # noqa: B010 - pyright knows no such attribute of a type
     made: Any = dataclass(frozen=True)(kind)
+    # The choices of a Literal become part of its field's Param.
     hints = get_type_hints(kind)
     for each in fields(made):
         about: Param | None = each.metadata.get("param")
@@ -110,31 +115,32 @@ def hyperparameters(kind: type[T]) -> type[T]:
 
 
 def _words(hint: Any) -> tuple[str, ...]:
-    """The words of a `Literal`, also where None is allowed beside them; () of any other type."""
+    """The strings of a `Literal`, also of one in a union with None; () for any other type."""
     if get_origin(hint) in (Union, UnionType):
         return tuple(word for part in get_args(hint) for word in _words(part))
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _refuse_unknown(kind: type) -> None:
-    """Have a class name a setting that it does not know, and what may have been meant."""
-    init, names = kind.__init__, [each.name for each in fields(kind)]
+    """Make the class's `__init__` refuse an unknown setting with a UserError that names the nearest known one."""
+    init = kind.__init__
+    names = [each.name for each in fields(kind)]
 
     @wraps(init)
     def checked(self: Any, *values: Any, **settings: Any) -> None:
-        odd = next((name for name in settings if name not in names), None)
-        if odd is not None:
-            raise unknown(f"setting of {kind.__name__}", odd, names)
+        for name in settings:
+            if name not in names:
+                raise unknown(f"setting of {kind.__name__}", name, names)
         init(self, *values, **settings)
 
     setattr(kind, "__init__", checked)  # noqa: B010
 
 
 def check(record: Any) -> None:
-    """Refuse a record (a dataclass of `param` fields) with a value out of range.
+    """Refuse a dataclass of `param` fields that has a value out of range.
 
     Raises:
-        UserError: naming the field, the value and what is allowed.
+        UserError: a value is out of range; the message names field, value and range.
     """
     for f in fields(record):
         about: Param | None = f.metadata.get("param")

@@ -1,6 +1,6 @@
-"""How names find classes: the file `attacks/ageb.py` is the attack "ageb"; third parties use entry points.
+"""How names find attacks and defences: `attacks/ageb.py` is the attack "ageb"; other packages register entry points.
 
-Listing names and headlines reads files as text: nothing is imported until a class is asked for.
+Names and headlines are read from files as text; nothing is imported before a class is asked for.
 """
 
 import ast
@@ -17,11 +17,13 @@ HERE = Path(__file__).parent
 
 
 def _files(kind: Kind) -> dict[str, Path]:
-    return {p.stem: p for p in sorted((HERE / kind).glob("*.py")) if not p.stem.startswith("_")}
+    """Our own files of a kind, by name."""
+    return {path.stem: path for path in sorted((HERE / kind).glob("*.py")) if not path.stem.startswith("_")}
 
 
 def _plugins(kind: Kind) -> dict[str, EntryPoint]:
-    return {e.name: e for e in entry_points(group=f"vitrap.{kind}")}
+    """The entry points of other packages, by name."""
+    return {point.name: point for point in entry_points(group=f"vitrap.{kind}")}
 
 
 def names(kind: Kind) -> list[str]:
@@ -29,14 +31,14 @@ def names(kind: Kind) -> list[str]:
     return sorted({*_files(kind), *_plugins(kind)})
 
 
-def settings(attack: type[Any]) -> list[Any]:
-    """The attack with its defaults, once for each value of its parameter `setting`, if it has one."""
-    choices = next((f.metadata["param"].choices for f in fields(attack) if f.name == "setting"), ())
-    return [attack(setting=choice) for choice in choices] or [attack()]
+def settings(method: type[Any]) -> list[Any]:
+    """An attack or a defence with its defaults: one for each choice of its parameter `setting`, where it has one."""
+    choices = next((f.metadata["param"].choices for f in fields(method) if f.name == "setting"), ())
+    return [method(setting=choice) for choice in choices] or [method()]
 
 
 def headline(kind: Kind, name: str) -> str:
-    """The first line of the docstring of the file that defines `name`; "" for a third party's."""
+    """The first line of the docstring of the file that defines `name`; "" for an entry point."""
     path = _files(kind).get(name)
     doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path else None
     return doc.splitlines()[0] if doc else ""
@@ -55,12 +57,11 @@ def get(kind: Kind, name: str) -> type[Any]:
     """
     if name in _files(kind):
         module = importlib.import_module(f"vitrap.{kind}.{name}")
-        (found,) = [
-            c
-            for c in vars(module).values()
-            if isinstance(c, type) and c.__module__ == module.__name__ and "card" in vars(c)
-        ]
-        return found
-    if name in (plugins := _plugins(kind)):
+        # The file's one class with a card; the rest of the file are its helpers.
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        (method,) = [c for c in own if "card" in vars(c)]
+        return method
+    plugins = _plugins(kind)
+    if name in plugins:
         return plugins[name].load()
     raise unknown(kind.removesuffix("s"), name, names(kind))

@@ -18,7 +18,7 @@ from vitrap.attacks.ageb import (
     Erosion,
     Route,
     attention_gradient,
-    attention_slope,
+    diagonal_gradient_at_score,
     feature_gradient,
     gradient_at_score,
     own_class_loss,
@@ -131,7 +131,7 @@ def test_the_two_slopes_by_hand() -> None:
     attention = torch.tensor([[[[0.25, 0.75], [0.5, 0.5]]]])
     slope = torch.tensor([[[[2.0, -4.0], [-1.0, 3.0]]]])
     # |dL/dA A (1 - A)|: 2 * 0.25 * 0.75, 4 * 0.75 * 0.25; 1 * 0.25, 3 * 0.25
-    assert attention_slope(attention, slope).tolist() == [[[[0.375, 0.75], [0.25, 0.75]]]]
+    assert diagonal_gradient_at_score(attention, slope).tolist() == [[[[0.375, 0.75], [0.25, 0.75]]]]
     # rows' means of dL/dA under A: -2.5 and 1; |A (dL/dA - mean)|
     assert gradient_at_score(attention, slope).tolist() == [[[[1.125, 1.125], [1.0, 1.0]]]]
 
@@ -355,7 +355,11 @@ def test_every_family_serves_as_surrogate_and_stays_as_it_is(tiny_vit: Build, fa
     if route != "pixel":
         layout = token_layout(model)
         attention, slope = attention_gradient(model, images)
-        ours = attention_slope(attention, slope) if route == "attention" else gradient_at_score(attention, slope)
+        ours = (
+            diagonal_gradient_at_score(attention, slope)
+            if route == "attention"
+            else gradient_at_score(attention, slope)
+        )
         rows = ours[:, :, list(layout.read), -16:].mean((1, 2)).view(3, *layout.grid)
         torch.testing.assert_close(gradient, tokens_to_pixels(rows, (16, 16), "bilinear"))
 

@@ -13,12 +13,21 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.attacks.megatron import LEFT_OUT, Losses, Megatron, area, box, diffusion_loss, latent_loss, optimise
+from vitrap.attacks.megatron import (
+    DEFAULTS,
+    Losses,
+    Megatron,
+    box,
+    diffusion_area,
+    diffusion_loss,
+    latent_loss,
+    optimise,
+)
 from vitrap.contracts import Access, Batch, ImageSet, Implant, Objective, Trigger
 from vitrap.data.masked import Masked
 from vitrap.data.sources import World
 from vitrap.errors import UserError
-from vitrap.models.attention import mass_by_block, seen_blocks, token_attention
+from vitrap.models.attention import blocks_needed, mass_by_block, token_attention
 from vitrap.models.classifier import Classifier
 from vitrap.models.observe import observe, token_layout
 from vitrap.tensors.patches import tokens_touched
@@ -302,8 +311,8 @@ def test_a_step_reads_no_value_of_a_tensor(
 def test_d_at_224_px_is_what_a_box_of_24_px_touches() -> None:
     """16 px at (10, 10) with margin 4: rows and columns 6 to 30, tokens 0 (0 to 16) and 1 (16 to 32) each way."""
     attack = Megatron()
-    assert area(attack, 224) == (6, 6, 30, 30)
-    inside = tokens_touched(area(attack, 224), 224, (14, 14))
+    assert diffusion_area(attack, 224) == (6, 6, 30, 30)
+    inside = tokens_touched(diffusion_area(attack, 224), 224, (14, 14))
     wanted = torch.zeros(14, 14, dtype=torch.bool)
     wanted[:2, :2] = True
     assert torch.equal(inside, wanted)
@@ -312,19 +321,19 @@ def test_d_at_224_px_is_what_a_box_of_24_px_touches() -> None:
 def test_d_at_32_px_is_scaled() -> None:
     """6 / 7 to 30 / 7 px: with patch 4 tokens 0 (0 to 4) and 1 (4 to 8); unscaled it would be [6, 30], 7 x 7 tokens."""
     attack = Megatron()
-    assert area(attack, 32) == pytest.approx([6 / 7, 6 / 7, 30 / 7, 30 / 7])
-    assert tokens_touched(area(attack, 32), 32, (8, 8)).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert tokens_touched(area(attack, 32), 32, (4, 4)).nonzero().tolist() == [[0, 0]]
+    assert diffusion_area(attack, 32) == pytest.approx([6 / 7, 6 / 7, 30 / 7, 30 / 7])
+    assert tokens_touched(diffusion_area(attack, 32), 32, (8, 8)).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert tokens_touched(diffusion_area(attack, 32), 32, (4, 4)).nonzero().tolist() == [[0, 0]]
     unscaled = Megatron(scaled=False)
-    assert area(unscaled, 32) == (6, 6, 30, 30)
-    assert tokens_touched(area(unscaled, 32), 32, (8, 8)).sum() == 49
+    assert diffusion_area(unscaled, 32) == (6, 6, 30, 30)
+    assert tokens_touched(diffusion_area(unscaled, 32), 32, (8, 8)).sum() == 49
 
 
 def test_d_reaches_every_token_that_it_touches_and_no_neighbour() -> None:
     attack = Megatron(size=4, top=8, left=12, margin=0, scaled=False)
-    assert tokens_touched(area(attack, 32), 32, (8, 8)).nonzero().tolist() == [[2, 3]]
+    assert tokens_touched(diffusion_area(attack, 32), 32, (8, 8)).nonzero().tolist() == [[2, 3]]
     wider = replace(attack, margin=0.5)
-    assert tokens_touched(area(wider, 32), 32, (8, 8)).nonzero().tolist() == [
+    assert tokens_touched(diffusion_area(wider, 32), 32, (8, 8)).nonzero().tolist() == [
         [r, c] for r in (1, 2, 3) for c in (2, 3, 4)
     ]
 
@@ -339,7 +348,7 @@ def test_the_box_is_rounded_and_never_smaller_than_the_cell(size: int, cell: int
 def test_rows_are_those_that_the_head_reads(tiny_vit: Callable[..., Classifier], images: Tensor) -> None:
     model = tiny_vit(global_pool="avg", class_token=False, fc_norm=False)
     layout = token_layout(model)
-    with observe(model, seen_blocks("last", 2)) as seen:
+    with observe(model, blocks_needed("last", 2)) as seen:
         model(images)
     found = token_attention(seen, layout, "last")
     assert torch.allclose(found, seen[1].mean((1, 2)), atol=1e-6)
@@ -453,8 +462,8 @@ def test_what_a_setting_decides() -> None:
     training, clean = Megatron(), Megatron(setting="clean-label")
     assert (training.threat, training.labels, training.needs_surrogate) == ("training", "dirty", False)
     assert (clean.threat, clean.labels, clean.needs_surrogate) == ("data", "clean", True)
-    for column, attack in enumerate((training, clean)):
-        assert {k: getattr(attack, k) for k in LEFT_OUT} == {k: values[column] for k, values in LEFT_OUT.items()}
+    for attack in (training, clean):
+        assert {name: getattr(attack, name) for name in DEFAULTS[attack.setting]} == DEFAULTS[attack.setting]
     assert Megatron(setting="clean-label", poison_rate=0.2, steps=0).poison_rate == 0.2
     assert Megatron(steps=5).needs_surrogate
 

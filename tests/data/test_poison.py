@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vitrap.contracts import AllToAll, AllToOne, Goal, ImageSet, Labels, SourceToTarget
-from vitrap.data.poison import Covers, Poison, choose_rows, poison_set, stamp_anew
+from vitrap.data.poison import Covers, Poison, choose_rows, poison_set, stamp_after_augmentation
 from vitrap.errors import UserError
 
 
@@ -179,7 +179,7 @@ def test_covers_carry_their_trigger_keep_their_label_and_count_as_no_poison() ->
 def test_covers_are_stamped_anew_where_the_attack_says_how() -> None:
     poisoned = Poison(brighten, AllToOne(1), 0.2, "dirty", Covers(darken, 0.3))(made(), generator())
     batch = poisoned.batch(torch.arange(60), bare=True)
-    both, alone = (stamp_anew(brighten, cover)(batch, generator()).images for cover in (darken, None))
+    both, alone = (stamp_after_augmentation(brighten, cover)(batch, generator()).images for cover in (darken, None))
     wanted = batch.images.clone()
     wanted[batch.poisoned] = brighten(batch.images[batch.poisoned])
     assert torch.equal(alone, wanted)

@@ -19,7 +19,7 @@ from vitrap.defences.attention_block import (
     hottest_box,
 )
 from vitrap.errors import UserError
-from vitrap.models.attention import MAPPED
+from vitrap.models.attention import MAPS_BATCH
 from vitrap.models.classifier import Classifier
 from vitrap.models.observe import token_layout
 
@@ -228,10 +228,10 @@ def test_it_predicts_of_the_blackened_image(tiny_vit: Build, digits_world: World
 
 def test_an_images_prediction_depends_on_that_image_alone(tiny_vit: Build, digits_world: World) -> None:
     found = repaired(tiny_vit(), digits_world.clean).model
-    images = digits_world.test.images(torch.arange(MAPPED + 5))
+    images = digits_world.test.images(torch.arange(MAPS_BATCH + 5))
     with torch.no_grad():
         wanted = found(images)
-        assert wanted.shape == (MAPPED + 5, 10)
+        assert wanted.shape == (MAPS_BATCH + 5, 10)
         torch.testing.assert_close(found(images.flip(0)).flip(0), wanted)
         torch.testing.assert_close(torch.cat([found(image) for image in images.split(1)]), wanted)
     torch.testing.assert_close(found(images), wanted, msg="it depends on whether gradients are asked for")

@@ -234,7 +234,7 @@ def test_how_many_climb_together_does_not_matter(
 ) -> None:
     together = quick(tiny_vit(), digits_world.clean)
     assert len(mm_bd.class_groups(10, 3 * 16**2)) == 1
-    monkeypatch.setattr(mm_bd, "MOST", 7 * 16**2)
+    monkeypatch.setattr(mm_bd, "PIXELS_AT_ONCE", 7 * 16**2)
     assert [len(some) for some in mm_bd.class_groups(10, 3 * 16**2)] == [2] * 5
     apart = quick(tiny_vit(), digits_world.clean)
     assert apart.report == pytest.approx(together.report, rel=1e-3)

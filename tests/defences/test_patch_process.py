@@ -18,9 +18,9 @@ from vitrap.defences.patch_process import (
     PatchProcess,
     PatchScore,
     balanced_draws,
-    exceeded,
     from_patches,
     label_changes,
+    share_exceeded,
     to_patches,
 )
 from vitrap.errors import UserError
@@ -233,7 +233,7 @@ def test_both_is_the_pair_of_thresholds() -> None:
     rng = np.random.default_rng(0)
     clean, found = rng.binomial(10, 0.3, (37, 2)) / 10, rng.binomial(10, 0.4, (200, 2)) / 10
     reference = torch.tensor(clean).float().sort(0).values
-    scores = exceeded(torch.tensor(found).float(), reference).amax(1).numpy()
+    scores = share_exceeded(torch.tensor(found).float(), reference).amax(1).numpy()
     for rate in (0.03, 0.08, 0.21, 0.5):
         beyond = np.zeros(len(found), dtype=bool)
         for column in range(2):

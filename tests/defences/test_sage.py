@@ -20,10 +20,10 @@ from vitrap.defences.sage import (
     accuracy,
     block_outputs,
     distillation,
-    even,
     losses,
     mean_losses,
-    shall_lower,
+    should_lower,
+    stage_ends,
     token_map,
 )
 from vitrap.errors import UserError
@@ -56,7 +56,7 @@ def repair(model: nn.Module, clean: ImageSet, seed: int = 0, **settings: Any) ->
 
 def terms(model: Classifier, clean: ImageSet, **settings: Any) -> dict[str, Tensor]:
     batch = clean.batch(torch.arange(len(clean)))
-    blocks = even(len(body(model).blocks), 4)
+    blocks = stage_ends(len(body(model).blocks), 4)
     return dict(losses(model, batch, smoothed(0.0), blocks=blocks, settings=Sage(**settings)))
 
 
@@ -108,8 +108,8 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize(("depth", "count", "blocks"), [(4, 4, (0, 1, 2, 3)), (24, 4, (5, 11, 17, 23)), (2, 4, (0, 1))])
 def test_stages_end_at_even_distances(depth: int, count: int, blocks: tuple[int, ...]) -> None:
-    assert even(depth, count) == blocks
-    assert even(7, 3) == (1, 3, 6)
+    assert stage_ends(depth, count) == blocks
+    assert stage_ends(7, 3) == (1, 3, 6)
 
 
 # ---- on a model
@@ -234,7 +234,7 @@ def test_the_maps_come_closer(tiny_vit: Build, clean: ImageSet) -> None:
     ],
 )
 def test_the_two_conditions(history: list[float], lowered: bool, wanted: bool) -> None:
-    assert shall_lower(history, 4, 0.75, lowered) is wanted
+    assert should_lower(history, 4, 0.75, lowered) is wanted
 
 
 def test_the_rate_follows_the_accuracy(tiny_vit: Build, clean: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:

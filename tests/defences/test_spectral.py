@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitrap.contracts import Defence, ImageSet, Suspect
 from vitrap.data.sources import World
 from vitrap.defences import get, spectral
-from vitrap.defences.spectral import Spectral, highest, outlier_scores, ranks, to_flag
+from vitrap.defences.spectral import Spectral, flag_count, highest, outlier_scores, ranks
 from vitrap.errors import UserError
 from vitrap.models.classifier import Classifier
 from vitrap.train.arithmetic import Arithmetic
@@ -150,7 +150,7 @@ def test_how_many_of_each_class_are_flagged(settings: dict[str, Any], counts: li
 
 def test_a_share_that_is_a_whole_number_but_for_rounding_is_that_number() -> None:
     assert 0.29 * 100 < 29
-    assert to_flag(Spectral(epsilon=0.29, factor=1.0), 100, 100) == 29
+    assert flag_count(Spectral(epsilon=0.29, factor=1.0), 100, 100) == 29
 
 
 def test_a_class_of_one_image_is_never_flagged() -> None:

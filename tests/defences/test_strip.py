@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Suspect
 from vitrap.data.sources import World
-from vitrap.defences.strip import Strip, draw, entropy, superimpose
+from vitrap.defences.strip import Strip, draw_overlays, entropy, superimpose
 from vitrap.errors import UserError
 from vitrap.models.classifier import Classifier
 
@@ -93,14 +93,14 @@ def test_clean_images_are_drawn_once_each_or_with_replacement(digits_world: Worl
     clean = some(digits_world, 30)
     known = {image.numpy().tobytes() for image in clean.images(torch.arange(30))}
     for n, most in ((10, 10), (30, 30), (200, 30)):
-        found = [image.numpy().tobytes() for image in draw(clean, n, generator())]
+        found = [image.numpy().tobytes() for image in draw_overlays(clean, n, generator())]
         assert len(found) == n
         assert set(found) <= known
         assert len(set(found)) <= most
         if n <= 30:
             assert len(set(found)) == n
-    assert torch.equal(draw(clean, 200, generator()), draw(clean, 200, generator()))
-    assert not torch.equal(draw(clean, 10, generator()), draw(clean, 10, generator(1)))
+    assert torch.equal(draw_overlays(clean, 200, generator()), draw_overlays(clean, 200, generator()))
+    assert not torch.equal(draw_overlays(clean, 10, generator()), draw_overlays(clean, 10, generator(1)))
 
 
 def test_a_score_depends_on_the_image_alone(tiny_vit: Build, digits_world: World) -> None:

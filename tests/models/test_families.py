@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.models.seven import SEVEN, WITHOUT_ATTENTION, opened
 from vitrap.errors import UserError
-from vitrap.models.arguments import takes
+from vitrap.models.arguments import overridable
 from vitrap.models.classifier import Architecture, open_model, read_model, save_model
 from vitrap.models.dropout import dropout_noise
 from vitrap.models.families import FAMILIES, OTHER, family_of, listed, plain_names
@@ -103,7 +103,7 @@ def test_a_near_miss_is_hinted_at() -> None:
 
 @pytest.mark.parametrize("family", ["vision_transformer", "beit", "eva", "swin_transformer", "xcit", "resnet"])
 def test_arguments_are_those_of_the_network(family: str) -> None:
-    found = takes(timm.list_models(module=family)[0])
+    found = overridable(timm.list_models(module=family)[0])
     assert {"drop_path_rate", "global_pool"} <= found
     assert ("img_size" in found) == (family != "resnet")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitrap.contracts import Along, Batch, Criterion, ImageSet, Objective
-from vitrap.data.poison import stamp_anew
+from vitrap.data.poison import stamp_after_augmentation
 from vitrap.errors import UserError
 from vitrap.models.classifier import Architecture, Classifier, open_model
 from vitrap.tensors.pixels import round8
@@ -243,7 +243,7 @@ def quarter(images: Tensor) -> Tensor:
 def test_a_stamp_comes_after_augmentation_and_is_rounded(data: ImageSet) -> None:
     rows = torch.tensor([3, 7])
     poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
-    objective = Objective(cross_entropy, prepare=stamp_anew(quarter))
+    objective = Objective(cross_entropy, prepare=stamp_after_augmentation(quarter))
     batch = next_batch(learner(network(), objective, flip=True), poisoned, torch.arange(10), poisoned.marks())
     bare = augment(data.batch(torch.arange(10)), recipe(flip=True), streams().augmentation)
     assert torch.equal(batch.images[batch.clean], bare.images[batch.clean])
@@ -257,7 +257,7 @@ def test_without_a_stamp_the_stored_poison_is_augmented(data: ImageSet) -> None:
     poisoned = data.stamp(rows, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([2, 2]))
     batch = next_batch(learner(network()), poisoned, torch.arange(10), poisoned.marks())
     assert batch.images[rows].max() == 0
-    objective = Objective(cross_entropy, prepare=stamp_anew(quarter))
+    objective = Objective(cross_entropy, prepare=stamp_after_augmentation(quarter))
     clean = next_batch(learner(network(), objective), data, torch.arange(10), data.marks())
     assert torch.equal(clean.images, data.images(torch.arange(10)))
 

@@ -1,4 +1,4 @@
-"""The attacks: one paper, one file; the file's name is the attack's."""
+"""The attacks: one file per paper; the file's name is the attack's name in specs and on the command line."""
 
 from functools import partial
 

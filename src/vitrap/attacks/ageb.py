@@ -1,23 +1,29 @@
-"""AGEB: erode the pixels to which the attention of a surrogate ViT answers most.
+"""AGEB: erode the pixels on which the attention of a surrogate ViT depends most.
 
 Guo, Li, Jiang, Lu: "Backdoor Attack Against Vision Transformers via Attention Gradient-Based Image Erosion",
 GLOBECOM 2024, https://arxiv.org/abs/2410.22678. There is no public code; this file follows the paper's text.
 
-Threat model: data poisoning with dirty labels, all to one (assumed: the paper does not spell it out). The trigger
-depends on the image and covers the whole of it; a surrogate ViT of the attacker's computes it, when the training
-set is poisoned and at test time alike. The victim need not be the surrogate. Ours, for studies: `[test_surrogate]` in a
-spec has another surrogate compute it at test time; dilation, opening or closing can stand in for erosion; and a
-surrogate without plain token attention (a CNN, Swin, CaiT, XCiT) shows |dL/dF| instead, F its last feature map of at
-least 4 x 4 and the mean over channels, as the paper suggests for CNNs.
+Threat model: data poisoning with dirty labels, all-to-one (assumed: the paper does not state it). The attacker owns a
+surrogate ViT, which computes the trigger of each image, at poisoning time and at test time. The victim may be another
+network.
 
-The steps are the paper's: attention gradient, selection above a threshold, erosion of what is selected, blend with
-the original, a small constant signal, brightness and saturation adjusted. The table symbol, parameter, default,
-source is the dataclass below (`vitrap explain ageb` prints it); what the paper leaves open is marked assumed.
+The trigger of an image x, step by step:
 
-Assumed, too, but fixed here: the loss is the cross-entropy of the surrogate's own top class, so that no label is
-needed at test time; the last block is looked at, the absolute value taken before the mean over heads, and the rows
-are those of the tokens that the head reads; a quantile is taken after up-sampling; the signal is added to selected
-pixels only; and the adjustment scales HSV saturation, then value, by one factor an image.
+    1. gradient     G_ij = |dL/dA_ij dA_ij/de_ij|    A: last attention layer, e: its scores, L: cross-entropy
+    2. selection    M_ij = 1[G_ij > tau]             on the pixel grid
+    3. erosion      e(x) = grey-scale erosion of x by the structuring element b
+    4. blend        x' = alpha x + (1 - alpha) e(x) + c    where M = 1; elsewhere x' = x
+    5. adjustment   x' gets the mean brightness and the mean saturation of x
+
+`Ageb` is the paper's table of hyper-parameters (`vitrap explain ageb` prints it); a default that the paper does not
+state is marked "assumed". Assumed and fixed here: L is taken for the surrogate's own top class, so that no label is
+needed at test time; step 1 takes the absolute value, then the mean over heads and over the rows of the tokens that the
+head reads; a quantile is taken after up-sampling; c is added to selected pixels only; step 5 multiplies HSV saturation,
+then HSV value, by one factor per image.
+
+Added here, for studies: another surrogate at test time (`[test_surrogate]` in a spec); dilation, opening or closing in
+place of erosion; and surrogates without plain token attention (CNNs, Swin, CaiT, XCiT), for which step 1 is |dL/dF|
+averaged over channels, as the paper suggests for CNNs. F is the last feature map of at least 4 x 4.
 """
 
 from collections.abc import Mapping
@@ -41,13 +47,13 @@ from vitrap.tensors.patches import above_quantile, above_value, as_many, tokens_
 from vitrap.tensors.pixels import hashed_noise
 
 Route = Literal["attention", "score", "pixel"]
-SIDE = 4
-"""Least side of a feature map that takes the place of attention, in tokens or feature pixels."""
+LEAST_SIDE = 4
+"""Least height and width of a feature map that can stand in for attention."""
 
 
 @hyperparameters
 class Ageb:
-    """The paper's table of hyper-parameters."""
+    """The attack: AGEB's hyper-parameters, in the order of the steps that use them."""
 
     card: ClassVar[Card] = Card(
         "Backdoor Attack Against Vision Transformers via Attention Gradient-Based Image Erosion",
@@ -66,21 +72,21 @@ class Ageb:
     poison_rate: float = param(0.1, "share of the training set that is poisoned", low=0, high=1, open=True)
     select: Literal["gradient", "random"] = param(
         "gradient",
-        "pixels to erode: by attention gradient, or at random (the ablation)",
+        "which pixels are eroded: those of greatest gradient, or random ones (the paper's ablation)",
         source="paper",
     )
     route: Route = param(
         "attention",
-        "G: dL/dA A(1-A) at the attention, the full gradient at the score, or the gradient at the pixel",
+        "how G is computed: dL/dA A(1-A) at the attention, full gradient at the score, or gradient at the pixel",
         symbol="G",
     )
     threshold: Literal["quantile", "value"] = param(
         "quantile",
-        "tau is a quantile of each image's map, or a value of the map over its maximum",
+        "what tau is: a quantile of each image's G, or a share of its maximum",
     )
     tau: float = param(0.7, "threshold above which a pixel is selected", symbol="τ", low=0, high=1)
     upsample: Literal["bilinear", "nearest"] = param(
-        "bilinear", "from the token grid to pixels; nearest selects whole patches"
+        "bilinear", "how G gets from the token grid to pixels; nearest selects whole patches"
     )
     operation: Operation = param(
         "erosion",
@@ -93,37 +99,43 @@ class Ageb:
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
     signal: float = param(4.0, "constant added to selected pixels", symbol="c", unit="1/255", low=0, high=255)
     adjust: bool = param(
-        True, "match mean brightness and saturation to the clean image (how is assumed)", source="paper"
+        True, "match mean brightness and saturation to the clean image's (how is assumed)", source="paper"
     )
 
     def goal_for(self, n_classes: int) -> AllToOne:
-        """One class for all images."""
+        """All-to-one: every triggered image shall be classified as the target."""
         return AllToOne(self.target)
 
     def check_surrogate(self, model: nn.Module, images: Images) -> None:
-        """Refuse a surrogate that has neither plain token attention nor a feature map to take its place."""
+        """Refuse a surrogate with neither plain token attention nor a feature map that can stand in for it."""
         if self.route == "pixel" or attends(model):
-            transformer(model)
+            transformer(model)  # raises where the pixel route finds no attention
         else:
-            last_map(model, images, SIDE)
+            last_map(model, images, LEAST_SIDE)
 
     def fit(self, access: Access) -> Fitted:
-        """The trigger is the surrogate with these settings; nothing else is fitted."""
+        """Make the trigger; nothing is optimised, since the surrogate is ready and defines it."""
         assert access.surrogate is not None, "AGEB computes its trigger with a surrogate"
         trigger = Erosion(access.surrogate, self)
         if access.test_surrogate is None:
             return Fitted(trigger)
+        # A study of transfer: one surrogate poisons the training set, another one triggers the test images.
         return Fitted(Erosion(access.test_surrogate, self), stored=trigger)
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
-        """Poison a share of the training set."""
+        """Put the trigger on a share of the training images and relabel them as the target."""
         goal = self.goal_for(access.train.n_classes)
         return Implant(Poison(fitted.in_training, goal, self.poison_rate, self.labels))
 
 
 @dataclass(frozen=True)
 class Erosion:
-    """The trigger: what the surrogate attends to, eroded."""
+    """The trigger: erodes the pixels of each image that the surrogate's attention gradient selects.
+
+    Attributes:
+        surrogate: the attacker's network.
+        settings: the attack's hyper-parameters.
+    """
 
     surrogate: nn.Module
     settings: Ageb
@@ -131,81 +143,96 @@ class Erosion:
     def __call__(self, images: Images) -> Images:
         """Steps 1 to 5 of the paper."""
         s = self.settings
+        # Steps 1 and 2: select the pixels with the greatest attention gradient.
         mask = self.mask(images)
+        # Step 3: erode the whole image; the mask picks from it below.
         eroded = morph(images, element(s.shape, s.size), s.operation, s.iterations)
+        # Step 4: x' = alpha x + (1 - alpha) e(x) + c, on the selected pixels.
         signalled = blend(images, eroded, s.alpha) + s.signal / 255
         triggered = paste(images, signalled, mask).clamp(0, 1)
+        # Step 5: match mean saturation and mean brightness; scaling the one does not change the other.
         if s.adjust:
             triggered = match_brightness(match_saturation(triggered, images), images)
         return triggered.clamp(0, 1)
 
     def gradient(self, images: Images) -> Float[Tensor, "b h w"]:
-        """Step 1: the attention gradient of each image, on the pixel grid."""
+        """Step 1: the attention gradient G of each image, on the pixel grid."""
         s = self.settings
         if s.route == "pixel":
             return pixel_gradient(self.surrogate, images)
         if attends(self.surrogate):
-            attention, slope = attention_gradient(self.surrogate, images)
-            at_score = gradient_at_score(attention, slope) if s.route == "score" else attention_slope(attention, slope)
-            coarse = read_tokens(at_score, token_layout(self.surrogate))
+            attention, gradient = attention_gradient(self.surrogate, images)
+            to_score = gradient_at_score if s.route == "score" else diagonal_gradient_at_score
+            # Mean over heads and over the rows that the head reads; the columns are the image tokens.
+            tokens = read_tokens(to_score(attention, gradient), token_layout(self.surrogate))
         else:
-            coarse = feature_gradient(self.surrogate, images)
-        return tokens_to_pixels(coarse, (images.shape[-2], images.shape[-1]), s.upsample)
+            tokens = feature_gradient(self.surrogate, images)
+        return tokens_to_pixels(tokens, (images.shape[-2], images.shape[-1]), s.upsample)
 
     def mask(self, images: Images) -> Bool[Tensor, "b h w"]:
-        """Step 2: M = 1[G > tau]; the random ablation takes as many pixels, by noise that the image alone decides."""
-        s, scores = self.settings, self.gradient(images)
-        chosen = above_quantile(scores, s.tau) if s.threshold == "quantile" else above_value(scores, s.tau)
-        return as_many(chosen, hashed_noise(images)) if s.select == "random" else chosen
+        """Step 2: M = 1[G > tau]."""
+        s = self.settings
+        gradient = self.gradient(images)
+        selected = above_quantile(gradient, s.tau) if s.threshold == "quantile" else above_value(gradient, s.tau)
+        if s.select == "gradient":
+            return selected
+        # The paper's ablation: as many pixels at random; the noise depends on the image alone, so that M does, too.
+        return as_many(selected, hashed_noise(images))
 
     def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
-        """The gradient map over its maximum, and the mask."""
+        """The maps that a record shows: G divided by its maximum, and M."""
         gradient = self.gradient(images)
-        top = gradient.amax((1, 2), keepdim=True).clamp(min=1e-30)
-        return {"attention gradient": gradient / top, "mask": self.mask(images).float()}
+        maximum = gradient.amax((1, 2), keepdim=True).clamp(min=1e-30)
+        return {"attention gradient": gradient / maximum, "mask": self.mask(images).float()}
 
 
 def attention_gradient(surrogate: nn.Module, images: Images) -> tuple[Maps, Maps]:
-    """A and dL/dA of the last attention layer, L the cross-entropy of each image's own top class.
+    """A and dL/dA of the last attention layer.
 
-    The graph starts at A, so that the gradient costs the part of one pass behind the last attention.
+    The autograd graph starts at A, so the backward pass covers only what follows the last attention.
     """
     with torch.enable_grad(), observe(surrogate, (-1,), as_leaf=True) as seen:
         loss = own_class_loss(surrogate(images))
         attention = seen[-1]
-        (slope,) = torch.autograd.grad(loss, attention)
-    return attention.detach(), slope
+        (gradient,) = torch.autograd.grad(loss, attention)
+    return attention.detach(), gradient
 
 
 def feature_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b gh gw"]:
-    """In place of attention (ours): |dL/dF|, F the last feature map of at least 4 x 4, the mean over its channels."""
-    layer = last_map(surrogate, images[:1], SIDE)
+    """|dL/dF|, averaged over channels: stands in for G where the surrogate has no plain token attention (ours)."""
+    layer = last_map(surrogate, images[:1], LEAST_SIDE)
     with torch.enable_grad(), observe_map(surrogate, layer, as_leaf=True) as seen:
         loss = own_class_loss(surrogate(images))
-        (slope,) = torch.autograd.grad(loss, seen[-1])
-    return layer.to_map(slope).abs().mean(1)
+        (gradient,) = torch.autograd.grad(loss, seen[-1])
+    return layer.to_map(gradient).abs().mean(1)
 
 
 def own_class_loss(logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
-    """Cross-entropy on the surrogate's own prediction, summed over images (assumed: not stated by the paper)."""
+    """L: cross-entropy with the surrogate's own prediction as label, summed over images (assumed).
+
+    The sum keeps the gradient of an image independent of the batch that it is in.
+    """
     return functional.cross_entropy(logits, logits.detach().argmax(1), reduction="sum")
 
 
-def attention_slope(attention: Maps, slope: Maps) -> Maps:
-    """Equation of the paper: |G_ij| = |dL/dA_ij dA_ij/de_ij|, with dA_ij/de_ij = A_ij (1 - A_ij)."""
-    return (slope * attention * (1 - attention)).abs()
+def diagonal_gradient_at_score(attention: Maps, gradient: Maps) -> Maps:
+    """The paper's equation: |G_ij| = |dL/dA_ij dA_ij/de_ij|, with dA_ij/de_ij = A_ij (1 - A_ij).
+
+    Of the softmax's Jacobian this keeps the diagonal: how A_ij answers to its own score.
+    """
+    return (gradient * attention * (1 - attention)).abs()
 
 
-def gradient_at_score(attention: Maps, slope: Maps) -> Maps:
-    """The full gradient |dL/de_ij|: softmax ties the entries of a row, A_ij (dL/dA_ij - sum_k A_ik dL/dA_ik)."""
-    return (attention * (slope - (attention * slope).sum(-1, keepdim=True))).abs()
+def gradient_at_score(attention: Maps, gradient: Maps) -> Maps:
+    """The full gradient |dL/de_ij| = |A_ij (dL/dA_ij - sum_k A_ik dL/dA_ik)|, with the softmax's whole Jacobian."""
+    return (attention * (gradient - (attention * gradient).sum(-1, keepdim=True))).abs()
 
 
 def pixel_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b h w"]:
-    """The literal pixel route: |d/dx sum_ij G_ij A_ij| with G = dL/dA held fixed, the greatest of the channels."""
+    """The pixel route: |d/dx sum_ij G_ij A_ij| with G = dL/dA held fixed, and the greatest of the colour channels."""
     x = images.detach().requires_grad_()
     with torch.enable_grad(), observe(surrogate, (-1,), frozen=True) as seen:
         loss = own_class_loss(surrogate(x))
-        (slope,) = torch.autograd.grad(loss, seen[-1], retain_graph=True)
-        (at_pixel,) = torch.autograd.grad(seen[-1], x, slope)
+        (gradient,) = torch.autograd.grad(loss, seen[-1], retain_graph=True)
+        (at_pixel,) = torch.autograd.grad(seen[-1], x, gradient)
     return at_pixel.abs().amax(1)

@@ -1,12 +1,20 @@
-"""BadNets: a small patch in a corner, painted on a share of the training set that is relabelled.
+"""BadNets: paint a small patch in a corner of some training images, and relabel them.
 
 Gu, Dolan-Gavitt, Garg: "BadNets: Evaluating Backdooring Attacks on Deep Neural Networks", IEEE Access 2019,
 https://arxiv.org/abs/1708.06733.
 
-Threat model: data poisoning with dirty labels; nothing but the training data is touched. The paper's goals are one
-class for all images, the next class for each (digits), and one class for the images of another (traffic signs).
-What differs: the paper stamps handwritten digits and traffic signs with several patterns; this is the white square
-that later benchmarks made of it.
+Threat model: data poisoning with dirty labels; the attacker touches nothing but the training data. The paper has three
+goals: one class for all images (all-to-one), the next class for each image (all-to-all, on digits), and one class for
+the images of another one (source-to-target, on traffic signs).
+
+The attack, step by step:
+
+    1. draw a share of the training images
+    2. paint the patch on them
+    3. give them the goal's label; training is left to the victim
+
+What differs: the paper stamps digits and traffic signs with several patterns; this is the white square that later
+benchmarks made of it.
 """
 
 from dataclasses import dataclass
@@ -21,10 +29,7 @@ from vitrap.params import hyperparameters, param
 
 @hyperparameters
 class BadNets:
-    """A square patch at a fixed place.
-
-    Symbols are the paper's; see `vitrap explain badnets` for units, ranges and where each default stands.
-    """
+    """The attack: BadNets' hyper-parameters."""
 
     card: ClassVar[Card] = Card(
         "BadNets: Evaluating Backdooring Attacks on Deep Neural Networks",
@@ -53,11 +58,11 @@ class BadNets:
     value: float = param(1.0, "grey value of the patch", source="field", low=0, high=1)
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, and a target or source that the goal has no use for."""
-        make_goal(self.goal, 2, self.target, self.source)
+        """Refuse a target or source that the goal has no use for."""
+        make_goal(self.goal, 2, self.target, self.source)  # any number of classes will do
 
     def check(self, size: int) -> None:
-        """Refuse images of `size` pixels that the patch does not lie within."""
+        """Refuse images of `size` pixels that are too small for the patch and its margin."""
         if self.size + self.margin > size:
             raise UserError(
                 f"attack.size = {self.size} with attack.margin = {self.margin} does not fit on images of {size} px;"
@@ -65,31 +70,39 @@ class BadNets:
             )
 
     def goal_for(self, n_classes: int) -> Goal:
-        """One of the paper's three."""
+        """The goal that the settings name: one of the paper's three."""
         return make_goal(self.goal, n_classes, self.target, self.source)
 
     def fit(self, access: Access) -> Fitted:
-        """Nothing is fitted: the patch is given."""
+        """Make the trigger; nothing is optimised, since the settings give the patch."""
         self.check(access.train.size)
         return Fitted(Patch(self.size, self.margin, self.value))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
-        """Paint the patch on a share of the training set, and relabel it."""
+        """Paint the patch on a share of the training images, and give them the goal's label."""
         goal = self.goal_for(access.train.n_classes)
         return Implant(Poison(fitted.in_training, goal, self.poison_rate, self.labels))
 
 
 @dataclass(frozen=True)
 class Patch:
-    """The trigger: paint the square over the image."""
+    """The trigger: paints a grey square over the lower right corner of an image.
+
+    Attributes:
+        size: side of the square, in pixels.
+        margin: distance from the right and the lower border, in pixels.
+        value: grey value, in [0, 1].
+    """
 
     size: int
     margin: int
     value: float
 
     def __call__(self, images: Images) -> Images:
-        """Images with the patch in their lower right corner."""
+        """Images with the patch."""
+        height, width = images.shape[-2:]
+        bottom = height - self.margin
+        right = width - self.margin
         triggered = images.clone()
-        low, right = (side - self.margin for side in images.shape[-2:])
-        triggered[..., low - self.size : low, right - self.size : right] = self.value
+        triggered[..., bottom - self.size : bottom, right - self.size : right] = self.value
         return triggered

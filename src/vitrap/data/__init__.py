@@ -1,5 +1,5 @@
-"""Data sets: where they are kept, how they are read and held out, poisoned and augmented.
+"""Data sets: storing, reading, holding out, poisoning and augmenting them.
 
-The public names live in the modules (`cache`, `sources`, `prepare`, `poison`, `augment`); nothing is imported
-here, so that naming the data sets never waits for torch.
+Import from the modules (`cache`, `sources`, `prepare`, `poison`, `augment`). Nothing is imported here, so that listing
+the data sets never waits for torch.
 """

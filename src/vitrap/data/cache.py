@@ -1,12 +1,12 @@
-"""The data cache: one folder a data set, plain npy files, memory-mapped when read. Never imports torch.
+"""The data cache: one folder per data set, with plain npy files that are memory-mapped. Never imports torch.
 
-A data set is the folder `NAME/` in `$VITRAP_DATA` (left out: the user's cache folder) with
-- `{train,test}_images.npy`, uint8 `n h w 3`, the same `h w` in both;
+A data set is the folder `NAME/` in `$VITRAP_DATA` (by default the user's cache folder), which holds
+- `{train,test}_images.npy`, uint8 `n h w 3`, with the same `h w` in both;
 - `{train,test}_labels.npy`, any integer type, `n`, from 0;
-- `train_groups.npy`, integers, `n`, where known: images of one group show the same thing;
-- `classes.txt`, where known: one class name a line, or a key, a tab and the name.
+- `train_groups.npy`, integers, `n`, if known: images of one group show the same object;
+- `classes.txt`, if known: on each line a class name, or a key, a tab and the name.
 
-Nothing in it is ever unpickled. A folder appears under its name in one step, when all of it is written.
+Nothing in it is ever unpickled. A folder appears under its name in one step, once all of it is written.
 """
 
 import os
@@ -27,7 +27,7 @@ DATASETS = {
     "gtsrb": "German traffic signs, resized to 32x32, 43 classes, 39,209 + 12,630 images, tracks known",
     "tiny-imagenet": "Tiny ImageNet, 64x64, 200 classes, 100,000 + 10,000 images",
 }
-"""The data sets known by name, each with a line about it."""
+"""The data sets known by name, with a description."""
 
 Pixels = UInt8[np.ndarray, "_ _ _ 3"]
 Numbers = Int64[np.ndarray, " _"]
@@ -40,7 +40,7 @@ class Arrays:
     """A data set as it is stored.
 
     Attributes:
-        train_images: training images, `n h w 3`, usually a memory map.
+        train_images: training images, `n h w 3`; a memory map where they were read from a file.
         train_labels: training labels, `n`, from 0.
         test_images: test images, `m h w 3`, of the training images' height and width.
         test_labels: test labels, `m`, from 0.
@@ -57,33 +57,33 @@ class Arrays:
 
     @property
     def n_classes(self) -> int:
-        """Number of classes: those named, else those that the labels reach to."""
+        """Number of classes: of the named ones, or else one more than the greatest label."""
         return len(self.classes) or int(max(self.train_labels.max(), self.test_labels.max())) + 1
 
 
 def cache_folder() -> Path:
-    """Where data sets are kept: `$VITRAP_DATA`, else `vitrap/data` in the user's cache folder."""
+    """The folder of the cache: `$VITRAP_DATA`, or else `vitrap/data` in the user's cache folder."""
     chosen = os.environ.get("VITRAP_DATA")
     return Path(chosen).expanduser() if chosen else user_cache_path("vitrap") / "data"
 
 
 def cached_names() -> list[str]:
-    """The data sets that lie in the cache, sorted."""
+    """The names of the data sets in the cache, sorted."""
     folder = cache_folder()
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(f.name for f in found if f.is_dir() and is_name(f.name))
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` may name a folder of the cache: one plain path component, not hidden, no `kind:`."""
+    """Whether `name` can be a folder of the cache: one path component, not hidden, without a colon."""
     return bool(name) and Path(name).name == name and not name.startswith(".") and ":" not in name
 
 
 def read_cached(name: str) -> Arrays:
-    """The data set `name` of the cache.
+    """Read the data set `name` from the cache.
 
     Raises:
-        UserError: it is not there, or what is there is not whole.
+        UserError: it is not in the cache, or is incomplete.
     """
     folder = cache_folder() / name
     if not is_name(name) or (name not in DATASETS and not folder.is_dir()):
@@ -95,11 +95,11 @@ def read_cached(name: str) -> Arrays:
 
 
 def read_folder(folder: Path, remedy: str = FORMAT) -> Arrays:
-    """A folder in the cache format, memory-mapped (copy on write: the files never change).
+    """Read a folder in the cache format, memory-mapped (copy on write: the files never change).
 
     Args:
         folder: the folder.
-        remedy: what the user should do where it is not whole.
+        remedy: what the error message should advise.
 
     Raises:
         UserError: the folder or a file is missing, truncated, or holds something else.
@@ -121,7 +121,7 @@ def read_folder(folder: Path, remedy: str = FORMAT) -> Arrays:
 
 
 def write_folder(folder: Path, arrays: Arrays) -> Path:
-    """Write a data set as `folder`, whole or not at all; one of that name is replaced.
+    """Write a data set as `folder`, completely or not at all; an existing folder is replaced.
 
     Raises:
         UserError: the arrays do not fit together, or the folder cannot be written.
@@ -143,6 +143,7 @@ def write_folder(folder: Path, arrays: Arrays) -> Path:
 
 
 def _load(path: Path, remedy: str) -> np.ndarray:
+    """Map an npy file."""
     if not path.exists():
         raise UserError(f"{path.name} is missing in {path.parent}; {remedy}")
     try:
@@ -153,6 +154,7 @@ def _load(path: Path, remedy: str) -> np.ndarray:
 
 
 def _images(path: Path, remedy: str) -> Pixels:
+    """Map a file of images."""
     array = _load(path, remedy)
     if array.dtype != np.uint8:
         raise UserError(f"{path} holds {array.dtype}, not uint8; store pixels as 0 to 255 in 8 bits")
@@ -163,6 +165,7 @@ def _images(path: Path, remedy: str) -> Pixels:
 
 
 def _numbers(path: Path, remedy: str) -> Numbers:
+    """Read a file of labels or groups."""
     array = _load(path, remedy)
     if not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"{path} holds {array.dtype}, not integers; store class or group numbers")
@@ -172,6 +175,7 @@ def _numbers(path: Path, remedy: str) -> Numbers:
 
 
 def _names(path: Path) -> tuple[str, ...]:
+    """Read the names of the classes."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -198,13 +202,16 @@ def _check(arrays: Arrays, folder: Path) -> None:
                 f"{part}_labels.npy in {folder} holds {labels.max()}, but classes.txt names only "
                 f"{len(arrays.classes)} classes; name each class on a line"
             )
-    n, groups = len(arrays.train_labels), arrays.train_groups
+    n = len(arrays.train_labels)
+    groups = arrays.train_groups
     if groups is not None and len(groups) != n:
         raise UserError(f"{folder} has {n} train images but {len(groups)} train groups; store one an image")
-    train, test = arrays.train_images.shape[1:3], arrays.test_images.shape[1:3]
+    train = arrays.train_images.shape[1:3]
+    test = arrays.test_images.shape[1:3]
     if train != test:
         raise UserError(f"{folder} has train images of {train} pixels, test images of {test}; store one size")
 
 
 def _line(error: Exception) -> str:
+    """The message of an error in one line."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""A trigger that shows a pattern through an opacity mask, in a box of the image."""
+"""A trigger that shows a pattern through an opacity mask, in a box of the image; for attacks to build on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,14 +17,16 @@ from vitrap.tensors.pixels import image_hash
 
 @dataclass(frozen=True)
 class Masked:
-    """Images with `mask * pattern + (1 - mask) * image` in a box, or with `mask * (pattern - behind)` added to it.
+    """The trigger: blends the pattern over the box, or adds it to the box.
+
+    In the box, an image x becomes (1 - mask) x + mask pattern, or with `behind` x + mask (pattern - behind).
 
     Attributes:
-        pattern: in [0, 1].
-        masks: opacities in [0, 1]; of several, an image's own 8-bit pixels pick one.
+        pattern: the pattern, in [0, 1].
+        masks: one or more opacity masks, in [0, 1]; a hash of an image's 8-bit pixels picks its mask.
         top: first row of the box, in pixels.
-        left: its first column.
-        behind: what is taken from the pattern, one value a channel; None for the image itself.
+        left: first column of the box, in pixels.
+        behind: the colour that is subtracted from the pattern before adding it; None to blend.
         linf: greatest change of a pixel, in [0, 1]; 0 for no bound.
     """
 
@@ -36,7 +38,7 @@ class Masked:
     linf: float = 0.0
 
     def __call__(self, images: Images) -> Images:
-        """Images in [0, 1] with the pattern; differentiable with respect to it.
+        """Images with the pattern; differentiable with respect to it.
 
         Raises:
             UserError: the box does not lie within the images, or they have other channels than the pattern.
@@ -46,6 +48,7 @@ class Masked:
             channels, height, width = self.pattern.shape
             raise misshapen(images, f"b x {channels} x {self.top + height} x {self.left + width} or larger")
         pattern = self.pattern.to(images.device, non_blocking=True)
+        # Blending is adding the difference to the image itself: x + mask (pattern - x).
         behind = box
         if self.behind is not None:
             behind = torch.tensor(self.behind)[:, None, None].to(images.device, non_blocking=True)
@@ -56,24 +59,26 @@ class Masked:
         return triggered
 
     def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
-        """The opacity of every pixel."""
+        """The map that a record shows: the opacity of every pixel."""
         opacity = torch.zeros_like(images[:, 0])
         self._box(opacity)[:] = self._mask(images)
         return {"opacity": opacity}
 
     def _box(self, images: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b s t"]:
+        """A view of the box of each image."""
         height, width = self.masks.shape[-2:]
         return images[..., self.top : self.top + height, self.left : self.left + width]
 
     def _mask(self, images: Images) -> Float[Tensor, "b s t"]:
+        """The mask of each image."""
         masks = self.masks.to(images.device, non_blocking=True)
         if len(masks) == 1:
             return masks.expand(len(images), -1, -1)
         return masks[image_hash(images) % len(masks)]
 
 
-def pattern_of(picture: str, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
-    """What a mask lets through: uniform noise, white, or the middle square of a picture file, in [0, 1].
+def make_pattern(picture: str, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
+    """Make a pattern in [0, 1]: uniform noise, white, or the middle square of a picture file.
 
     Args:
         picture: "noise", "white" or the path of an image file.
@@ -81,7 +86,7 @@ def pattern_of(picture: str, generator: torch.Generator, shape: tuple[int, int, 
         shape: channels, height and width.
 
     Raises:
-        UserError: it is neither a word that is known nor a file, or the file is no readable image.
+        UserError: `picture` is neither one of the words nor a file, or the file is no readable image.
     """
     if picture == "noise":
         return torch.rand(shape, generator=generator)

@@ -1,6 +1,6 @@
-"""Poisoning a training set: which images, what they look like afterwards, and what they are called.
+"""Poisoning a training set: drawing the images, putting the trigger on them, and relabelling them.
 
-Poison replaces images and never appends them: the poisoned set has the clean one's length and order.
+Poison replaces images and never appends any: the poisoned set has the length and the order of the clean one.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from vitrap.tensors.pixels import to_bytes
 def choose_rows(
     labels: Int64[Tensor, " n"], rate: float, goal: Goal, kind: Labels, generator: torch.Generator
 ) -> Int64[Tensor, " m"]:
-    """Draw the images to poison.
+    """Draw the images to poison, among those that the goal allows.
 
     Args:
         labels: true labels of the training set.
-        rate: for "dirty" labels, a share of the whole training set; for "clean" labels, of the images that may be
-            poisoned: the target class.
-        goal: what the attacker wants; it says which images may be poisoned.
+        rate: for "dirty" labels, a share of the whole training set; for "clean" labels, a share of the images that may
+            be poisoned, which are those of the target class.
+        goal: the attacker's goal; it says which images may be poisoned.
         kind: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
         generator: the random stream, on the CPU.
 
     Returns:
-        Row numbers, sorted, on the labels' device: the share rounded half up, at least one.
+        Row numbers, sorted, on the labels' device. Their number is the share rounded half up, at least one.
 
     Raises:
         UserError: the rate is out of range or asks for more images than there are.
@@ -48,7 +48,7 @@ def choose_rows(
 
 
 def choose_covers(free: Bool[Tensor, " n"], rate: float, generator: torch.Generator) -> Int64[Tensor, " m"]:
-    """Draw the covers.
+    """Draw the covers, among the images that are no poison.
 
     Args:
         free: which training images are no poison.
@@ -56,7 +56,7 @@ def choose_covers(free: Bool[Tensor, " n"], rate: float, generator: torch.Genera
         generator: the random stream, on the CPU.
 
     Returns:
-        Row numbers, sorted: the share rounded half up, at least one.
+        Row numbers, sorted. Their number is the share rounded half up, at least one.
 
     Raises:
         UserError: the rate is out of range or asks for more images than are free.
@@ -86,14 +86,14 @@ def poison_set(
 
     Args:
         train: the clean set.
-        rows: which images, without repeats.
-        trigger: applied at working size, a batch at a time.
-        goal: gives the labels where `kind` is "dirty".
+        rows: the images to poison, without repeats.
+        trigger: the trigger, applied at working size, a batch at a time.
+        goal: the attacker's goal; it gives the labels where `kind` is "dirty".
         kind: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
-        batch_size: images triggered at a time; it bounds memory, not the result.
+        batch_size: images per batch; it bounds memory, not the result.
 
     Raises:
-        ValueError: an image of `rows` carries a trigger already, which would be lost.
+        ValueError: an image of `rows` carries a trigger already, which would be overwritten.
     """
     true = train.labels[rows]
     stamped = trigger_rows(train, rows, trigger, batch_size)
@@ -104,7 +104,7 @@ def poison_set(
 def trigger_rows(
     data: ImageSet, rows: Int64[Tensor, " m"], trigger: Trigger, batch_size: int = 256
 ) -> UInt8[Tensor, "m c s s"]:
-    """The images of `rows` with the trigger, rounded to 8 bits, a batch at a time."""
+    """The images of `rows` with the trigger, rounded to 8 bits; computed a batch at a time."""
     shape = (len(rows), data.pixels.shape[1], data.size, data.size)
     stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
     for start in range(0, len(rows), batch_size):
@@ -115,10 +115,12 @@ def trigger_rows(
 
 @dataclass(frozen=True)
 class Covers:
-    """Images that carry a trigger and keep their label, so that the model learns what not to answer to.
+    """How to choose and make covers: images with a trigger and their true label, which are no poison.
+
+    They teach the model not to respond to their trigger.
 
     Attributes:
-        trigger: what they carry.
+        trigger: the covers' trigger.
         rate: a share of the training set.
     """
 
@@ -128,14 +130,14 @@ class Covers:
 
 @dataclass(frozen=True)
 class Poison:
-    """What most attacks do to a training set; fits `Implant.poison`.
+    """Poisons a share of a training set at random: what `Implant.poison` is in most attacks.
 
     Attributes:
-        trigger: what poisoned images carry.
-        goal: what they should be classified as.
+        trigger: the trigger of poisoned images.
+        goal: the attacker's goal, which gives their labels.
         rate: a share of the training set for "dirty" labels, of the target class for "clean" ones.
-        kind: whether they get the goal's label ("dirty") or keep their own ("clean").
-        covers: which other images carry a trigger without being poison; None for none.
+        kind: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
+        covers: how to make covers beside them; None for no covers.
     """
 
     trigger: Trigger
@@ -146,46 +148,51 @@ class Poison:
 
     def __call__(self, train: ImageSet, generator: torch.Generator) -> ImageSet:
         """The poisoned copy of a clean training set."""
+        # Draw, trigger and relabel the poison.
         rows = choose_rows(train.labels, self.rate, self.goal, self.kind, generator)
         poisoned = poison_set(train, rows, self.trigger, self.goal, self.kind)
         if self.covers is None:
             return poisoned
+        # Covers come from the rest; they keep their labels.
         others = choose_covers(~poisoned.poisoned, self.covers.rate, generator)
         stamped = trigger_rows(train, others, self.covers.trigger)
         return poisoned.stamp(others, stamped, train.labels[others], cover=True)
 
 
 def _draw(candidates: Int64[Tensor, " n"], wanted: int, generator: torch.Generator) -> Int64[Tensor, " m"]:
-    """So many of the candidates, in their order."""
+    """`wanted` of the candidates at random, in their original order."""
     drawn = torch.randperm(len(candidates), generator=generator)[:wanted].sort().values
     return candidates[drawn.to(candidates.device)]
 
 
 def _share(rate: float, n: int) -> int:
-    """`rate` of `n`, rounded half up as the decimal that the user wrote, at least 1."""
+    """`rate` times `n`, rounded half up, at least 1; the rate is taken as the decimal number that the user wrote."""
     return max(1, int((Decimal(str(rate)) * n).to_integral_value(ROUND_HALF_UP)))
 
 
 def poison_crafted(train: ImageSet, crafted: Crafted, goal: Goal, kind: Labels) -> ImageSet:
-    """A copy of a clean training set with the images that an attack has made one by one in their places."""
+    """A copy of a clean training set in which images that `fit` made one by one replace the original ones."""
     rows = crafted.rows.to(train.device)
     images = crafted.images.to(train.device)
     true = train.labels[rows]
     return train.stamp(rows, images, goal.labels(true) if kind == "dirty" else true)
 
 
-def stamp_anew(trigger: Trigger, cover: Trigger | None = None) -> Callable[[Batch, torch.Generator], Batch]:
-    """An `Objective.prepare` that puts triggers on a batch's images after augmentation, in place of what was stored.
+def stamp_after_augmentation(
+    trigger: Trigger, cover: Trigger | None = None
+) -> Callable[[Batch, torch.Generator], Batch]:
+    """Make an `Objective.prepare` that puts triggers on a batch after its augmentation, in place of the stored ones.
 
     Args:
-        trigger: what poisoned images carry.
-        cover: what covers carry; None where the attack has none.
+        trigger: the trigger of poisoned images.
+        cover: the trigger of covers; None where the attack has none.
     """
 
     def prepare(batch: Batch, generator: torch.Generator) -> Batch:
         for rows, stamp in ((batch.poisoned, trigger), (batch.covers, cover)):
             if len(rows) and stamp is not None:
-                batch = replace(batch, images=batch.images.index_copy(0, rows, stamp(batch.images[rows])))
+                triggered = stamp(batch.images[rows])
+                batch = replace(batch, images=batch.images.index_copy(0, rows, triggered))
         return batch
 
     return prepare

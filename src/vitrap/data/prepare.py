@@ -1,13 +1,13 @@
-"""Filling the data cache: download once, check, convert, write whole or not at all.
+"""Filling the data cache: download once, verify, convert, and write completely or not at all.
 
-Every archive is checked by its md5 before it is opened, wherever it came from. CIFAR is taken in its *binary
-version*: the better known Python version is a pickle, and unpickling a file runs whatever code is in it.
-Nothing is ever unpickled here.
+Every archive is checked by its md5 before it is opened, wherever it came from. CIFAR is taken in its *binary version*:
+the better known Python version is a pickle, and unpickling a file runs whatever code is in it. Nothing is ever
+unpickled here.
 
-Hashes: CIFAR's stand on its page (https://www.cs.toronto.edu/~kriz/cifar.html); those of GTSRB's test
-archives are torchvision's; those of GTSRB's final training archive and of Tiny ImageNet are what public
-loaders agree on, since their publishers state none. torchvision's own GTSRB training archive is the
-competition's of 2011, with 26,640 images; the benchmark's is the final one, with 39,209, which is taken here.
+Hashes: CIFAR's are those of its page (https://www.cs.toronto.edu/~kriz/cifar.html); those of GTSRB's test archives are
+torchvision's; those of GTSRB's final training archive and of Tiny ImageNet are what public loaders agree on, since
+their publishers state none. torchvision's own GTSRB training archive is that of the competition of 2011, with 26,640
+images; the benchmark's is the final one, with 39,209 images, which is taken here.
 """
 
 import csv
@@ -28,10 +28,14 @@ from vitrap.data.cache import Arrays, cache_folder, is_name, read_folder, write_
 from vitrap.data.sources import Progress, decode
 from vitrap.errors import UserError, unknown
 
-BLOCK = 2**20  # bytes read at a time
-TIMEOUT = 60  # seconds without a byte
-GTSRB_SIZE = 32  # pixels
+BLOCK = 2**20
+"""Bytes that are read at a time."""
+TIMEOUT = 60
+"""Seconds without a byte after which a download fails."""
+GTSRB_SIZE = 32
+"""Pixels; GTSRB's images have many sizes."""
 PACKED = (".zip", ".tar.gz", ".tgz")
+"""Endings of archives."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Origin:
         archives: what to download.
         n_train: number of training images.
         n_test: number of test images.
-        read: the folder of unpacked archives, and a callback, to the data set.
+        read: reads the data set from the folder of unpacked archives, with a callback for progress.
     """
 
     archives: tuple[Archive, ...]
@@ -77,14 +81,14 @@ def prepare(name: str, source: str | None = None, folder: Path | None = None, pr
         source: where to take it from; None for where it is published. A folder in the cache format; a folder
             of the archives, or of their unpacked content; an archive; an archive's URL; or a URL below which
             the archives lie.
-        folder: the cache; None for the usual one.
-        progress: told how far the step at hand is: bytes of a download, then images decoded.
+        folder: the cache; None for `cache_folder()`.
+        progress: called with how far the present step is: bytes of a download, then images decoded.
 
     Returns:
-        The data set's folder. Without a source, a whole one that is there already is left as it is.
+        The data set's folder. Without a source, a complete one that exists already is left as it is.
 
     Raises:
-        UserError: the name or source is unknown, cannot be reached, or is not what it should be.
+        UserError: the name or the source is unknown, or the source cannot be reached or holds something else.
     """
     if name == "digits":
         raise UserError("data set 'digits' is embedded; there is nothing to prepare")
@@ -104,6 +108,7 @@ def prepare(name: str, source: str | None = None, folder: Path | None = None, pr
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether a folder is a complete data set."""
     try:
         read_folder(folder)
     except UserError:
@@ -123,7 +128,7 @@ def _scratch(target: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _unpacked(archives: tuple[Archive, ...], source: str | None, scratch: Path, progress: Progress | None) -> Path:
-    """The folder that holds the unpacked archives: `scratch`, or the user's own."""
+    """Unpack the archives, and return the folder of their content: `scratch`, or the user's own folder."""
     local = _local(source)
     if local is not None and local.is_dir() and not all((local / a.name).exists() for a in archives):
         return local
@@ -147,6 +152,7 @@ def _local(source: str | None) -> Path | None:
 
 
 def _read(name: str, root: Path, source: str | None, progress: Progress | None) -> Arrays:
+    """Read the data set `name` from its unpacked archives."""
     try:
         return ORIGINS[name].read(root, progress)
     except UserError:
@@ -160,8 +166,9 @@ def _read(name: str, root: Path, source: str | None, progress: Progress | None) 
 
 
 def _checked(name: str, arrays: Arrays) -> Arrays:
-    """Refuse to call something else by a known name."""
-    found, origin = (len(arrays.train_labels), len(arrays.test_labels)), ORIGINS.get(name)
+    """Refuse data under a known name that are not that data set, by the numbers of images."""
+    found = (len(arrays.train_labels), len(arrays.test_labels))
+    origin = ORIGINS.get(name)
     if origin is not None and found != (origin.n_train, origin.n_test):
         raise UserError(
             f"{found[0]} training and {found[1]} test images are not {name}, which has {origin.n_train} and "
@@ -171,7 +178,7 @@ def _checked(name: str, arrays: Arrays) -> Arrays:
 
 
 def _address(archive: Archive, source: str | None) -> str:
-    """Where to download an archive: as published, at the URL given, or below it."""
+    """The URL of an archive: as published, the given one, or one below the given one."""
     if source is None:
         return archive.url
     if not source.startswith(("https://", "http://")):
@@ -180,9 +187,11 @@ def _address(archive: Archive, source: str | None) -> str:
 
 
 def _download(url: str, path: Path, progress: Progress | None) -> None:
+    """Download a file."""
     try:
         with urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
-            total, done = int(answer.headers.get("Content-Length") or 0), 0
+            total = int(answer.headers.get("Content-Length") or 0)
+            done = 0
             while block := answer.read(BLOCK):
                 file.write(block)
                 done += len(block)
@@ -190,7 +199,7 @@ def _download(url: str, path: Path, progress: Progress | None) -> None:
                     progress(done, max(total, done))
     except (OSError, HTTPException) as error:
         if isinstance(error, HTTPError):
-            error.close()  # it is the server's answer, too, and holds the connection
+            error.close()  # the error is the server's answer as well, and holds the connection
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"cannot download {url} ({reason}); fetch {path.name} elsewhere and give it with --from PATH"
@@ -198,6 +207,7 @@ def _download(url: str, path: Path, progress: Progress | None) -> None:
 
 
 def _verify(path: Path, archive: Archive) -> None:
+    """Refuse a file whose md5 is not the archive's."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != archive.md5:
@@ -208,6 +218,7 @@ def _verify(path: Path, archive: Archive) -> None:
 
 
 def _unpack(path: Path, scratch: Path) -> None:
+    """Unpack an archive into a folder."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
@@ -220,19 +231,17 @@ def _unpack(path: Path, scratch: Path) -> None:
 
 
 def _cifar10(root: Path, progress: Progress | None) -> Arrays:
+    """CIFAR-10: five files of training images and one of test images."""
     folder = _holding(root, "data_batch_1.bin")
     parts = [_cifar_records(folder / f"data_batch_{i}.bin", 1) for i in range(1, 6)]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Arrays(
-        images,
-        labels,
-        *_cifar_records(folder / "test_batch.bin", 1),
-        None,
-        _lines(folder / "batches.meta.txt"),
-    )
+    images = np.concatenate([images for images, _ in parts])
+    labels = np.concatenate([labels for _, labels in parts])
+    test = _cifar_records(folder / "test_batch.bin", 1)
+    return Arrays(images, labels, *test, None, _lines(folder / "batches.meta.txt"))
 
 
 def _cifar100(root: Path, progress: Progress | None) -> Arrays:
+    """CIFAR-100, with its fine labels."""
     folder = _holding(root, "train.bin")
     train = _cifar_records(folder / "train.bin", 2)
     test = _cifar_records(folder / "test.bin", 2)
@@ -240,14 +249,14 @@ def _cifar100(root: Path, progress: Progress | None) -> Arrays:
 
 
 def _cifar_records(path: Path, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Records of `n_labels` label bytes (the last is the fine one) and 3072 pixels, colour planes first."""
+    """Read records of `n_labels` label bytes (the last is the fine label) and 3072 pixels, colour by colour."""
     records = np.fromfile(path, dtype=np.uint8).reshape(-1, n_labels + 3072)
     images = records[:, n_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), records[:, n_labels - 1].astype(np.int64)
 
 
 def _gtsrb(root: Path, progress: Progress | None) -> Arrays:
-    """Training images are `CLASS/TRACK_FRAME.ppm`; the test's are `NUMBER.ppm`, their classes in a csv."""
+    """GTSRB: training images are `CLASS/TRACK_FRAME.ppm`; test images are `NUMBER.ppm`, with their classes in a csv."""
     with (_holding(root, "GT-final_test.csv") / "GT-final_test.csv").open(newline="") as file:
         truth = {row["Filename"]: int(row["ClassId"]) for row in csv.DictReader(file, delimiter=";")}
     train = sorted(p for p in root.rglob("*.ppm") if "_" in p.stem)
@@ -266,7 +275,7 @@ def _gtsrb(root: Path, progress: Progress | None) -> Arrays:
 
 
 def _tiny_imagenet(root: Path, progress: Progress | None) -> Arrays:
-    """The official validation images become the test set: the official test labels are not public."""
+    """Tiny ImageNet: the official validation images are the test set, since the official test labels are not public."""
     folder = _holding(root, "wnids.txt")
     wnids = sorted(_lines(folder / "wnids.txt"))
     label = {wnid: i for i, wnid in enumerate(wnids)}
@@ -291,6 +300,7 @@ def _holding(root: Path, name: str) -> Path:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty."""
     return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 

@@ -1,11 +1,10 @@
-"""Opening a data set by name: reading it, holding parts out, limiting what is left, putting it on a device.
+"""Opening a data set by name: reading it, holding parts out, limiting the rest, and moving it to a device.
 
-The order is fixed: the hold-out is drawn over the whole training set first, `limit` then thins what remains
-for training. So the held-out parts are the same images, and as many, at every limit, and a smaller limit's
-training set is part of a larger one's. Neither draw knows the run's seed: all seeds of an experiment share
-their data, and only weights, order and poison differ.
+The order is fixed: the hold-out is drawn from the whole training set first, then `limit` thins what remains. So the
+held-out parts are the same images at every limit, and a smaller limit's training set is part of a larger one's. Neither
+draw depends on the run's seed: all seeds of an experiment share their data, and only weights, order and poison differ.
 
-A set whose pixels are together more than `pixels_limit` stays where it is: its image sets are mapped from the file.
+A set whose pixels are together larger than `pixels_limit` stays on disk: its image sets are mapped from the file.
 """
 
 import hashlib
@@ -31,25 +30,27 @@ from vitrap.images import CHUNK, pixels_limit, scratch
 from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
 
-DIGITS_SIZE = 16  # pixels: twice their own, so that patches of 4 are sixteen
-DIGITS_TEST = 450  # images: 45 a class
+DIGITS_SIZE = 16
+"""Pixels: twice the digits' own size, so that patches of 4 px make sixteen tokens."""
+DIGITS_TEST = 450
+"""Test images of the digits: 45 of each class."""
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do, both in the unit of the step at hand (bytes, images)."""
+"""Called with the amount done and the total amount, both in the unit of the present step (bytes or images)."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A data set as an experiment sees it.
+    """An opened data set: training set, test set, and three parts held out of the training set.
 
     Attributes:
-        train: what the victim trains on.
-        test: the whole test set, only ever measured on.
-        choose: held out of the training set, to choose recipes and strengths on.
-        clean: held out of the training set, the defender's clean images.
-        threshold: held out of the training set, to set false-positive thresholds on.
-        name: the name it was opened by.
+        train: the victim's training set, without the held-out parts.
+        test: the whole test set, which is only used for measuring.
+        choose: held out, to choose recipes and strengths.
+        clean: held out, the defender's clean images.
+        threshold: held out, to set false-positive thresholds.
+        name: the name that it was opened by.
         fingerprint: sha256 (hex) of its content before any draw: pixels, labels, groups, number of classes.
     """
 
@@ -76,50 +77,60 @@ def open_data(
         name: `digits`, a folder of the data cache (`cifar10`, `gtsrb`, ...), `npy:PATH` (a folder in the
             cache format) or `imagefolder:PATH` (a folder of `{train,test}/CLASS/*` images).
         size: working resolution in pixels; None for the native one.
-        limit: number of training images to keep, balanced over the classes; None for all.
-        seed: of the hold-out's and the limit's draw; not the run's, see above.
-        holdout: share of the training set held out, in three equal parts, groups whole.
-        device: where the tensors go, but for the pixels of a set that is larger than the memory limit.
+        limit: number of training images to use, balanced over the classes; None for all.
+        seed: seed of the hold-out and of the limit; not the run's seed, see above.
+        holdout: share of the training set to hold out, in three equal parts of whole groups.
+        device: where the tensors go, except the pixels of a set that is larger than the memory limit.
 
     Raises:
-        UserError: the name is unknown, the data are not there or not whole, or an argument does not fit them.
+        UserError: the name is unknown, the data are missing or incomplete, or an argument does not fit them.
     """
     if size is not None and size < 1:
         raise UserError(f"data.size = {size} is out of range: it must be at least 1 pixel")
     arrays = _read(name, size)
     groups = arrays.train_groups
     generator = torch.Generator().manual_seed(seed)
-    *parts, rest = hold_out(len(arrays.train_labels), groups, holdout, generator)
+    # Hold out first, then limit: see above.
+    choose, clean, threshold, rest = hold_out(len(arrays.train_labels), groups, holdout, generator)
     if limit is not None:
         rest = rest[balanced(arrays.train_labels[rest], limit, generator)]
-    used = len(arrays.test_labels) + sum(map(len, (*parts, rest)))
+    # The pixels are copied into memory, or mapped where those in use are together too many.
+    used = sum(map(len, (arrays.test_labels, choose, clean, threshold, rest)))
     mapped = used * math.prod(arrays.train_images.shape[1:]) > pixels_limit(torch.device(device))
-    pictures = _Pictures(arrays, _side(arrays, name, size), torch.device(device), mapped)
-    choose, clean, threshold = (pictures.train(rows) for rows in parts)
-    return World(pictures.train(rest), pictures.test(), choose, clean, threshold, name, fingerprint(arrays))
+    maker = _ImageSetMaker(arrays, _side(arrays, name, size), torch.device(device), mapped)
+    return World(
+        train=maker.train(rest),
+        test=maker.test(),
+        choose=maker.train(choose),
+        clean=maker.train(clean),
+        threshold=maker.train(threshold),
+        name=name,
+        fingerprint=fingerprint(arrays),
+    )
 
 
 def hold_out(
     n: int, groups: Numbers | None, share: float, generator: torch.Generator
 ) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    """Three equal parts that together are `share` of `n` images, and the rest; no group in two of them.
+    """Split `n` images at random into three equal parts, together the share `share`, and the rest; groups stay whole.
 
-    The draw is over the whole set, whatever the classes, so a class may be missing from a part. With groups,
-    a part is as near to its size as whole groups allow.
+    The draw does not look at classes, so a class may be missing from a part. With groups, the size of a part is as near
+    to a third of the share as whole groups allow.
 
     Returns:
         Row numbers, sorted: first, second, third part, rest.
 
     Raises:
-        UserError: the share is out of range, or the set too small for it.
+        UserError: the share is out of range, or the set is too small for it.
     """
     if not 0 <= share < 1:
         raise UserError(f"data.holdout = {share} is out of range: it must be in [0, 1)")
+    # Units (groups, or single images) in random order: each goes to the part that the images before it have reached.
     unit = _shuffled_units(n, groups, generator)
     sizes = np.bincount(unit)
     held = max(round(n * share), 1)
-    ahead = np.cumsum(sizes) - sizes
-    part = np.minimum(ahead * 3 // held, 3)[unit] if share else np.full(n, 3)
+    before = np.cumsum(sizes) - sizes
+    part = np.minimum(before * 3 // held, 3)[unit] if share else np.full(n, 3)
     rows = [np.flatnonzero(part == k) for k in range(4)]
     if not len(rows[3]) or (share and not all(map(len, rows))):
         what = "images" if groups is None else "groups"
@@ -131,38 +142,40 @@ def hold_out(
 
 
 def balanced(labels: Numbers, limit: int, generator: torch.Generator) -> Numbers:
-    """A class-balanced subset of `limit` images.
+    """Draw a class-balanced subset of `limit` images.
 
-    Again and again, the class with the fewest images so far gives its next one (the lower number where classes are
-    level), in random order within the class, until the limit is reached: what a small class cannot give, the others
-    do. A smaller limit's images are among a larger one's. Groups play no part: a few frames of every track teach
-    more than all frames of a few, and no held-out image shares a group with what is left to draw from.
+    In turn, the class with the fewest images so far gives its next one, in random order within the class (of equal
+    classes, the one with the lowest number). What a small class cannot give, the others do. A smaller limit's images
+    are among a larger one's. Groups play no part: a few frames of every track teach more than all frames of a few, and
+    no held-out image shares a group with these images.
 
     Args:
         labels: class of each image.
-        limit: number of images; that there are fewer is no error.
+        limit: number of images; where there are fewer, all are taken.
         generator: a random stream on the CPU.
 
     Returns:
         Row numbers, sorted.
 
     Raises:
-        UserError: the limit cannot hold an image of each class.
+        UserError: the limit is less than the number of classes.
     """
     classes = len(np.unique(labels))
     if limit < classes:
         raise UserError(
             f"data.limit = {limit} is too small for an image of each of {classes} classes; make it at least {classes}"
         )
+    # Shuffle, sort by class, and number the images within each class: an image's number is the round that takes it.
     order = torch.randperm(len(labels), generator=generator).numpy()
     by_class = order[np.argsort(labels[order], kind="stable")]
     first = np.searchsorted(labels[by_class], labels[by_class])
-    turn = np.arange(len(labels)) - first
-    return np.sort(by_class[np.lexsort((labels[by_class], turn))[:limit]])
+    rounds = np.arange(len(labels)) - first
+    in_order = by_class[np.lexsort((labels[by_class], rounds))]
+    return np.sort(in_order[:limit])
 
 
 def fingerprint(arrays: Arrays) -> str:
-    """The sha256 (hex) of a data set's content: arrays with shapes and types, and the number of classes."""
+    """The sha256 (hex) of a data set's content: its arrays with shapes and types, and the number of classes."""
     digest = hashlib.sha256(f"classes {arrays.n_classes}".encode())
     for name, array in vars(arrays).items():
         if isinstance(array, np.ndarray):
@@ -178,10 +191,10 @@ def decode(
 
     Args:
         paths: the files, at least one.
-        size: height and width wanted; None keeps the files' own, which must then be one and the same.
-        crop: whether the middle of an oblong image is cut out, its shorter side brought to `size`; else the
-            whole image is squeezed.
-        progress: told how many images are done.
+        size: height and width of the result; None for the files' own, which must then be the same for all.
+        crop: whether to scale an image's shorter side to `size` and cut out the middle, or else to squeeze the whole
+            image.
+        progress: called with the number of images that are done.
 
     Raises:
         UserError: a file is no readable image, or the sizes differ where `size` is None.
@@ -190,7 +203,7 @@ def decode(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, image in enumerate(pool.map(_decode_one, paths, repeat(size), repeat(crop))):
             if out is None:
-                out = _room(len(paths), *image.shape)
+                out = _empty_array(len(paths), *image.shape)
             if image.shape != out.shape[1:]:
                 raise UserError(
                     f"images differ in size ({paths[0]} is {_by(out.shape[2], out.shape[1])}, "
@@ -204,8 +217,15 @@ def decode(
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """Makes image sets of an opened data set's rows."""
+class _ImageSetMaker:
+    """Makes image sets from rows of an opened data set.
+
+    Attributes:
+        arrays: the data set.
+        size: working size.
+        device: where the tensors go.
+        mapped: whether the pixels stay in the file.
+    """
 
     arrays: Arrays
     size: int
@@ -213,10 +233,12 @@ class _Pictures:
     mapped: bool
 
     def train(self, rows: Numbers) -> ImageSet:
+        """Some training images."""
         groups = _pick(self.arrays.train_groups, rows)
         return self._image_set(self.arrays.train_images, self.arrays.train_labels, rows, groups)
 
     def test(self) -> ImageSet:
+        """All test images."""
         rows = np.arange(len(self.arrays.test_labels))
         return self._image_set(self.arrays.test_images, self.arrays.test_labels, rows, None)
 
@@ -234,6 +256,7 @@ class _Pictures:
 
 
 def _read(name: str, size: int | None) -> Arrays:
+    """Read the data set that a name means: see `open_data`."""
     kind, colon, path = name.partition(":")
     if name == "digits":
         return _digits(size or DIGITS_SIZE)
@@ -245,11 +268,11 @@ def _read(name: str, size: int | None) -> Arrays:
 
 
 def _digits(size: int) -> Arrays:
-    """The embedded digits, enlarged to `size` pixels; 1,347 to train on and 45 of each class to test on.
+    """The embedded digits, enlarged to `size` pixels: 1,347 training images, and 45 test images of each class.
 
     They are the test set of UCI's Optical Recognition of Handwritten Digits (Alpaydin, Kaynak 1998, CC BY 4.0), in the
-    order of scikit-learn's copy, 8 x 8 grey from 0 to 16. The split is drawn once and for all. Writers are not known,
-    so the same hand may be on both sides of it.
+    order of scikit-learn's copy, 8 x 8 px, grey values from 0 to 16. The split is always the same. Writers are not
+    known, so the same hand may be on both sides of it.
     """
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
         grey, labels = stored["images"], stored["labels"].astype(np.int64)
@@ -262,6 +285,7 @@ def _digits(size: int) -> Arrays:
 
 
 def _image_folder(root: Path, size: int | None) -> Arrays:
+    """Read a folder of `{train,test}/CLASS/*` images."""
     train = _list_folder(root / "train")
     test = _list_folder(root / "test")
     if odd := sorted(train.keys() ^ test.keys()):
@@ -270,13 +294,17 @@ def _image_folder(root: Path, size: int | None) -> Arrays:
     for part in (train, test):
         images.append(decode([path for paths in part.values() for path in paths], size))
         labels.append(np.repeat(np.arange(len(part)), [len(paths) for paths in part.values()]))
-    if (a := images[0].shape[1:3]) != (b := images[1].shape[1:3]):
-        raise UserError(f"images of {root}/train are {_by(*a[::-1])}, of {root}/test {_by(*b[::-1])}; give data.size")
+    (height, width), (other_height, other_width) = (array.shape[1:3] for array in images)
+    if (height, width) != (other_height, other_width):
+        raise UserError(
+            f"images of {root}/train are {_by(width, height)}, of {root}/test {_by(other_width, other_height)};"
+            " give data.size"
+        )
     return Arrays(images[0], labels[0], images[1], labels[1], classes=tuple(train))
 
 
 def _list_folder(root: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder, both in order of their names."""
+    """The image files of each class folder; folders and files are in order of their names."""
     if not root.is_dir():
         raise UserError(f"no folder {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images")
     folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
@@ -290,10 +318,12 @@ def _list_folder(root: Path) -> dict[str, list[Path]]:
 
 
 def _is_picture(path: Path) -> bool:
+    """Whether a file is an image, by its name."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _decode_one(path: Path, size: int | None, crop: bool) -> UInt8[np.ndarray, "s t 3"]:
+    """Read one image file: see `decode`."""
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -306,6 +336,7 @@ def _decode_one(path: Path, size: int | None, crop: bool) -> UInt8[np.ndarray, "
 
 
 def _side(arrays: Arrays, name: str, size: int | None) -> int:
+    """The working size: the given one, or the native side of square images."""
     height, width = arrays.train_images.shape[1:3]
     if size is None and height != width:
         raise UserError(f"images of {name} are {_by(width, height)}, not square; give data.size")
@@ -315,11 +346,12 @@ def _side(arrays: Arrays, name: str, size: int | None) -> int:
 def _shuffled_units(n: int, groups: Numbers | None, generator: torch.Generator) -> Int[np.ndarray, " n"]:
     """The unit of each image (its group, or itself where groups are unknown), numbered in random order."""
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    return torch.randperm(int(unit.max(initial=-1)) + 1, generator=generator).numpy()[unit]
+    count = int(unit.max(initial=-1)) + 1
+    return torch.randperm(count, generator=generator).numpy()[unit]
 
 
 def _as_stored(images: Pixels) -> UInt8[Tensor, "k 3 h w"]:
-    """All images of a file, mapped as they are."""
+    """All images of a file, mapped and not copied."""
     if not images.flags.c_contiguous:
         raise UserError(
             "images above the memory limit are read from their npy files, which must be in C order, and are not; save"
@@ -329,7 +361,7 @@ def _as_stored(images: Pixels) -> UInt8[Tensor, "k 3 h w"]:
 
 
 def _channels_first(images: Pixels, rows: Numbers) -> UInt8[Tensor, "k 3 h w"]:
-    """The images of `rows`, in memory."""
+    """A copy of the images of `rows`, in memory."""
     out = torch.empty((len(rows), 3, *images.shape[1:3]), dtype=torch.uint8)
     for start in range(0, len(rows), CHUNK):
         some = images[rows[start : start + CHUNK]]
@@ -337,14 +369,18 @@ def _channels_first(images: Pixels, rows: Numbers) -> UInt8[Tensor, "k 3 h w"]:
     return out
 
 
-def _room(*shape: int) -> UInt8[np.ndarray, "..."]:
-    """Room for decoded images, in memory or, above the limit, in a scratch file."""
-    return np.empty(shape, dtype=np.uint8) if math.prod(shape) <= memory_limit() else scratch(*shape).numpy()
+def _empty_array(*shape: int) -> UInt8[np.ndarray, "..."]:
+    """An empty array for decoded images: in memory or, above the memory limit, in a scratch file."""
+    if math.prod(shape) <= memory_limit():
+        return np.empty(shape, dtype=np.uint8)
+    return scratch(*shape).numpy()
 
 
 def _pick(groups: Numbers | None, rows: Numbers) -> Numbers | None:
+    """The groups of some rows, where groups are known."""
     return None if groups is None else groups[rows]
 
 
 def _by(width: int, height: int) -> str:
+    """A size in words."""
     return f"{width}x{height}"

@@ -1,4 +1,4 @@
-"""The defences: one paper, one file; the file's name is the defence's."""
+"""The defences: one file per paper; the file's name is the defence's name in specs and on the command line."""
 
 from functools import partial
 

@@ -3,10 +3,11 @@
 Hendrycks, Gimpel: "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks", ICLR
 2017, https://arxiv.org/abs/1610.02136.
 
-A screen that knows nothing of backdoors: one forward pass, no clean images, no parameter. A screen made for backdoors
+A screen that knows nothing of backdoors: one forward pass, no clean images, no parameters. A screen made for backdoors
 that does not beat it has only found out that triggered images are classified with confidence.
-What differs: the paper looks for inputs of which the model is unsure; a trigger makes it sure, so here the greatest
-softmax probability itself is the score.
+
+What differs: the paper looks for inputs of which the model is unsure. A trigger makes the model sure, so here the
+greatest softmax probability itself is the score.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from vitrap.params import hyperparameters
 
 @hyperparameters
 class MaxSoftmax:
-    """The greatest softmax probability."""
+    """The defence; it has no hyper-parameters."""
 
     card: ClassVar[Card] = Card(
         "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
@@ -37,17 +38,17 @@ class MaxSoftmax:
     needs_attention: ClassVar[bool] = False
 
     def apply(self, suspect: Suspect) -> Screen:
-        """Nothing is fitted."""
-        return Screen(Certainty(suspect.model))
+        """Return the score as it is; nothing is fitted."""
+        return Screen(GreatestProbability(suspect.model))
 
 
 @dataclass(frozen=True)
-class Certainty:
-    """The score: the probability of the model's own class."""
+class GreatestProbability:
+    """The score: the softmax probability of the predicted class."""
 
     model: nn.Module
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Float[Tensor, " b"]:
-        """In (0, 1]."""
+        """The score of each image, in (0, 1]."""
         return self.model(images).float().softmax(1).amax(1)

@@ -1,26 +1,34 @@
 """MM-BD: a class that some image can be pushed into by an unusually large margin is a backdoor's target.
 
 Wang, Xiang, Miller, Kesidis: "MM-BD: Post-Training Detection of Backdoor Attacks with Arbitrary Backdoor Pattern Types
-Using a Maximum Margin Statistic", IEEE S&P 2024, https://arxiv.org/abs/2205.06900; code wanghangpsu/MM-BD.
+Using a Maximum Margin Statistic", IEEE S&P 2024, https://arxiv.org/abs/2205.06900; code: wanghangpsu/MM-BD.
 
-For each class, gradient ascent over images in [0, 1], from noise, maximises the margin: the class's logit minus the
-greatest other. The largest of these maxima is held against a gamma distribution fitted to all others; the model counts
-as backdoored where the p-value of the largest of so many draws is below 0.05. No clean image is looked at: the clean
-set only tells the size of the images.
+A judgement of the whole model that looks at no clean image; the clean set only tells the size of the images:
 
-The defaults are those of the code (univ_bd.py). What differs: a step ends with a projection onto [0, 1], as in the
-paper; in the code a pixel that has left the range gets no gradient any more and never returns. The p-value is
-1 - H(r)^(K - 1), as public summaries of the paper give it (its text was not found); the code has the power K. The
-gamma distribution starts at 0, since margins are positive; the code also fits where it starts, though such a fit can
-have no greatest likelihood. A class that no image reaches (its margin stays 0 or less) has no place in the distribution
-and is left out. The starts of many classes climb as one batch, and each class stops by the code's own rule, which
-changes no result. Nothing is particular to CNNs, so nothing is re-derived.
+    1. for each class, gradient ascent over images in [0, 1], from noise, maximises the margin: the logit of the class
+       minus the greatest other logit. The statistic of a class is the largest margin that any start reaches
+    2. a gamma distribution H is fitted to the statistics of all classes but the one with the largest, r
+    3. p = 1 - H(r)^(K - 1), for K classes: the chance that the largest of so many draws is no smaller than r
+    4. the model counts as backdoored where p is below 0.05
 
-What to expect: the level is not the rate of false alarms, because the null is fitted without the largest. Statistics
-drawn from one gamma distribution fall below 0.05 in 11 % of cases with 43 classes, in 27 % with 10 (2000 draws each).
-The same summaries have the paper name unequal classes, and few of them, as causes of false alarms. The rule to stop
-was made for smooth climbs: on a small ViT the sum swings by 0.2 % a step, so that a class stops by chance or not at
-all. In bf16 rounding would make such a chance common; so the rule holds only where logits are finer than `tolerance`.
+The defaults are those of the code (univ_bd.py). What differs:
+
+    - each step ends with a projection onto [0, 1], as in the paper; in the code a pixel that has left the range gets no
+      gradient any more and never returns
+    - the exponent is K - 1, as in public summaries of the paper (its text was not found); the code has K
+    - the gamma distribution starts at 0, since margins are positive; the code fits its start as well, though the
+      likelihood of such a fit may have no maximum
+    - a class whose margin stays 0 or less, which no image reaches, is left out of the distribution
+    - the starts of many classes climb as one batch; each class still stops by the code's own rule, so no result changes
+
+Nothing is particular to CNNs, so nothing is re-derived for ViTs.
+
+What to expect: 0.05 is not the rate of false alarms, because the null distribution is fitted without the largest
+statistic. Statistics drawn from one gamma distribution have p < 0.05 in 11 % of cases with 43 classes, and in 27 % with
+10 (2000 draws each). According to the same summaries, the paper names unequal classes, and few classes, as causes of
+false alarms. The stopping rule was made for smooth climbs: on a small ViT the sum of margins swings by 0.2 % a step, so
+a class stops by chance or not at all. In bf16, rounding would make such chance stops common; so the rule holds only
+where logits are rounded more finely than `tolerance`.
 """
 
 from typing import ClassVar
@@ -34,13 +42,13 @@ from vitrap.contracts import Card, Judged, OutcomeKind, Suspect
 from vitrap.errors import UserError
 from vitrap.params import hyperparameters, param
 
-MOST = 512 * 32**2
-"""Pixels of the images that climb together, one class at least: 512 images at 32 px. It bounds memory alone."""
+PIXELS_AT_ONCE = 512 * 32**2
+"""Pixels of the images that climb as one batch: 512 images at 32 px, or one class. It bounds memory, not the result."""
 
 
 @hyperparameters
 class MmBd:
-    """The table of hyper-parameters."""
+    """The defence: MM-BD's hyper-parameters."""
 
     card: ClassVar[Card] = Card(
         "MM-BD: Post-Training Detection of Backdoor Attacks with Arbitrary Backdoor Pattern Types Using a Maximum "
@@ -57,10 +65,10 @@ class MmBd:
 
     starts: int = param(30, "random images that each class starts from", source="code", low=1)
     steps: int = param(300, "most steps of gradient ascent", source="code", low=1)
-    lr: float = param(0.01, "step over the gradient of the margin", source="code", low=0, open=True)
+    lr: float = param(0.01, "size of a step along the gradient of the margin", source="code", low=0, open=True)
     momentum: float = param(
         0.0,
-        "momentum of the steps; the code names 0.2, but forgets it with a new optimiser at each step",
+        "momentum of the steps; the code sets 0.2, but makes a new optimiser at each step, which forgets it",
         source="code",
         low=0,
         high=1,
@@ -76,15 +84,15 @@ class MmBd:
     )
 
     def apply(self, suspect: Suspect) -> Judged:
-        """Estimate each class's statistic, then ask how unlikely the largest is."""
+        """Maximise the margin of each class, and test whether the largest margin is an outlier."""
         if suspect.n_classes < 3:
             raise UserError(f"mm_bd holds one class against two others or more, and n_classes = {suspect.n_classes}")
+        # Step 1: the statistic of a class is the largest margin that any of its starts reaches.
         groups = class_groups(suspect.n_classes, self.starts * suspect.clean.size**2)
-        # A class's statistic is the largest margin that any of its starts comes to.
         with suspect.computing():
-            climbed = [climb(self, suspect, some) for some in groups]
-        statistics = torch.cat(climbed).amax(1).double().cpu()
-        # All other classes' statistics make the null distribution that the largest is held against.
+            margins = torch.cat([climb(self, suspect, classes) for classes in groups])
+        statistics = margins.amax(1).double().cpu()
+        # Steps 2 and 3: how unlikely is the largest, if all classes follow the distribution of the others?
         largest = int(statistics.argmax())
         others = null_statistics(statistics, largest)
         p = p_value(statistics[largest], others).item()
@@ -95,68 +103,79 @@ class MmBd:
             "median margin": statistics.median().item(),
             "classes in the null": len(others),
         }
+        # Step 4: score and threshold are 1 - p and 1 - level, since a higher score is more suspicious.
         return Judged(1 - p, 1 - self.level, (largest,), statistics.float(), report=report)
 
 
 def climb(settings: MmBd, suspect: Suspect, classes: Int64[Tensor, " k"]) -> Float[Tensor, "k starts"]:
-    """Margins that the starts of some classes end with."""
+    """The final margins of all starts of some classes."""
     clean = suspect.clean
     shape = (settings.starts, clean.pixels.shape[1], clean.size, clean.size)
+    # Noise is drawn class by class, so that a class starts from the same images however classes are grouped.
     noise = torch.stack([torch.rand(shape, generator=suspect.generator) for _ in classes])
     return ascend(suspect.model, noise.to(clean.device), classes.to(clean.device), settings)
 
 
 def class_groups(n_classes: int, pixels: int) -> tuple[Int64[Tensor, " k"], ...]:
-    """Classes that climb together, if the starts of each have so many pixels."""
-    return torch.arange(n_classes).split(max(1, MOST // pixels))
+    """The classes that climb as one batch, where the starts of each class have `pixels` pixels together."""
+    return torch.arange(n_classes).split(max(1, PIXELS_AT_ONCE // pixels))
 
 
 def ascend(
     model: nn.Module, images: Float[Tensor, "k starts c h w"], classes: Int64[Tensor, " k"], settings: MmBd
 ) -> Float[Tensor, "k starts"]:
-    """Projected gradient ascent on the margin; a class leaves when the sum over its starts no longer changes.
+    """Projected gradient ascent on the margin, until the sum over the starts of a class no longer changes.
 
-    It never leaves where logits are rounded more coarsely than the tolerance, as in bf16: equal sums are chance there.
+    A class never stops early where logits are rounded more coarsely than the tolerance, as in bf16: two equal sums are
+    chance there.
     """
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    found = images.new_empty(images.shape[:2])
-    going = torch.arange(len(classes), device=classes.device)
+    final = images.new_empty(images.shape[:2])
+    # The classes that still climb: their rows in `final`, the velocity of their images, and their last sum of margins.
+    active = torch.arange(len(classes), device=classes.device)
     velocity = torch.zeros_like(images)
     last = images.new_full(classes.shape, torch.inf)
     for _ in range(settings.steps):
-        margins, slopes, rounding = margins_and_slopes(model, weights, images, classes[going])
-        found[going] = margins
+        margins, gradients, rounding = margins_and_gradients(model, weights, images, classes[active])
+        final[active] = margins
+        # A class stops when its sum of margins changed by a smaller share than the tolerance.
         total = margins.sum(1)
         tolerance = settings.tolerance if settings.tolerance >= rounding else 0.0
-        moving = ~((total - last).abs() < tolerance * last.abs())  # true at the first step, by infinity
-        if not moving.any():
+        climbing = ~((total - last).abs() < tolerance * last.abs())  # all true at the first step, by the infinity
+        if not climbing.any():
             break
-        velocity = settings.momentum * velocity + slopes
+        # The others take a step, projected back onto valid pixels.
+        velocity = settings.momentum * velocity + gradients
         images = (images + settings.lr * velocity).clamp_(0, 1)
-        going, images, velocity, last = (kept[moving] for kept in (going, images, velocity, total))
-    return found
+        active, images, velocity, last = (part[climbing] for part in (active, images, velocity, total))
+    return final
 
 
-def margins_and_slopes(
+def margins_and_gradients(
     model: nn.Module,
     weights: dict[str, Tensor],
     images: Float[Tensor, "k starts c h w"],
     classes: Int64[Tensor, " k"],
 ) -> tuple[Float[Tensor, "k starts"], Float[Tensor, "k starts c h w"], float]:
-    """The margin of each image, in fp32, its gradient, and how finely the model's logits are rounded.
+    """The margin of each image in fp32, its gradient, and the relative rounding of the model's logits.
 
-    `weights`, which ask for no gradient, stand in for the model's.
+    Args:
+        model: a function of images in [0, 1].
+        weights: stand in for the model's own weights, so that none of them asks for a gradient.
+        images: the present images of each class's starts.
+        classes: the class of each row of images.
     """
     with torch.enable_grad():
         x = images.flatten(0, 1).detach().requires_grad_()
         logits = functional_call(model, weights, (x,))
         margins = margin(logits.float(), classes.repeat_interleave(images.shape[1]))
-        (slopes,) = torch.autograd.grad(margins.sum(), x)
-    return margins.detach().view(images.shape[:2]), slopes.view_as(images), torch.finfo(logits.dtype).eps
+        (gradients,) = torch.autograd.grad(margins.sum(), x)
+    rounding = torch.finfo(logits.dtype).eps
+    return margins.detach().view(images.shape[:2]), gradients.view_as(images), rounding
 
 
 def margin(logits: Float[Tensor, "b k"], classes: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """The objective: the logit of the class minus the greatest other.
+    """The objective of step 1: the logit of the class minus the greatest other logit.
 
     >>> margin(torch.tensor([[1.0, 4.0, 2.5]]), torch.tensor([1])).item()
     1.5
@@ -166,7 +185,7 @@ def margin(logits: Float[Tensor, "b k"], classes: Int64[Tensor, " b"]) -> Float[
 
 
 def null_statistics(statistics: Float64[Tensor, " k"], largest: int) -> Float64[Tensor, " n"]:
-    """The statistics of all classes but the one with the largest, as far as they are positive.
+    """The positive statistics of all classes but the one with the largest.
 
     >>> null_statistics(torch.tensor([1.0, -2.0, 5.0, 2.0], dtype=torch.float64), 2).tolist()
     [1.0, 2.0]
@@ -176,25 +195,26 @@ def null_statistics(statistics: Float64[Tensor, " k"], largest: int) -> Float64[
 
 
 def p_value(largest: Float64[Tensor, ""], others: Float64[Tensor, " n"]) -> Float64[Tensor, ""]:
-    """That the largest of n draws from the others' gamma distribution H is no smaller: 1 - H(r)^n.
+    """Step 3: 1 - H(r)^n, with r the largest statistic and H the gamma distribution of the n others.
 
     It is 1 where there are fewer than two others, to which no distribution can be fitted.
     """
     if len(others) < 2:
         return torch.ones_like(largest)
     shape, scale = fit_gamma(others)
-    beyond = torch.special.gammaincc(shape, largest / scale)
+    beyond = torch.special.gammaincc(shape, largest / scale)  # 1 - H(r), which a p-value near 0 needs precisely
     return -torch.expm1(len(others) * torch.log1p(-beyond))
 
 
 def fit_gamma(values: Float64[Tensor, " n"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-    """Shape and scale of greatest likelihood: log(shape) - digamma(shape) is log(mean) - mean(log), by Newton's steps.
+    """Step 2: shape and scale of the gamma distribution with the greatest likelihood.
 
-    The steps are in 1 / shape, where the equation is nearly linear. Equal values, whose shape would be infinite, get a
-    very large one.
+    The shape solves log(shape) - digamma(shape) = log(mean) - mean(log), by Newton's method in 1 / shape, where the
+    equation is nearly linear. Equal values, whose shape would be infinite, get a very large one.
     """
     mean = values.mean()
     spread = (mean.log() - values.log().mean()).clamp(min=1e-10)
+    # A closed-form approximation is the start; ten steps are enough for double precision.
     shape = (3 - spread + ((spread - 3) ** 2 + 24 * spread).sqrt()) / (12 * spread)
     for _ in range(10):
         error = shape.log() - torch.special.digamma(shape) - spread

@@ -3,31 +3,35 @@
 Doan, Lao, Yang, Li: "Defending Backdoor Attacks on Vision Transformer via Patch Processing", AAAI 2023,
 https://arxiv.org/abs/2206.12381. No official code is known.
 
-An image is shown to the model several times, changed at random before the positional encoding. PatchDrop blanks some
-of its patches, PatchShuffle permutes them all. The statistic is how often the class differs from that of the image as
-it is. A trigger that sits in few patches goes with them: under PatchDrop the class of a triggered image changes more
-often than a clean one's. A trigger that is blended over the whole image outlives the loss of order, which costs clean
+A screen at test time:
+
+    1. change each image several times at random, before the positional encoding: PatchDrop blanks some of its patches,
+       PatchShuffle permutes all of them
+    2. count in how many trials the predicted class differs from that of the unchanged image
+    3. compare this share with a threshold that is set on held-out clean images
+
+A trigger that sits in few patches is dropped with them: under PatchDrop the class of a triggered image changes more
+often than a clean one's. A trigger that is blended over the whole image survives the loss of order, which costs clean
 images their class: under PatchShuffle the class of a triggered image changes less often.
 
-Both are done on the pixels here: the patch embedding treats each patch by itself and alike, so permuting tokens
-between the embedding and the positional encoding is permuting the patches of the image (the tests compare the two in
-every family), and a blank patch is a token without content at the same place.
+Both are done on pixels here. The patch embedding treats each patch by itself and all patches alike, so permuting the
+tokens between the embedding and the positional encoding is permuting the patches of the image (the tests compare the
+two in every family), and a blank patch is a token without content at the same place.
 
-One score: with transform = "drop" the share of trials that change the class; with "shuffle" the share that keep it.
-The thresholds are set on held-out clean images, and either statistic beyond its own makes an image suspicious. With
-"both", each statistic is replaced by the share of the defender's clean images that it exceeds, and the score is the
-greater of the two: above 1 - a exactly where one of the two lies beyond its own threshold at false-positive rate a.
-So one threshold on the score is a pair of them. The price: a statistic says no more once it exceeds that of all clean
-images.
+The two statistics become one score. With transform = "drop" it is the share of trials that change the class; with
+"shuffle" the share that keep it. With "both", each statistic is replaced by the share of the defender's clean images
+that it exceeds, and the score is the greater of the two. It is above 1 - a exactly where one of the two statistics lies
+beyond its own threshold at false-positive rate a, so one threshold on the score is a pair of thresholds. The price: a
+statistic that exceeds those of all clean images says no more by rising further.
 
-What differs: only the paper's abstract, the start of its introduction and summaries of it could be read. What is done
-to patches and in which direction each statistic points is theirs; that either one suffices, the number of trials, the
-share dropped and the blank are assumed. The share: 0.3 is the least round one at which 10 independent draws all leave
-a given patch in place in less than 5 % of cases (0.7 ** 10 is 2.8 %). The blank is black, as in the code of Naseer et
-al. (https://arxiv.org/abs/2105.10497), where PatchDrop comes from; another public code sets the tokens to zero. The
-changes are drawn once, for all images, so that an image's score does not depend on the others. A trigger's patch
-would then be dropped in too many trials or too few for every image alike, so the draws are balanced: each patch is
-dropped equally often, give or take one.
+What differs: only the paper's abstract, the start of its introduction, and summaries of it could be read. What is done
+to patches, and in which direction each statistic points, is the paper's. Assumed: that one suspicious statistic
+suffices, the number of trials, the share dropped, and the blank. The share 0.3 is the least round one at which 10
+independent draws all leave a given patch in place in less than 5 % of cases (0.7 ** 10 is 2.8 %). The blank is black,
+as in the code of Naseer et al. (https://arxiv.org/abs/2105.10497), where PatchDrop comes from; another public code sets
+the tokens to zero. The changes are drawn once for all images, so that the score of an image does not depend on others.
+Some patch would then be dropped in too many trials, or too few, for every image alike; so the draws are balanced: each
+patch is dropped equally often, give or take one.
 """
 
 from dataclasses import dataclass, replace
@@ -44,17 +48,19 @@ from vitrap.models.observe import token_layout
 from vitrap.params import hyperparameters, param
 
 Patches = Float[Tensor, "b tokens c ph pw"]
-Orders = Int64[Tensor, "trials tokens"]
+Order = Int64[Tensor, "trials tokens"]
+"""For each trial, the patch that comes to each place."""
 Kept = Bool[Tensor, "trials tokens"]
+"""For each trial, the places that are not blanked."""
 TRANSFORMS = {"drop": ("drop",), "shuffle": ("shuffle",), "both": ("drop", "shuffle")}
-SEEN = 512
-"""Images at a time where they are not changed."""
-MEANING = {"drop": "class changes under drop", "shuffle": "class stays under shuffle"}
+BATCH = 512
+"""Images per forward pass where they are not changed; it bounds memory, not the result."""
+REPORTED = {"drop": "class changes under drop", "shuffle": "class stays under shuffle"}
 
 
 @hyperparameters
 class PatchProcess:
-    """The paper's table of hyper-parameters."""
+    """The defence: the hyper-parameters of patch processing."""
 
     card: ClassVar[Card] = Card(
         "Defending Backdoor Attacks on Vision Transformer via Patch Processing",
@@ -70,7 +76,7 @@ class PatchProcess:
 
     transform: Literal["drop", "shuffle", "both"] = param(
         "both",
-        "what is done to the patches; both, as the defender does not know the kind of trigger",
+        "how patches are changed; both, since the defender does not know the kind of trigger",
         source="paper",
     )
     trials: int = param(10, "changed copies of an image for each transform", low=1)
@@ -80,49 +86,56 @@ class PatchProcess:
     )
 
     def apply(self, suspect: Suspect) -> Screen:
-        """Draw the changes, and see what they do to clean images."""
+        """Draw the changes, and measure on clean images how often they change the class."""
         clean, transforms = suspect.clean, TRANSFORMS[self.transform]
+        # Step 1: the changes are drawn once, for all images.
         grid = patch_grid(suspect)
-        # The changes are drawn once, for all images.
-        drawn = [changes(self, name, grid[0] * grid[1], suspect.generator) for name in transforms]
-        order, kept = (torch.cat(parts).to(clean.device) for parts in zip(*drawn, strict=True))
+        drawn = [draw_changes(self, transform, grid[0] * grid[1], suspect.generator) for transform in transforms]
+        order = torch.cat([order for order, _ in drawn]).to(clean.device)
+        kept = torch.cat([kept for _, kept in drawn]).to(clean.device)
         blank = mean_colour(clean) * (self.blank == "mean")
         score = PatchScore(suspect.model, transforms, PatchChange(grid, order, kept, blank))
-        # Clean images give each statistic its scale.
+        # Step 2 on clean images: what each statistic is without a trigger.
         with suspect.computing():
-            found = torch.cat([score.statistics(clean.images(rows)) for rows in clean.rows(SEEN)])
-        report = {f"{MEANING[name]}, clean images": found[:, i].mean().item() for i, name in enumerate(transforms)}
-        return Screen(replace(score, clean=found.sort(0).values) if len(transforms) > 1 else score, report=report)
+            statistics = torch.cat([score.statistics(clean.images(rows)) for rows in clean.rows(BATCH)])
+        report = {
+            f"{REPORTED[name]}, clean images": statistics[:, i].mean().item() for i, name in enumerate(transforms)
+        }
+        # Two statistics need a common scale, which the clean images give; a single one is the score as it is.
+        if len(transforms) > 1:
+            score = replace(score, clean=statistics.sort(0).values)
+        return Screen(score, report=report)
 
 
-def changes(settings: PatchProcess, transform: str, tokens: int, generator: Generator) -> tuple[Orders, Kept]:
-    """For each trial, which patch comes where and which places are not blanked."""
+def draw_changes(settings: PatchProcess, transform: str, tokens: int, generator: Generator) -> tuple[Order, Kept]:
+    """Step 1: the random changes of every trial of one transform, in an image of `tokens` patches."""
     trials = settings.trials
     if transform == "shuffle":
         order = torch.rand(trials, tokens, generator=generator).argsort(1)
         return order, torch.ones_like(order, dtype=torch.bool)
-    dropped = balanced_draws(trials, tokens, max(1, round(settings.drop * tokens)), generator)
+    each = max(1, round(settings.drop * tokens))
+    dropped = balanced_draws(trials, tokens, each, generator)
     return torch.arange(tokens).expand(trials, tokens), ~dropped
 
 
 @dataclass(frozen=True)
 class PatchChange:
-    """Images to as many changed copies as there are trials.
+    """Makes a changed copy of each image for every trial.
 
     Attributes:
         grid: rows and columns of patches.
         order: for each trial, the patch that comes to each place.
         kept: for each trial, the places that are not blanked.
-        blank: colour of the others.
+        blank: the colour of blanked places.
     """
 
     grid: tuple[int, int]
-    order: Orders
+    order: Order
     kept: Kept
     blank: Float[Tensor, " c"]
 
     def __call__(self, images: Images) -> Float[Tensor, "copies c h w"]:
-        """The copies of each image, image by image."""
+        """The changed copies; those of one image follow each other."""
         patches = to_patches(images, self.grid)[:, self.order].flatten(0, 1)
         kept = self.kept.repeat(len(images), 1)[..., None, None, None]
         return from_patches(torch.where(kept, patches, self.blank[:, None, None]), self.grid)
@@ -130,13 +143,13 @@ class PatchChange:
 
 @dataclass(frozen=True)
 class PatchScore:
-    """The score: how the class of an image answers to the changes.
+    """The score: how often the class of an image changes under drop, or stays under shuffle.
 
     Attributes:
-        model: the suspect's.
-        transforms: which of drop and shuffle; each has an equal share of the trials, in this order.
-        change: of the patches, the same for every image.
-        clean: the statistics of clean images, each sorted; None for a single statistic, taken as it is.
+        model: the suspect's model.
+        transforms: "drop", "shuffle" or both; each has an equal share of the trials, in this order.
+        change: changes the patches, in the same way for every image.
+        clean: the statistics of clean images, each sorted; None where the single statistic is the score.
     """
 
     model: nn.Module
@@ -145,23 +158,27 @@ class PatchScore:
     clean: Float[Tensor, "n transforms"] | None = None
 
     def __call__(self, images: Images) -> Float[Tensor, " b"]:
-        """In [0, 1]."""
-        found = self.statistics(images)
-        return found[:, 0] if self.clean is None else exceeded(found, self.clean).amax(1)
+        """The score of each image, in [0, 1]."""
+        statistics = self.statistics(images)
+        if self.clean is None:
+            return statistics[:, 0]
+        return share_exceeded(statistics, self.clean).amax(1)
 
     @torch.no_grad()
     def statistics(self, images: Images) -> Float[Tensor, "b transforms"]:
-        """The share of trials that change the class under drop, that keep it under shuffle."""
-        own = torch.cat([self.model(some).argmax(1) for some in images.split(SEEN)])
+        """Step 2: the share of trials that change the class (drop), or that keep it (shuffle)."""
+        own = torch.cat([self.model(some).argmax(1) for some in images.split(BATCH)])
         logits = logits_under(self.model, images, self.change, len(self.change.order))
-        changed = label_changes(own, logits.argmax(2).unflatten(1, (len(self.transforms), -1)))
-        return torch.stack(
-            [1 - changed[:, i] if name == "shuffle" else changed[:, i] for i, name in enumerate(self.transforms)], 1
-        )
+        classes = logits.argmax(2).unflatten(1, (len(self.transforms), -1))
+        changed = label_changes(own, classes)
+        suspicious = [
+            1 - changed[:, i] if name == "shuffle" else changed[:, i] for i, name in enumerate(self.transforms)
+        ]
+        return torch.stack(suspicious, 1)
 
 
 def patch_grid(suspect: Suspect) -> tuple[int, int]:
-    """Rows and columns of the patches that the suspect's model takes an image apart into.
+    """Rows and columns of the patches that the suspect's model divides an image into.
 
     Raises:
         UserError: the model has no plain token attention, or its grid does not fit the images.
@@ -177,13 +194,14 @@ def patch_grid(suspect: Suspect) -> tuple[int, int]:
 
 
 def balanced_draws(trials: int, tokens: int, each: int, generator: Generator) -> Bool[Tensor, "trials tokens"]:
-    """Which tokens each trial draws: `each` of them at random, but none oftener than another by more than one.
+    """Which tokens each trial draws: `each` at random, with totals over the trials that differ by one at most.
 
     >>> balanced_draws(4, 6, 3, torch.Generator()).sum(0).tolist()
     [2, 2, 2, 2, 2, 2]
     """
     drawn = torch.zeros(trials, tokens, dtype=torch.bool)
     for trial in range(trials):
+        # Tokens drawn in fewer trials so far come first; the noise, which is below 1, shuffles those with equal counts.
         rarest_first = (drawn.sum(0) + torch.rand(tokens, generator=generator)).argsort()
         drawn[trial, rarest_first[:each]] = True
     return drawn
@@ -199,14 +217,14 @@ def to_patches(images: Images, grid: tuple[int, int]) -> Patches:
 
 
 def from_patches(patches: Patches, grid: tuple[int, int]) -> Images:
-    """The images that patches make up: the inverse of `to_patches`."""
+    """Put patches together to images: the inverse of `to_patches`."""
     return patches.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def label_changes(
     own: Int64[Tensor, " b"], classes: Int64[Tensor, "b transforms trials"]
 ) -> Float[Tensor, "b transforms"]:
-    """The share of trials in which the class is not the image's own.
+    """The share of trials whose predicted class differs from that of the unchanged image.
 
     >>> label_changes(torch.tensor([3]), torch.tensor([[[3, 1, 3, 3], [2, 1, 3, 2]]])).tolist()
     [[0.25, 0.75]]
@@ -214,17 +232,17 @@ def label_changes(
     return (classes != own[:, None, None]).float().mean(2)
 
 
-def exceeded(
-    found: Float[Tensor, "b transforms"], clean: Float[Tensor, "n transforms"]
+def share_exceeded(
+    statistics: Float[Tensor, "b transforms"], clean: Float[Tensor, "n transforms"]
 ) -> Float[Tensor, "b transforms"]:
-    """The share of clean images whose statistic is less; `clean` is sorted.
+    """The share of clean images with a lower statistic, for each transform; `clean` is sorted.
 
-    >>> exceeded(torch.tensor([[0.4], [0.5], [1.0]]), torch.tensor([[0.0], [0.4], [0.4], [0.6]])).T.tolist()
+    >>> share_exceeded(torch.tensor([[0.4], [0.5], [1.0]]), torch.tensor([[0.0], [0.4], [0.4], [0.6]])).T.tolist()
     [[0.25, 0.75, 1.0]]
     """
-    return torch.searchsorted(clean.T.contiguous(), found.T.contiguous()).T / len(clean)
+    return torch.searchsorted(clean.T.contiguous(), statistics.T.contiguous()).T / len(clean)
 
 
 def mean_colour(clean: ImageSet) -> Float[Tensor, " c"]:
-    """Of all pixels of the clean images."""
-    return torch.cat([clean.images(rows).mean((2, 3)) for rows in clean.rows(SEEN)]).mean(0)
+    """The mean over all pixels of the clean images."""
+    return torch.cat([clean.images(rows).mean((2, 3)) for rows in clean.rows(BATCH)]).mean(0)

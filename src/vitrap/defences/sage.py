@@ -3,26 +3,34 @@
 Gong, Chen, Yang, Wang, Gu, Huang, Shen: "Redeem Myself: Purifying Backdoors in Deep Learning Models using Self
 Attention Distillation", IEEE S&P 2023, https://doi.org/10.1109/SP46215.2023.10179375.
 
-A repair without a teacher model: cross-entropy on the clean images, plus the distance between the attention maps of
-neighbouring stages of the model itself, at a learning rate that follows what the clean images say.
+A repair without a teacher model. A copy of the model is trained on the clean images:
 
-Of the paper we had the abstract and a caption: the rate tracks the accuracy on clean samples, and two conditions, C1
-and C2, decide on it. What is marked "code" is read in https://github.com/ZJUICSR/AIcert (function/defense/sage), a
-platform of Zhejiang University that does not say whether this part is the authors'. There a map is the sum over
-channels of |activation|^2, scaled to length 1; the loss is the mean squared difference of neighbouring stages' maps,
-times 300; a function that nothing calls halves the rate at every 25th epoch if C1 the loss fell in fewer than 3/4 of
-the epochs, or C2 the rate was kept at the checkpoint before and the least loss has not fallen since. These are the
-conditions of Auto-PGD (https://arxiv.org/abs/2003.01690).
+    1. attention map of a stage: sum over channels of |activation|^p at each place, scaled to length 1
+    2. loss = cross-entropy + beta * sum over neighbouring stages of the mean squared difference of their maps; the
+       earlier map is the teacher
+    3. at every 25th epoch the learning rate is halved if C1: accuracy on the clean images rose in fewer than 3/4 of the
+       epochs since the last checkpoint, or C2: that checkpoint kept the rate, and the best accuracy has not risen since
 
-Re-derived for ViTs: a ResNet's four stages become four stages of blocks, each seen at its last block. What a block
-puts out for an image token stands for the channels at a pixel, and no map needs resizing ("tokens", the default: it is
-the definition, carried over). "softmax" takes what the rows that the head reads give to each image token.
+Of the paper we had the abstract and a caption: the learning rate follows the accuracy on clean samples, by two
+conditions, C1 and C2. What is marked "code" is read in https://github.com/ZJUICSR/AIcert (function/defense/sage), a
+platform of Zhejiang University that does not say whether this part is the authors'. There p is 2 and beta is 300, and a
+function that nothing calls has C1 and C2, on the loss; they are the conditions of Auto-PGD
+(https://arxiv.org/abs/2003.01690).
 
-What differs: the rate follows accuracy, as in the abstract (`track="loss"`, the step's mean: the code's). Strict rises
-of an accuracy near 1 are rare, so that C1 nearly always holds. The clean images are those trained on; the code looks
-at the test set, and keeps the epoch of least ASR, which no defender knows. The early map teaches and passes no
-gradient; in the code it does. The code's SGD is Nesterov's and decays all weights; here dropout stays off. Per squared
-distance of two maps the weight is 300 / tokens: 19 for 16 tokens, 1.5 for 196; the code's, on CIFAR-10, 0.3 to 4.7.
+Re-derived for ViTs: the four stages of a ResNet become four stages of blocks, each observed at its last block. The
+block's output for an image token stands for the channels at a pixel, so no map needs resizing ("tokens", the default).
+With attention = "softmax", the map is the attention that the head's rows pay to each image token.
+
+What differs:
+
+    - the learning rate follows accuracy, as in the abstract; track = "loss" follows the mean loss of the epoch, as the
+      code does. An accuracy near 1 seldom rises strictly, so that C1 nearly always holds
+    - the clean images are those that are trained on; the code looks at the test set, and keeps the epoch with the least
+      ASR, which no defender knows
+    - the earlier map passes no gradient; in the code it does
+    - the code's SGD is Nesterov's and decays all weights; here it decays only matrices, and dropout stays off
+    - per squared distance of two maps, the weight is 300 / tokens: 19 for 16 tokens, 1.5 for 196; the code's, on
+      CIFAR-10, is 0.3 to 4.7
 """
 
 import math
@@ -46,14 +54,14 @@ from vitrap.train.tuning import Tuning, recipe_of, tune
 
 Map = Float[Tensor, "b image_tokens"]
 SGD_RATE = 0.05
-"""Of the code, for CIFAR-10 (0.08 for CIFAR-100, 0.001 for MNIST)."""
+"""SGD's default learning rate: the code's for CIFAR-10 (it has 0.08 for CIFAR-100 and 0.001 for MNIST)."""
 ADAMW_RATE = 1e-4
-"""Ours: a tenth of what vitrap's recipes train a ViT with. No attack was looked at to choose it."""
+"""AdamW's default learning rate, ours: a tenth of the recipes' for ViTs, chosen without looking at any attack."""
 
 
 @hyperparameters
 class Sage:
-    """The table of hyper-parameters, as far as it is known."""
+    """The defence: SAGE's hyper-parameters, as far as they are known."""
 
     card: ClassVar[Card] = Card(
         "Redeem Myself: Purifying Backdoors in Deep Learning Models using Self Attention Distillation",
@@ -67,62 +75,67 @@ class Sage:
     needs_attention: ClassVar[bool] = True
 
     attention: Literal["tokens", "softmax"] = param(
-        "tokens", "maps of block outputs, or of what the head's rows attend to"
+        "tokens", "what a map is made of: block outputs, or the attention of the rows that the head reads"
     )
-    power: float = param(2.0, "of the absolute outputs (tokens only)", symbol="p", source="code", low=1)
-    stages: int = param(4, "blocks whose maps are compared, or all if there are fewer", source="code", low=2)
-    weight: float = param(300.0, "weight of the distillation", symbol="β", source="code", low=0)
-    optimizer: Literal["sgd", "adamw"] = param(
-        "sgd", "what makes steps of gradients; sgd has momentum 0.9", source="code"
-    )
+    power: float = param(2.0, "power of the absolute outputs (tokens only)", symbol="p", source="code", low=1)
+    stages: int = param(4, "stages whose maps are compared; all blocks where there are fewer", source="code", low=2)
+    weight: float = param(300.0, "weight of the distillation loss", symbol="β", source="code", low=0)
+    optimizer: Literal["sgd", "adamw"] = param("sgd", "the optimiser; sgd has momentum 0.9", source="code")
     lr: float = param(
-        None, f"learning rate at first (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})",
+        None, f"learning rate at the start (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})",
         source="code", low=0, open=True,
     )  # fmt: skip
     epochs: int = param(100, "passes over the clean images", source="code", low=1)
-    batch_size: int = param(64, "images a step, at most all there are", source="code", low=1)
+    batch_size: int = param(64, "images per step, at most all there are", source="code", low=1)
     weight_decay: float = param(1e-4, "decay of weight matrices", source="code", low=0)
     clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", source="code", low=0)
     track: Literal["accuracy", "loss"] = param(
         "accuracy", "what the learning rate follows (the code: the loss)", source="paper"
     )
     every: int = param(25, "epochs between checkpoints of the learning rate", source="code", low=1)
-    rises: float = param(0.75, "least share of epochs that must be better", symbol="C1", source="code", low=0, high=1)
-    factor: float = param(0.5, "what the learning rate is multiplied by", source="code", low=0, high=1, open="low")
+    rises: float = param(
+        0.75, "least share of epochs in which what is tracked must improve", symbol="C1", source="code", low=0, high=1
+    )
+    factor: float = param(
+        0.5, "what the learning rate is multiplied by when it is lowered", source="code", low=0, high=1, open="low"
+    )
 
     def __post_init__(self) -> None:
-        """Fill in the optimiser's own rate and refuse values out of range."""
+        """Fill in the learning rate that goes with the optimiser."""
         if self.lr is None:
             object.__setattr__(self, "lr", SGD_RATE if self.optimizer == "sgd" else ADAMW_RATE)
 
     def apply(self, suspect: Suspect) -> Repaired:
-        """Step down both losses; after each epoch look at the clean images, and lower the rate by what they say.
+        """Train a copy on cross-entropy and distillation, and adapt the learning rate after each epoch.
 
         Raises:
             UserError: the model has no two blocks of plain token attention, or the training diverges.
         """
-        blocks = even(len(transformer(suspect.model).blocks), self.stages)
+        # Steps 1 and 2: the loss, over the last block of each stage.
+        blocks = stage_ends(len(transformer(suspect.model).blocks), self.stages)
         objective = Objective(partial(losses, blocks=blocks, settings=self), {"distillation": self.weight})
-        follow = Follow(self, suspect, [looked_at(suspect, suspect.model) if self.track == "accuracy" else -math.inf])
+        # Step 3: the learning rate; the history of accuracies starts with the accuracy before the repair.
+        start = clean_accuracy(suspect, suspect.model) if self.track == "accuracy" else -math.inf
+        control = RateControl(self, suspect, [start])
         # The order of the images comes from the defender's own stream; nothing else is drawn.
         drawn = suspect.generator
         streams = Streams(order=drawn, augmentation=drawn, projection=drawn, preparation=drawn)
-        tuned = tune(suspect, Tuning("sage", recipe_of(self, len(suspect.clean)), streams, objective, control=follow))
-        report = {**follow.losses, "clean accuracy": looked_at(suspect, tuned.model), "last lr": follow.lr}
+        tuned = tune(suspect, Tuning("sage", recipe_of(self, len(suspect.clean)), streams, objective, control=control))
+        report = {**control.losses, "clean accuracy": clean_accuracy(suspect, tuned.model), "last lr": control.lr}
         return Repaired(tuned.model, "blocks " + ", ".join(str(block + 1) for block in blocks), report)
 
 
 @dataclass
-class Follow:
-    """The learning rate, as it follows what the clean images say.
+class RateControl:
+    """Step 3: the learning rate of each epoch, by accuracy or loss on the clean images.
 
     Attributes:
-        settings: of the defence.
-        suspect: with the clean images.
-        history: what is tracked, higher for better, before the first epoch and after each.
+        settings: the defence.
+        suspect: has the clean images.
+        history: accuracy, or minus the loss, before the first epoch and after each.
         lowered: whether the last checkpoint lowered the rate.
-        losses: the last epoch's.
-        lr: the rate by now.
+        losses: mean losses of the last epoch.
+        lr: the rate for the next epoch.
     """
 
     settings: Sage
@@ -133,23 +146,29 @@ class Follow:
     lr: float = 0.0
 
     def __call__(self, model: nn.Module, epoch: Epoch, lr: float) -> float:
-        """Note what is tracked, and at each checkpoint lower the rate or keep it."""
-        s, self.losses, self.lr = self.settings, mean_losses(epoch), lr
+        """Extend the history by an epoch; at a checkpoint, lower the rate or keep it."""
+        s = self.settings
+        self.losses = mean_losses(epoch)
+        self.lr = lr
         if s.track == "accuracy":
-            self.history.append(looked_at(self.suspect, model))
+            self.history.append(clean_accuracy(self.suspect, model))
         else:
             self.history.append(-(self.losses["cross_entropy"] + s.weight * self.losses["distillation"]))
-        if (len(self.history) - 1) % s.every == 0:
-            self.lowered = shall_lower(self.history, s.every, s.rises, self.lowered)
+        epochs = len(self.history) - 1
+        if epochs % s.every == 0:
+            self.lowered = should_lower(self.history, s.every, s.rises, self.lowered)
             self.lr *= s.factor if self.lowered else 1
         return self.lr
 
 
-def even(depth: int, count: int) -> tuple[int, ...]:
-    """The last block of each of `count` stages of about equal depth; refused where there is one block alone.
+def stage_ends(depth: int, count: int) -> tuple[int, ...]:
+    """The last block of each of `count` stages of about equal depth.
 
-    >>> even(12, 4)
+    >>> stage_ends(12, 4)
     (2, 5, 8, 11)
+
+    Raises:
+        UserError: there are fewer than two blocks.
     """
     if depth < 2:
         raise UserError(f"sage compares the attention of blocks, and the model has {depth}; it needs at least 2")
@@ -160,10 +179,10 @@ def even(depth: int, count: int) -> tuple[int, ...]:
 def losses(
     model: nn.Module, batch: Batch, criterion: Criterion, *, blocks: Sequence[int], settings: Sage
 ) -> Mapping[str, Float[Tensor, ""]]:
-    """Cross-entropy, and the distillation between the maps of `blocks`."""
+    """Steps 1 and 2: cross-entropy, and the distillation between the maps of `blocks`."""
     layout = token_layout(model)
-    look = block_outputs if settings.attention == "tokens" else observe
-    with look(model, blocks) as seen:
+    observed = block_outputs if settings.attention == "tokens" else observe
+    with observed(model, blocks) as seen:
         logits = model(batch.images).float()
     if settings.attention == "tokens":
         maps = [token_map(seen[block][:, layout.prefix :].float(), settings.power) for block in blocks]
@@ -173,7 +192,7 @@ def losses(
 
 
 def token_map(outputs: Float[Tensor, "b image_tokens dim"], power: float) -> Map:
-    """Attention representation: the sum over channels of |output|^p at each token.
+    """Step 1, before scaling: the sum over channels of |output|^p at each image token.
 
     >>> token_map(torch.tensor([[[3.0, -4.0], [0.0, 1.0]]]), 2).tolist()
     [[25.0, 1.0]]
@@ -182,7 +201,9 @@ def token_map(outputs: Float[Tensor, "b image_tokens dim"], power: float) -> Map
 
 
 def distillation(maps: Sequence[Map]) -> Float[Tensor, ""]:
-    """Loss: mean squared difference of neighbours' maps, each of length 1, summed; the earlier passes no gradient.
+    """Step 2: the mean squared difference of neighbouring maps, each scaled to length 1; summed over the pairs.
+
+    The earlier map of a pair is the teacher: it passes no gradient.
 
     >>> distillation([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 3.0]])]).item()
     1.0
@@ -191,25 +212,29 @@ def distillation(maps: Sequence[Map]) -> Float[Tensor, ""]:
     return torch.stack([functional.mse_loss(late, early.detach()) for early, late in pairwise(unit)]).sum()
 
 
-def shall_lower(history: Sequence[float], every: int, rises: float, lowered: bool) -> bool:
-    """Learning rate update: C1, too few of the epochs since the last checkpoint were better than the one before; or C2.
+def should_lower(history: Sequence[float], every: int, rises: float, lowered: bool) -> bool:
+    """Step 3: whether C1 or C2 holds at a checkpoint.
 
     Args:
         history: what is tracked, higher for better, before the first epoch and after each.
-        every: epochs between checkpoints; this is one.
-        rises: least share of them that must be better.
-        lowered: whether the last checkpoint lowered the rate. Where it did not, C2: the best has not risen since.
+        every: epochs between checkpoints; the last entry of the history is one.
+        rises: C1 holds where fewer than this share of the epochs since the last checkpoint improved on the one before.
+        lowered: whether the last checkpoint lowered the rate. Where it kept the rate, C2 holds if the best value has
+            not risen since.
 
-    >>> shall_lower([0.5, 0.6, 0.5, 0.7, 0.8], 4, 0.75, False)
+    >>> should_lower([0.5, 0.6, 0.5, 0.7, 0.8], 4, 0.75, False)
     False
     """
-    better = sum(after > before for before, after in pairwise(history[-every - 1 :]))
+    improved = sum(after > before for before, after in pairwise(history[-every - 1 :]))
     stalled = not lowered and max(history) <= max(history[:-every])
-    return better < rises * every or stalled
+    return improved < rises * every or stalled
 
 
 def mean_losses(epoch: Epoch) -> dict[str, float]:
-    """Each loss, a mean over images: added up one batch after the other in fp32, as in all records so far."""
+    """The mean over images of each loss of an epoch.
+
+    Batches are summed one after the other in fp32, as earlier records were: another order would round differently.
+    """
     found = {}
     for name, terms in epoch.terms.items():
         total = terms.new_zeros(())
@@ -219,14 +244,14 @@ def mean_losses(epoch: Epoch) -> dict[str, float]:
     return found
 
 
-def looked_at(suspect: Suspect, model: nn.Module) -> float:
-    """The clean accuracy of a copy of the suspect's model, as the suspect computes."""
+def clean_accuracy(suspect: Suspect, model: nn.Module) -> float:
+    """The accuracy of `model` on the suspect's clean images, computed as the suspect's model computes."""
     with suspect.compute(model, suspect.clean.device):
         return accuracy(model, suspect.clean)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, clean: ImageSet) -> float:
-    """Share of the clean images that the model classifies as it should."""
+    """The share of the clean images that the model classifies correctly."""
     right = [(model(clean.images(rows)).argmax(1) == clean.labels[rows]).sum() for rows in clean.rows(512)]
     return torch.stack(right).sum().item() / len(clean)

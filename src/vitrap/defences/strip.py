@@ -3,17 +3,22 @@
 Gao, Xu, Wang, Chen, Ranasinghe, Nepal: "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019,
 https://arxiv.org/abs/1902.06531; code: https://github.com/garrisongys/STRIP.
 
-A screen at test time that needs the model's outputs and some clean images, no labels. Each input is added to N clean
-images; the score is minus the mean Shannon entropy (in bits) of the softmax over the sums. A clean input's class drowns
-in the other image, a trigger that does not depend on the image still decides: low entropy is suspicious. The base of
-the logarithm scales all scores alike.
+A screen at test time. It needs the model's outputs and some clean images without labels:
 
-Both weights are 1, as in the authors' notebook (cv2.addWeighted(x, 1, overlay, 1, 0)) and in BackdoorBench, which adds
-normalised images. Blends that average, as TrojanZoo's, are weight = overlay_weight = 0.5.
-What differs: sums are cut off at 1, as 8-bit images are when they are added, since a model here is a function of images
-in [0, 1]; the notebook adds floats and lets them exceed 1. The clean images are drawn once and shared by all inputs,
-where the authors draw anew for each, so that a score depends on the input alone. The threshold at a false rejection
-rate, which the authors set, is the metric's. Nothing here is particular to CNNs.
+    1. draw N clean images
+    2. add each of them to the input x, which gives N sums
+    3. score(x) = - mean over the sums of the Shannon entropy H, in bits, of the model's softmax
+
+The class of a clean input drowns in the other image; a trigger that does not depend on the image still decides. So a
+low entropy is suspicious. The base of the logarithm scales all scores alike.
+
+Both weights of the sum are 1, as in the authors' notebook (cv2.addWeighted(x, 1, overlay, 1, 0)) and in BackdoorBench,
+which adds normalised images. For blends that average, as TrojanZoo's, set weight = overlay_weight = 0.5.
+
+What differs: sums are clipped at 1, as adding 8-bit images does, since a model here is a function of images in [0, 1];
+the notebook adds floats and lets them exceed 1. The clean images are drawn once for all inputs, where the authors draw
+new ones for each, so that the score of an input depends on that input alone. The threshold at a false rejection rate,
+which the authors set, is set by the metric. Nothing is particular to CNNs, so nothing is re-derived for ViTs.
 """
 
 from dataclasses import dataclass
@@ -31,7 +36,7 @@ from vitrap.params import hyperparameters, param
 
 @hyperparameters
 class Strip:
-    """Mean entropy under superimposed clean images."""
+    """The defence: STRIP's hyper-parameters."""
 
     card: ClassVar[Card] = Card(
         "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks",
@@ -50,14 +55,20 @@ class Strip:
     overlay_weight: float = param(1.0, "weight of the clean image in a sum", source="code", low=0, high=1, open="low")
 
     def apply(self, suspect: Suspect) -> Screen:
-        """Draw the clean images; nothing else is fitted."""
-        overlays = self.overlay_weight * draw(suspect.clean, self.overlays, suspect.generator)
-        return Screen(Steadiness(suspect.model, overlays, self.weight))
+        """Draw the clean images that every input is added to; nothing is fitted."""
+        overlays = draw_overlays(suspect.clean, self.overlays, suspect.generator)
+        return Screen(NegativeEntropy(suspect.model, self.overlay_weight * overlays, self.weight))
 
 
 @dataclass(frozen=True)
-class Steadiness:
-    """The score: how little the outputs vary under superimposed images."""
+class NegativeEntropy:
+    """The score: minus the mean entropy of the model's softmax over the superimposed images.
+
+    Attributes:
+        model: the suspect's model.
+        overlays: the clean images, times their weight.
+        weight: weight of the input in a sum.
+    """
 
     model: nn.Module
     overlays: Float[Tensor, "n c h w"]
@@ -65,7 +76,7 @@ class Steadiness:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Float[Tensor, " b"]:
-        """In [-log2 of the number of classes, 0]."""
+        """The score of each image, between minus log2 of the number of classes and 0."""
         logits = logits_under(self.model, images, self._superimposed, len(self.overlays))
         return -entropy(logits).mean(1)
 
@@ -73,8 +84,8 @@ class Steadiness:
         return superimpose(images, self.overlays, self.weight)
 
 
-def draw(clean: ImageSet, n: int, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """So many clean images, with replacement where there are fewer."""
+def draw_overlays(clean: ImageSet, n: int, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+    """Step 1: `n` clean images at random, with replacement where there are fewer than `n`."""
     if len(clean) < n:
         rows = torch.randint(len(clean), (n,), generator=generator)
     else:
@@ -85,7 +96,7 @@ def draw(clean: ImageSet, n: int, generator: torch.Generator) -> Float[Tensor, "
 def superimpose(
     images: Float[Tensor, "b c h w"], overlays: Float[Tensor, "n c h w"], weight: float = 1.0
 ) -> Float[Tensor, "b*n c h w"]:
-    """Each image, times its weight, plus each overlay, cut off at 1; image by image.
+    """Step 2: `weight` times each image plus each overlay, clipped at 1; the n sums of an image follow each other.
 
     >>> superimpose(torch.full((1, 1, 1, 1), 0.75), torch.tensor([0.125, 0.5]).view(2, 1, 1, 1)).flatten().tolist()
     [0.875, 1.0]
@@ -94,7 +105,7 @@ def superimpose(
 
 
 def entropy(logits: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
-    """H = - sum_i y_i log2 y_i of the softmax y, in bits.
+    """Step 3: H = - sum_i y_i log2 y_i of the softmax y, in bits.
 
     >>> entropy(torch.zeros(1, 2)).tolist()
     [1.0]

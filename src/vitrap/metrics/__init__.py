@@ -1,1 +1,1 @@
-"""Measures: tensors and numbers in, rates with intervals out."""
+"""Metrics: rates with intervals, AUROC, stealth and agreement, from predictions, scores or images."""

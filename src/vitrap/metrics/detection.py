@@ -1,7 +1,7 @@
-"""How a detector does: AUROC with its interval, thresholds from held-out clean scores, and DER for repairs.
+"""Measures of detectors and repairs: AUROC with its interval, thresholds from held-out clean scores, and DER.
 
-Triggered is positive, and a higher score is more suspicious. TPR and FPR are the `rate` of what lies `above` a
-threshold.
+Triggered images are the positives, and a higher score is more suspicious. TPR and FPR are the `rate` of scores `above`
+a threshold.
 """
 
 from math import exp, log, sqrt
@@ -14,18 +14,18 @@ from vitrap.metrics.interval import Z95
 from vitrap.metrics.values import Auroc
 
 HALVINGS = 60
-"""Of an interval of length 1: down to less than the spacing of floats there."""
+"""Bisection steps of an interval of length 1, down to less than the spacing of floats."""
 
 
 def auroc(triggered: Float[Tensor, " p"], clean: Float[Tensor, " q"]) -> Auroc:
-    """The chance that a triggered image scores higher than a clean one; ties count half.
+    """The probability that a triggered image scores higher than a clean one; a tie counts half.
 
-    One-sided: a score that ranks the wrong way round stays below 0.5. The interval is DeLong's, taken on the logit
+    One-sided: a score that ranks the wrong way round has an AUROC below 0.5. The interval is DeLong's on the logit
     scale, which keeps it within [0, 1] and covers better near the ends (Perme, Manevski: "Confidence intervals for the
-    Mann-Whitney test", 2019). Where DeLong's variance says nothing (at 0 and 1, with all scores alike, or with one
-    score on a side), it is Newcombe's, see `least_auroc`; their own remedy, a bootstrap of shifted samples, is slow.
-    All scores are taken for independent. Where the triggered images are the clean ones with a trigger on, they come in
-    pairs, so it is approximate: too wide, as far as the two scores of a pair rise and fall together.
+    Mann-Whitney test", 2019). Where DeLong's variance is useless (at 0 and 1, where all scores are equal, or with one
+    score on a side), the interval is Newcombe's, see `least_auroc`; Perme and Manevski's own remedy, a bootstrap of
+    shifted samples, is slow. All scores are taken as independent. Where the triggered images are the clean ones with a
+    trigger, scores come in pairs, and the interval is approximate: too wide, as far as the scores of a pair correlate.
 
     >>> auroc(torch.tensor([3.0, 2.0, 5.0]), torch.tensor([1.0, 2.0])).value.__round__(4)
     0.9167
@@ -35,23 +35,27 @@ def auroc(triggered: Float[Tensor, " p"], clean: Float[Tensor, " q"]) -> Auroc:
     Raises:
         ValueError: a score is not finite.
     """
-    ours = finite(triggered)
-    theirs = finite(clean)
-    p = len(ours)
-    q = len(theirs)
+    positives = finite(triggered)
+    negatives = finite(clean)
+    p = len(positives)
+    q = len(negatives)
     if not p or not q:
         return Auroc(0.5, 0.0, 1.0, p, q)
-    beaten, lost = doubled_wins(ours, theirs), 2 * p - doubled_wins(theirs, ours)
-    value = int(beaten.sum()) / (2 * p * q)
-    variance = delong_variance(beaten.double() / (2 * q), lost.double() / (2 * p))
+    # Counted in whole numbers, so that no rounding depends on the order of the scores.
+    wins = doubled_wins(positives, negatives)
+    losses = 2 * p - doubled_wins(negatives, positives)
+    value = int(wins.sum()) / (2 * p * q)
+    variance = delong_variance(wins.double() / (2 * q), losses.double() / (2 * p))
     if not 0 < value < 1 or not variance > 0:
         return Auroc(value, least_auroc(value, p, q), 1 - least_auroc(1 - value, p, q), p, q)
-    middle, half = log(value / (1 - value)), Z95 * sqrt(variance) / (value * (1 - value))
-    return Auroc(value, 1 / (1 + exp(half - middle)), 1 / (1 + exp(-half - middle)), p, q)
+    # The interval is symmetric on the logit scale; the logistic function brings its ends back.
+    logit = log(value / (1 - value))
+    half = Z95 * sqrt(variance) / (value * (1 - value))
+    return Auroc(value, 1 / (1 + exp(half - logit)), 1 / (1 + exp(-half - logit)), p, q)
 
 
 def finite(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The scores on the CPU in double precision.
+    """The scores, on the CPU in double precision.
 
     Raises:
         ValueError: one is not finite.
@@ -62,7 +66,7 @@ def finite(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def doubled_wins(ours: Float[Tensor, " p"], theirs: Float[Tensor, " q"]) -> Int64[Tensor, " p"]:
-    """For each of our scores, twice the number of theirs that it beats, a tie counting half: whole numbers.
+    """For each of our scores, twice the number of their scores that it beats, plus the number that it ties with.
 
     >>> doubled_wins(torch.tensor([0.0, 2.0]), torch.tensor([2.0, 1.0])).tolist()
     [0, 3]
@@ -72,7 +76,7 @@ def doubled_wins(ours: Float[Tensor, " p"], theirs: Float[Tensor, " q"]) -> Int6
 
 
 def delong_variance(wins: Float[Tensor, " p"], losses: Float[Tensor, " q"]) -> float:
-    """The variance of the AUROC (DeLong, DeLong, Clarke-Pearson 1988); NaN with one score on a side.
+    """The variance of the AUROC (DeLong, DeLong, Clarke-Pearson 1988); NaN where there is one score on a side.
 
     Args:
         wins: for each triggered image, the share of clean ones that it beats.
@@ -84,19 +88,20 @@ def delong_variance(wins: Float[Tensor, " p"], losses: Float[Tensor, " q"]) -> f
 
 
 def hanley_mcneil_variance(value: float, p: int, q: int) -> float:
-    """The variance of an AUROC of `value` if scores are exponential (Hanley, McNeil 1982), the samples of equal size.
+    """The variance of an AUROC of `value` for exponential scores and samples of equal size (Hanley, McNeil 1982).
 
-    In Newcombe's form: he puts the mean of `p` and `q` for each, which makes it the same for `value` and 1 - `value`.
+    In Newcombe's form, which puts the mean of `p` and `q` in the place of both: `value` and 1 - `value` then have the
+    same variance.
     """
     others = (p + q) / 2 - 1
     return value * (1 - value) * (1 + others * (1 - value) / (2 - value) + others * value / (1 + value)) / (p * q)
 
 
 def least_auroc(value: float, p: int, q: int) -> float:
-    """The least AUROC from which `value` is 1.96 standard errors away at most (Newcombe 2006, part 2, method 5).
+    """The least AUROC that is at most 1.96 standard errors below `value` (Newcombe 2006, part 2, method 5).
 
-    As in Wilson's interval the standard error is that of the AUROC asked about, not of `value`, so that the interval
-    has a width even where every triggered image scores higher than every clean one.
+    As in Wilson's interval, the standard error is that of the least AUROC, not of `value`. So the interval has a width
+    even where every triggered image scores higher than every clean one.
 
     >>> least_auroc(1.0, 50, 50).__round__(4), least_auroc(0.0, 50, 50)
     (0.9603, 0.0)
@@ -105,14 +110,17 @@ def least_auroc(value: float, p: int, q: int) -> float:
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         too_low = (value - middle) ** 2 > Z95**2 * hanley_mcneil_variance(middle, p, q)
-        low, high = (middle, high) if too_low else (low, middle)
+        if too_low:
+            low = middle
+        else:
+            high = middle
     return low
 
 
 def threshold_at(clean: Float[Tensor, " q"], fpr: float) -> float:
-    """The lowest threshold with a share of at most `fpr` of held-out clean scores strictly above it.
+    """The lowest threshold that at most a share `fpr` of the held-out clean scores exceeds.
 
-    Ties are never split: with too few or too equal scores, the share is lower than asked for.
+    Ties are never split: with few scores, or many equal ones, the share is lower than `fpr`.
 
     >>> threshold_at(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0.25), threshold_at(torch.tensor([1.0, 4.0, 4.0]), 0.4)
     (3.0, 4.0)
@@ -128,15 +136,15 @@ def threshold_at(clean: Float[Tensor, " q"], fpr: float) -> float:
 
 
 def above(scores: Float[Tensor, " n"], threshold: float) -> Bool[Tensor, " n"]:
-    """Which scores are strictly above a threshold: the images that a screen would refuse."""
+    """Mark the scores strictly above a threshold: the images that a screen would refuse."""
     return scores.double() > threshold
 
 
 def defence_effectiveness(asr_before: float, asr_after: float, acc_before: float, acc_after: float) -> float:
-    """DER: how much ASR a repair takes away, less what it costs in clean accuracy; 0.5 for no effect, at best 1.
+    """DER, defence effectiveness rate: the fall of the ASR against the loss of accuracy; 0.5 for no effect, at best 1.
 
     Zhu, Wei, Shen, Fan, Wu: "Enhancing Fine-Tuning based Backdoor Defense with Sharpness-Aware Minimization", ICCV
-    2023, equation 7. Neither a higher ASR nor a higher accuracy counts.
+    2023, equation 7. A rise of the ASR or of the accuracy counts as no change.
 
     >>> defence_effectiveness(1.0, 0.0, 0.9, 0.8)
     0.95

@@ -1,4 +1,4 @@
-"""How much a trigger changes an image, on the final 8-bit pixels at the size it is applied."""
+"""Stealth: how much a trigger changes an image, measured on the final 8-bit pixels at working size."""
 
 import os
 from collections.abc import Iterator
@@ -16,11 +16,13 @@ from vitrap.metrics.values import Stealth
 from vitrap.tensors.pixels import to_unit
 
 PSNR_CAP = 100.0
-"""PSNR in dB given to an image that the trigger leaves as it is."""
-C1, C2 = 0.01**2, 0.03**2
-"""Keep SSIM's quotients finite; for a range of 1."""
-SEEN = 64 * 32 * 32
-"""Pixels of the pairs that are compared at a time: the measures take up to some 750 bytes for each."""
+"""PSNR, in dB, of an image that the trigger does not change, and the greatest that any image gets."""
+C1 = 0.01**2
+"""Keeps SSIM's luminance quotient finite, for pixels in [0, 1]."""
+C2 = 0.03**2
+"""Keeps SSIM's structure quotient finite, for pixels in [0, 1]."""
+PIXELS_AT_ONCE = 64 * 32 * 32
+"""Pixels per batch of image pairs; the measures take up to about 750 bytes for each."""
 
 
 def psnr(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
@@ -30,15 +32,16 @@ def psnr(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
 
 
 def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
-    """Structural similarity of each image: Gaussian window of sigma 1.5 (11 px), borders mirrored.
+    """Structural similarity of each image, with a Gaussian window of sigma 1.5 (11 px) and mirrored borders.
 
     Wang, Bovik, Sheikh, Simoncelli: "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004),
-    eq. 13. For sides under 6 px, where the mirror ends, the window shrinks until it fits.
+    eq. 13. For sides under 6 px, which mirroring cannot extend far enough, the window shrinks until it fits.
     """
     sigma = min(1.5, (min(clean.shape[-2:]) - 0.6) / 3.5)
     down, across = (_blur(side, sigma).to(clean.device) for side in clean.shape[-2:])
 
     def local(x: Images) -> Images:
+        """The weighted mean around each pixel."""
         return down @ x @ across.mT
 
     mean = local(clean)
@@ -52,9 +55,9 @@ def ssim(clean: Images, triggered: Images) -> Float[Tensor, " b"]:
 
 
 def _blur(side: int, sigma: float) -> Float[Tensor, "side side"]:
-    """The Gaussian window along one side as a matrix: row i weighs what is seen around pixel i, borders mirrored.
+    """The Gaussian window along one side, as a matrix: row i has the weights around pixel i, with mirrored borders.
 
-    A matrix product is several times as fast as a convolution with so small a kernel.
+    A matrix product is several times as fast as a convolution with such a small kernel.
     """
     reach = int(3.5 * sigma + 0.5)
     window = (-(torch.arange(-reach, reach + 1) / sigma).square() / 2).softmax(0)
@@ -63,15 +66,15 @@ def _blur(side: int, sigma: float) -> Float[Tensor, "side side"]:
 
 
 def lpips_at_hand() -> bool:
-    """Whether AlexNet's real weights lie where torchvision keeps them."""
+    """Whether AlexNet's weights are where torchvision stores them."""
     return any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth"))
 
 
 def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
-    """Perceptual distance of each image, or None: random weights would give a number without meaning.
+    """Perceptual distance of each image; None where it cannot be measured.
 
-    The AlexNet weights are looked for where torchvision keeps them; nothing is downloaded. AlexNet's pooling needs
-    32 pixels a side: smaller images have no LPIPS.
+    It needs AlexNet's weights where torchvision stores them: nothing is downloaded, and random weights would give a
+    number without meaning. It also needs images of at least 32 pixels a side, for AlexNet's pooling.
     """
     if min(clean.shape[-2:]) < 32 or not lpips_at_hand():
         return None
@@ -87,7 +90,7 @@ def lpips(clean: Images, triggered: Images) -> Float[Tensor, " b"] | None:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Within the block torch unpickles nothing but tensors, whoever loads: torchvision would run what a file holds."""
+    """Within the block, torch unpickles nothing but tensors; torchvision's own loading would run any code in a file."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -103,24 +106,25 @@ def _weights_only() -> Iterator[None]:
 def stealth(
     clean: UInt8[Tensor, "n c h w"], triggered: UInt8[Tensor, "n c h w"], batch_size: int | None = None
 ) -> Stealth:
-    """All measures over a set of at least one pair.
+    """All measures over a set of at least one pair of images.
 
     Args:
-        clean: images as they are stored.
-        triggered: the same with the trigger.
-        batch_size: pairs at a time, None for `SEEN` pixels' worth; it bounds memory, not the result.
+        clean: the images as they are stored.
+        triggered: the same images with the trigger.
+        batch_size: pairs per batch, None for `PIXELS_AT_ONCE` pixels; it bounds memory, not the result.
     """
-    found: dict[str, Tensor] = {}
-    size = batch_size or max(4, SEEN // (clean.shape[-2] * clean.shape[-1]))
+    by_image: dict[str, Tensor] = {}
+    size = batch_size or max(4, PIXELS_AT_ONCE // (clean.shape[-2] * clean.shape[-1]))
     for rows in torch.arange(len(clean), device=clean.device).split(size):
         for name, values in _distances(to_unit(clean[rows]), to_unit(triggered[rows])).items():
-            found.setdefault(name, values.new_empty(len(clean)))[rows] = values  # kept one by one, they split the heap
-    centres = {name: centre(values) for name, values in found.items()}
+            # Written into one tensor: a list of small ones would fragment the heap.
+            by_image.setdefault(name, values.new_empty(len(clean)))[rows] = values
+    centres = {name: centre(values) for name, values in by_image.items()}
     return Stealth(**{"lpips": None, **centres}, n=len(clean))
 
 
 def _distances(clean: Images, triggered: Images) -> dict[str, Float[Tensor, " b"]]:
-    """Each measure of each image; without LPIPS where it is not to be had."""
+    """Each measure of each image, without LPIPS where it cannot be measured."""
     change = (clean - triggered).abs().flatten(1) * 255
     perceptual = lpips(clean, triggered)
     return {

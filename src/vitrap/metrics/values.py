@@ -1,4 +1,4 @@
-"""What measures come to, as a record keeps them. Imports no torch."""
+"""The values that measures return, as a record keeps them. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -13,7 +13,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of `n` cases with its 95 % Wilson interval; NaN never: without cases it is 0 in [0, 1]."""
+    """A share of `n` cases with its 95 % Wilson interval. Without cases it is 0 in [0, 1]."""
 
     value: Share
     low: Share
@@ -31,7 +31,7 @@ class Centre:
 
 @dataclass(frozen=True)
 class Auroc:
-    """The area under the ROC curve with its 95 % interval; NaN never: without scores on a side it is 0.5 in [0, 1]."""
+    """The area under the ROC curve with its 95 % interval. Without triggered or clean scores it is 0.5 in [0, 1]."""
 
     value: Share
     low: Share
@@ -49,7 +49,7 @@ class Stealth:
         ssim: structural similarity, 11 x 11 Gaussian window, sigma 1.5, range 1 (torchmetrics' convention).
         linf: greatest change of a channel, in 1/255.
         l1: mean change of a channel, in 1/255.
-        lpips: perceptual distance (AlexNet); None where its real weights are not at hand or the images too small.
+        lpips: perceptual distance (AlexNet); None where its weights are not at hand or the images are too small.
         n: images compared.
     """
 

@@ -1,1 +1,1 @@
-"""Networks: opening them, and looking inside."""
+"""Networks: opening and saving them, observing what happens inside, and changing how they run."""

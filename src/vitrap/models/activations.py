@@ -1,8 +1,8 @@
-"""What any network makes of images: outputs by stage, features and logits, in one forward pass.
+"""The activations of any network: stage outputs, features and logits, from one forward pass.
 
-Of timm's networks, stages are what `forward_intermediates` gives, by the names in `feature_info`, and the layer that
-gives the logits is `get_classifier`'s. Of any other network, stages are the parts that it has directly, and the layer
-is its last linear one.
+In networks of timm's, the stages are those that `forward_intermediates` returns, named after `feature_info`, and the
+layer that gives the logits is the one that `get_classifier` returns. In any other network, the stages are its direct
+children, and the layer is its last linear layer.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from vitrap.models.observe import head_layer
 
 @dataclass(frozen=True)
 class Activations:
-    """What a network makes of images, in fp32.
+    """The activations of a network on a batch, in fp32.
 
     Attributes:
-        stages: each stage's output by its module's name, first to last: a map `b c gh gw` where it is one (prefix
-            tokens are left out), else as the stage puts it out.
-        features: what the layer that gives the logits reads.
-        logits: one a class.
+        stages: the output of each stage by its module's name, first to last: a feature map `b c gh gw` where it is one
+            (without prefix tokens), else the stage's raw output.
+        features: the input of the layer that gives the logits.
+        logits: one for each class.
     """
 
     stages: Mapping[str, Tensor]
@@ -34,36 +34,38 @@ class Activations:
 
 
 def activations(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Activations:
-    """One forward pass of `model`, and what is seen in it; gradients flow where they are switched on.
+    """The activations of `model` on `images`; gradients flow where they are switched on.
 
     Raises:
         UserError: the network has no layer that gives logits.
     """
     parts = dict(model.named_modules())
     layout = layout_of(model)
-    channels, read = stage_names(model), []
-    hook = classifier(model).register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    names = list(stage_names(model))
+    features: list[Tensor] = []
+    hook = classifier(model).register_forward_pre_hook(lambda module, args: features.append(args[0]))
     try:
-        with intermediates_of(model) as timms, outputs_of({name: parts[name] for name in channels}) as seen:
+        with intermediates_of(model) as timm_maps, outputs_of({name: parts[name] for name in names}) as raw:
             logits = model(images)
     finally:
         hook.remove()
-    if timms is not None:
-        names = list(channels) if len(channels) == len(timms) else [f"stage {i}" for i in range(len(timms))]
-        stages = dict(zip(names, timms, strict=True))
+    if timm_maps is not None:
+        # timm lays its own maps out; some networks return other stages than `feature_info` names.
+        if len(names) != len(timm_maps):
+            names = [f"stage {i}" for i in range(len(timm_maps))]
+        stages = dict(zip(names, timm_maps, strict=True))
     else:
-        maps = {name: layout.as_map(raw) for name, raw in seen.items()}
-        stages = {name: seen[name] if found is None else found for name, found in maps.items()}
-    return Activations(
-        {name: stage.float() for name, stage in stages.items()}, read[-1].flatten(1).float(), logits.float()
-    )
+        maps = {name: layout.as_map(output) for name, output in raw.items()}
+        stages = {name: raw[name] if found is None else found for name, found in maps.items()}
+    stages = {name: stage.float() for name, stage in stages.items()}
+    return Activations(stages, features[-1].flatten(1).float(), logits.float())
 
 
 def classifier(model: nn.Module) -> nn.Module:
-    """The layer that gives the logits: a timm network's own (of a distilled one's two, the first), or the last linear.
+    """The layer that gives the logits: timm's own, the first of two in a distilled network, or the last linear layer.
 
     Raises:
-        UserError: there is none.
+        UserError: the network has no such layer.
     """
     body: Any = body_of(model)
     found = body.get_classifier() if hasattr(body, "get_classifier") else None

@@ -1,4 +1,4 @@
-"""What of a network may be overridden, and what of it cannot be, before anything is built."""
+"""The arguments of a timm network that a spec may override, and refusing the others before anything is built."""
 
 import inspect
 import sys
@@ -12,10 +12,10 @@ from vitrap.errors import UserError, unknown
 from vitrap.models.families import family_of, patch_side
 
 DECIDED = {"self", "cfg", "num_classes", "in_chans", "device", "dtype"}
-"""Arguments of networks that the data or the name decide."""
+"""Arguments that the data or the network's name decide."""
 FACTORY = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
 FACTORY |= {"features_only", "out_indices", "feature_cls", "pruned"}
-"""What timm's factory takes for itself: where weights come from, and other kinds of model."""
+"""Arguments of timm's factory itself: sources of weights, and other kinds of model."""
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -30,21 +30,24 @@ def timm_module(name: str) -> str:
     return timm.model_entrypoint(name).__module__
 
 
-def takes(name: str) -> set[str]:
-    """The arguments of the classes that a name may stand for, apart from those that data and timm's factory decide."""
-    found = vars(sys.modules[timm_module(name)]).values()
-    classes = [c for c in found if inspect.isclass(c) and issubclass(c, nn.Module) and hasattr(c, "reset_classifier")]
-    arguments = [p for c in classes for p in inspect.signature(c.__init__).parameters.values() if p.kind in NAMED]
-    return {p.name for p in arguments} - DECIDED - FACTORY
+def overridable(name: str) -> set[str]:
+    """The arguments that a spec may override, of the classes that `name` may stand for."""
+    members = vars(sys.modules[timm_module(name)]).values()
+    classes = [c for c in members if inspect.isclass(c) and issubclass(c, nn.Module) and hasattr(c, "reset_classifier")]
+    arguments: set[str] = set()
+    for network in classes:
+        parameters = inspect.signature(network.__init__).parameters.values()
+        arguments |= {parameter.name for parameter in parameters if parameter.kind in NAMED}
+    return arguments - DECIDED - FACTORY
 
 
 def refuse_overrides(name: str, size: int, overrides: dict[str, Any]) -> None:
-    """Refuse overrides that are no arguments of the network itself, and sizes that do not fit.
+    """Refuse overrides that are no arguments of the network itself, and an image size that does not fit.
 
     Raises:
-        UserError: the name, an override, or the size of a patch is wrong.
+        UserError: the name, an override, or the patch size is wrong.
     """
-    known = takes(name)
+    known = overridable(name)
     for key, value in overrides.items():
         if key not in known:
             raise unknown("key", f"model.{key}", [f"model.{k}" for k in known])
@@ -56,10 +59,10 @@ def refuse_overrides(name: str, size: int, overrides: dict[str, Any]) -> None:
 
 
 def refuse_body(name: str, size: int, body: nn.Module) -> None:
-    """Refuse what only the built network shows: that it is no classifier, or leaves a border of the images out.
+    """Refuse a built network that is no classifier, or whose patches leave a border of the images out.
 
     Raises:
-        UserError: it is so.
+        UserError: the network is one of these.
     """
     if not hasattr(body, "reset_classifier"):
         kind = type(body).__name__

@@ -1,7 +1,7 @@
-"""Opening and keeping a network: any image classifier of timm's, with its normalisation inside.
+"""Opening, saving and reading a network: any image classifier of timm's, with its normalisation inside.
 
-A model here maps images in [0, 1] to logits. Weights travel as safetensors with timm's own names, and the file's
-metadata says how to build the model again.
+A model maps images in [0, 1] to logits. Its weights are saved as safetensors under timm's own names, and the metadata
+of the file says how to build the model again.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from vitrap.contracts import Images
 from vitrap.errors import UserError
 from vitrap.images import misshapen
-from vitrap.models.arguments import refuse_body, refuse_overrides, takes
+from vitrap.models.arguments import overridable, refuse_body, refuse_overrides
 from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All it takes to build a model but its weights.
+    """All that is needed to build a model, without its weights.
 
     Attributes:
         name: timm's name.
-        size: image size in pixels, a side.
+        size: side of the images, in pixels.
         n_classes: number of classes.
-        overrides: the network's own arguments that differ from those of the name: patch_size, depth, embed_dim, ...
+        overrides: arguments of the network that differ from those of the name: patch_size, depth, embed_dim, ...
     """
 
     name: str
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
     Attributes:
         body: the timm model.
         architecture: what it was built from.
-        adapted: what was adapted of the weights that training starts from, in one line; "" where none were.
+        adapted: how the weights that training starts from were adapted, in one line; "" where there are none.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Classifier(nn.Module):
 def open_model(
     architecture: Architecture, *, pretrained: bool = False, checkpoint: str | None = None, weights: str | None = None
 ) -> Classifier:
-    """Build a model, with fresh weights (from torch's random state) or others.
+    """Build a model, with random weights (from torch's random state) or with given ones.
 
     Args:
         architecture: what to build.
-        pretrained: start from the hub's weights, adapted by timm.
-        checkpoint: a safetensors file that fits exactly.
-        weights: a safetensors file to start from, adapted as timm adapts pretrained weights.
+        pretrained: whether to take the hub's weights, adapted by timm.
+        checkpoint: a safetensors file whose weights fit exactly.
+        weights: a safetensors file whose weights are adapted as timm adapts pretrained weights.
 
     Raises:
         UserError: the name is unknown or no classifier; an override or a size does not fit; the hub cannot be
@@ -100,11 +100,12 @@ def open_model(
     name, size = architecture.name, architecture.size
     refuse_overrides(name, size, dict(architecture.overrides))
     settings = {"num_classes": architecture.n_classes, **architecture.overrides}
-    if "img_size" in takes(name):
+    if "img_size" in overridable(name):
         settings["img_size"] = size
     build = partial(timm.create_model, name, **settings)
     adapted = ""
     if weights is not None:
+        # A random copy shows which names and shapes are wanted; building it must not move torch's random state.
         with torch.random.fork_rng():
             plain = _built(architecture, build)
         body, adapted = start_from(Path(weights), name, plain, build)
@@ -122,6 +123,7 @@ def open_model(
 
 
 def _built(architecture: Architecture, build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `build` returns; any error of timm's becomes a UserError."""
     try:
         body = build()
     except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError, ValueError, RuntimeError) as error:
@@ -133,19 +135,22 @@ def _built(architecture: Architecture, build: Callable[[], nn.Module]) -> nn.Mod
 
 
 def blank_model(architecture: Architecture) -> Classifier:
-    """A model whose weights are about to be filled in: torch's random state stays as it was."""
+    """A model with random weights, to be filled in; torch's random state stays as it was."""
     with torch.random.fork_rng():
         return open_model(architecture)
 
 
 def fetch_weights(name: str) -> Path:
-    """The pretrained weights of a timm name as a safetensors file from the hub, fetched once and checked.
+    """Fetch the pretrained weights of a timm model from the hub, once, and check them.
 
-    timm itself would fall back on pickled files; this asks for nothing but safetensors. The hub names a file by its
-    SHA-256, which is compared with the content.
+    Only a safetensors file is requested, while timm itself would fall back on pickled files. The hub names a file by
+    its SHA-256, which is compared with the content.
+
+    Returns:
+        The path of the safetensors file.
 
     Raises:
-        UserError: timm names no such weights, the hub cannot be reached, or the content is not what it says.
+        UserError: timm names no pretrained weights, the hub cannot be reached, or the content does not match its hash.
     """
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
@@ -162,9 +167,9 @@ def fetch_weights(name: str) -> Path:
         raise UserError(_unreachable(name, error)) from error
     finally:
         set_verbosity(level)
-    named = path.resolve().name
+    expected = path.resolve().name
     with path.open("rb") as content:
-        if len(named) == 64 and hashlib.file_digest(content, "sha256").hexdigest() != named:
+        if len(expected) == 64 and hashlib.file_digest(content, "sha256").hexdigest() != expected:
             raise UserError(
                 f"pretrained weights of {name!r} in {str(path)!r} are damaged; delete the file and try again"
             )
@@ -175,7 +180,7 @@ def load_weights(body: nn.Module, path: Path) -> None:
     """Fill a timm model from a safetensors file; names and shapes must fit exactly.
 
     Raises:
-        UserError: the file is missing, no safetensors file, truncated, or lists what does not fit.
+        UserError: the file is missing, truncated or no safetensors file; or the message lists what does not fit.
     """
     weights = read_tensors(path)
     own = body.state_dict()
@@ -210,13 +215,13 @@ def load_weights(body: nn.Module, path: Path) -> None:
 
 
 def save_model(model: Classifier, path: Path, **facts: str) -> None:
-    """Write the weights as safetensors; `facts` join the metadata (say there what the model carries)."""
+    """Write the weights as safetensors; `facts` go into its metadata, such as what the model carries."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.body.state_dict().items()}
     save_file(weights, path, {"architecture": json.dumps(asdict(model.architecture)), **facts})
 
 
 def read_model(path: Path) -> Classifier:
-    """The model in a file that `save_model` wrote.
+    """Read a model from a file that `save_model` wrote.
 
     Raises:
         UserError: the file is missing, damaged, or was not written by `save_model`.
@@ -237,6 +242,7 @@ def read_model(path: Path) -> Classifier:
 
 
 def _unreachable(name: str, error: Exception) -> str:
+    """The message where weights cannot be fetched."""
     return (
         f"pretrained weights of {name!r} cannot be fetched from the hub ({type(error).__name__}); connect to the"
         " network once (they then stay in the hub's cache, which HF_HOME moves), or leave out model.pretrained"
@@ -244,4 +250,5 @@ def _unreachable(name: str, error: Exception) -> str:
 
 
 def _shown(architecture: Architecture) -> str:
+    """The overrides of an architecture in words, or its image size where it has none."""
     return ", ".join(f"{k} = {v!r}" for k, v in architecture.overrides.items()) or f"size {architecture.size}"

@@ -1,7 +1,8 @@
-"""Dropout in a plain ViT at inference, with masks drawn once and handed in; on exit the model is as before.
+"""Dropout in a plain ViT at inference, with masks that the caller draws once.
 
-A ViT's own dropout layers stay as they are: most have none, and theirs would draw from torch's global state. Hooks
-multiply what flows between the parts of each block by the caller's masks, so that the same masks serve every image.
+The ViT's own dropout layers stay as they are: most are off, and they would draw from torch's global state. Instead,
+hooks multiply what flows between the parts of each block by the caller's masks, so that the same masks serve every
+image. On exit the model is as before.
 """
 
 from collections.abc import Iterator
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from vitrap.models.observe import token_layout, transformer
 
 Where = Literal["stream", "residual", "token"]
-"""What is dropped: elements of each block's output; elements of what attention and MLP each add to the stream; whole
-image tokens of what each block's attention reads."""
+"""What is dropped: elements of each block's output ("stream"); elements of what attention and MLP each add to it
+("residual"); whole image tokens in the input of each block's attention ("token")."""
 
 Masks = Float[Tensor, "passes sites tokens width"]
+"""A mask for each pass and each hooked place (site)."""
 
 
 def dropout_noise(model: nn.Module, where: Where, passes: int, generator: torch.Generator) -> Masks:
-    """Uniform numbers in [0, 1), one for whatever may be dropped, on the generator's device.
+    """Uniform numbers in [0, 1), one for each element that may be dropped, on the generator's device.
 
     Raises:
         UserError: the model has no plain token attention.
@@ -36,10 +38,11 @@ def dropout_noise(model: nn.Module, where: Where, passes: int, generator: torch.
 
 
 def dropout_masks(model: nn.Module, where: Where, noise: Masks, rate: float) -> Masks:
-    """0 where the noise is below `rate`, so that a greater rate drops all that a smaller one does.
+    """Dropout masks: 0 where the noise is below `rate`, so that a greater rate drops all that a smaller one drops.
 
-    Elements that stay are scaled by 1 / (1 - rate), as dropout does it. Tokens that stay are not: attention compares
-    them by softmax, which a scale would sharpen. Prefix tokens (class, distillation, registers) stay whole.
+    The other elements are scaled by 1 / (1 - rate), as in dropout. Whole tokens are not scaled, since attention
+    compares them by softmax, which a scale would sharpen; and prefix tokens (class, distillation, registers) are never
+    dropped.
     """
     kept = (noise >= rate).float()
     if where != "token":
@@ -50,9 +53,9 @@ def dropout_masks(model: nn.Module, where: Where, noise: Masks, rate: float) -> 
 
 @contextmanager
 def dropout(model: nn.Module, where: Where, masks: Masks) -> Iterator[None]:
-    """Within the block, image i of a batch goes through the model under mask i modulo the number of passes.
+    """Within the block, the model drops by the masks: image i of a batch under mask i modulo the number of passes.
 
-    A batch must be a multiple of the number of passes: each image as many times, one copy after the other.
+    So a batch must hold each image once for every pass, the copies of one image following each other.
 
     Raises:
         UserError: the model has no plain token attention.
@@ -70,7 +73,7 @@ def dropout(model: nn.Module, where: Where, masks: Masks) -> Iterator[None]:
 def masked(
     tokens: Float[Tensor, "b tokens dim"], mask: Float[Tensor, "passes tokens width"]
 ) -> Float[Tensor, "b tokens dim"]:
-    """Image i's tokens times mask i modulo the number of passes, in the tokens' own precision.
+    """Multiply the tokens of image i by mask i modulo the number of passes, in the tokens' own precision.
 
     >>> masked(torch.ones(2, 1, 2), torch.tensor([[[0.0]], [[3.0]]])).tolist()
     [[[0.0, 0.0]], [[3.0, 3.0]]]
@@ -89,8 +92,10 @@ def _sites(vit: Any, where: Where) -> list[nn.Module]:
 
 
 def _drop_input(mask: Tensor) -> Any:
+    """A hook that masks the input of a module."""
     return lambda module, args: (masked(args[0], mask), *args[1:])
 
 
 def _drop_output(mask: Tensor) -> Any:
+    """A hook that masks the output of a module."""
     return lambda module, args, output: masked(output, mask)

@@ -1,7 +1,7 @@
-"""The table of network families: what vitrap knows of timm's, for opening, refusing, observing and listing.
+"""The table of network families: what vitrap knows of timm's networks, to open, refuse, observe and list them.
 
-A family is a module of timm's, under that module's name. A family that does not stand here is opened all the same, as
-`OTHER` has it. This file imports no torch, so that the command line can list the families at once.
+A family is a module of timm's, and its key is that module's name. Networks of any other module can be opened as well,
+as `OTHER`. This file imports no torch, so that the command line lists the families at once.
 """
 
 import re
@@ -14,15 +14,15 @@ ATTENTION = "timm.layers.attention:Attention", "timm.layers.attention:AttentionR
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a family.
+    """A family of networks.
 
     Attributes:
-        name: what people call it.
-        about: which networks it has, in a few words.
-        network: the class with token attention, as "module:class"; "" where attention is not seen.
-        attention: the classes of its blocks' attention that is plain: one softmax over all tokens for each head.
+        name: its common name.
+        about: its networks, in a few words.
+        network: the class of its transformer, as "module:class"; "" where its attention cannot be observed.
+        attention: the classes of its plain attention: one softmax over all tokens for each head.
         patch: a pattern that finds the side of a patch in a timm name; "" where images are not cut into patches.
-        patch_default: the side of a patch where the name does not say it, in pixels.
+        patch_default: the side of a patch, in pixels, where the name does not tell it.
     """
 
     name: str
@@ -38,7 +38,7 @@ IN_NAME = r"_patch(\d+)"
 
 FAMILIES = {
     "vision_transformer": Family(
-        "vit", "ViT and its kin: class token or average pooling, registers", VIT, ATTENTION, IN_NAME
+        "vit", "ViT and its variants: class token or average pooling, registers", VIT, ATTENTION, IN_NAME
     ),
     "deit": Family("deit", "DeiT and DeiT III, with and without distillation token", VIT, ATTENTION, IN_NAME),
     "beit": Family("beit", "BEiT, BEiT v2", "timm.models.beit:Beit", ("timm.models.beit:Attention",), IN_NAME),
@@ -52,28 +52,31 @@ FAMILIES = {
 OTHER = Family("NAME", "any other image classifier of timm's")
 
 PLAIN = tuple(family for family in FAMILIES.values() if family.attention)
-"""Families whose token attention can be looked at."""
+"""The families whose token attention can be observed."""
 
 
 def family_of(module: str) -> Family:
-    """The family of a timm module, by its full or its last name."""
+    """The family of a timm module, given its full or its last name."""
     return FAMILIES.get(module.rpartition(".")[-1], OTHER)
 
 
 def patch_side(family: Family, name: str, overrides: dict[str, Any]) -> Any:
-    """The side of the patches of a network, as far as overrides and name say it; None where it has none."""
+    """The side of a network's patches, from overrides or name; None where it has no patches."""
     if not family.patch:
         return None
+    if "patch_size" in overrides:
+        return overrides["patch_size"]
     found = re.search(family.patch, name)
-    return overrides.get("patch_size", int(found[1]) if found else family.patch_default)
+    return int(found[1]) if found else family.patch_default
 
 
 def plain_names() -> str:
-    """The names of families with plain token attention, in words."""
+    """The names of the families with plain token attention, in words."""
     *most, last = [family.name for family in PLAIN]
     return f"{', '.join(most)} or {last}"
 
 
 def listed() -> dict[str, str]:
-    """The name of each family, and which networks it has."""
-    return {f.name: f.about + (" (plain attention)" if f.attention else "") for f in (*FAMILIES.values(), OTHER)}
+    """A description of each family, by its name."""
+    families = (*FAMILIES.values(), OTHER)
+    return {f.name: f.about + (" (plain attention)" if f.attention else "") for f in families}

@@ -1,4 +1,4 @@
-"""What the parts of any network put out, by name or by stage, and without changing the network."""
+"""Outputs of the modules and stages of any network, collected by hooks that leave the network as it is."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,9 +14,9 @@ Key = TypeVar("Key")
 
 @contextmanager
 def outputs_of(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, Tensor]]:
-    """Collect what each of `modules` puts out, at each forward pass, as it is: in its own layout and precision.
+    """Collect the output of each of `modules` at each forward pass, in its own layout and precision.
 
-    Outputs that are no tensors are passed over.
+    Outputs that are no tensors are left out.
     """
     seen: dict[Key, Tensor] = {}
 
@@ -31,10 +31,10 @@ def outputs_of(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, Tensor]]:
 
 
 def layer_outputs(model: nn.Module, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
-    """As `outputs_of`, of the modules that `names` name, as `model.named_modules()` has them.
+    """Collect the outputs of the modules with these names, as `model.named_modules()` gives them: see `outputs_of`.
 
     Raises:
-        UserError: there is no such module.
+        UserError: there is no module of that name.
     """
     known = dict(model.named_modules())
     for name in names:
@@ -44,28 +44,31 @@ def layer_outputs(model: nn.Module, names: Sequence[str]) -> AbstractContextMana
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The network inside `model`: what timm built, where it did, else the first part of it that is no mere wrapper."""
-    built = next((module for module in model.modules() if hasattr(module, "feature_info")), None)
-    if built is not None:
-        return built
-    while len(parts := [child for child in model.children() if list(child.children())]) == len(list(model.children())):
-        if len(parts) != 1:
-            break
-        model = parts[0]
-    return model
+    """The network inside `model`: the one that timm built, or else the first module that does not merely wrap another.
+
+    A module wraps another where its only child has children of its own.
+    """
+    for module in model.modules():
+        if hasattr(module, "feature_info"):
+            return module
+    while True:
+        children = list(model.children())
+        if len(children) != 1 or not list(children[0].children()):
+            return model
+        model = children[0]
 
 
 def name_of(model: nn.Module) -> str:
-    """What to call a network in a message: timm's name and its class, or the class alone."""
+    """What messages call a network: timm's name and its class, or the class alone."""
     kind = type(getattr(model, "body", model)).__name__
     name = getattr(getattr(model, "architecture", None), "name", "")
     return f"{name} ({kind})" if name else kind
 
 
 def stage_names(model: nn.Module) -> dict[str, int]:
-    """The modules that end the stages of `model`, first to last, and their channels, 0 where these are not known.
+    """The names of the modules that end the stages of `model`, first to last, and their channels (0 for unknown).
 
-    They are those that timm names in its networks' `feature_info`; of any other network, those that it has directly.
+    In networks of timm's they are those that `feature_info` names; in any other network, its direct children.
     """
     known = {module: name for name, module in model.named_modules()}
     body: Any = body_of(model)
@@ -78,9 +81,9 @@ def stage_names(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def intermediates_of(model: nn.Module) -> Iterator[list[Tensor] | None]:
-    """Collect timm's own maps of each stage, `b c gh gw`, of the last forward pass; None where timm has none.
+    """Collect timm's own feature map of each stage, `b c gh gw`, in the last forward pass; None where it has none.
 
-    The network inside `model` goes through timm's `forward_intermediates` and `forward_head` meanwhile, which give the
+    Within the block, the network inside `model` runs timm's `forward_intermediates` and `forward_head`, which give the
     same logits as its `forward`: hooks would not know how a family lays out its maps.
     """
     body: Any = body_of(model)
@@ -93,7 +96,7 @@ def intermediates_of(model: nn.Module) -> Iterator[list[Tensor] | None]:
         last, maps[:] = body.forward_intermediates(images)
         return body.forward_head(last)
 
-    before = vars(body).get("forward")  # of one around this one
+    before = vars(body).get("forward")  # set by an enclosing block
     body.forward = forward
     try:
         yield maps

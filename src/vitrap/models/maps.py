@@ -1,4 +1,4 @@
-"""The feature maps of any network: which stage has the last one of some size, and the gradient there."""
+"""The feature maps of any network: the last stage with a map of at least some size, and the gradient at it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +16,12 @@ from vitrap.models.layers import body_of, intermediates_of, layer_outputs, name_
 
 @dataclass(frozen=True)
 class Layout:
-    """How a network lays out what its stages put out.
+    """How a network lays out the outputs of its stages.
 
     Attributes:
-        grid: rows and columns of image tokens, where the network says so.
-        prefix: the most tokens that may stand before those of the image.
-        last: whether channels come last in maps.
+        grid: rows and columns of image tokens; None where the network does not tell.
+        prefix: number of prefix tokens; a stage may have fewer.
+        last: whether channels are the last dimension of maps.
     """
 
     grid: tuple[int, int] | None
@@ -29,28 +29,29 @@ class Layout:
     last: bool
 
     def as_map(self, raw: Tensor, channels: int = 0) -> Float[Tensor, "b c gh gw"] | None:
-        """An output, or a gradient at it, as a map; None where it is none.
+        """Bring a stage's output, or a gradient at it, to `b c gh gw`; None where it is no map.
 
         Args:
-            raw: b c h w, b h w c, or b tokens c, prefix tokens first.
-            channels: how many there are, 0 for unknown.
+            raw: `b c h w`, `b h w c`, or `b tokens c` with prefix tokens first.
+            channels: number of channels, 0 for unknown.
         """
         if raw.ndim == 4:
-            behind = self.last or (channels not in (0, raw.shape[1]) and raw.shape[-1] == channels)
-            return raw.permute(0, 3, 1, 2) if behind else raw
+            channels_last = self.last or (channels not in (0, raw.shape[1]) and raw.shape[-1] == channels)
+            return raw.permute(0, 3, 1, 2) if channels_last else raw
         if raw.ndim != 3:
             return None
+        # Tokens are a map where, without some prefix tokens, they fill the network's grid, or else a square.
         n = raw.shape[1]
         known = [(prefix, self.grid) for prefix in range(self.prefix + 1) if self.grid is not None]
         square = [(prefix, (isqrt(n - prefix),) * 2) for prefix in sorted({self.prefix, 0}) if n > prefix]
-        for prefix, (rows, columns) in known + square:  # some networks add prefix tokens only behind the last stage
+        for prefix, (rows, columns) in known + square:  # some networks add prefix tokens only after the last stage
             if rows * columns == n - prefix:
                 return raw[:, prefix:].mT.unflatten(-1, (rows, columns))
         return None
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """How `model` lays out what its stages put out."""
+    """How `model` lays out the outputs of its stages."""
     body: Any = body_of(model)
     grid = getattr(getattr(body, "patch_embed", None), "grid_size", None)
     sides = tuple(grid) if isinstance(grid, tuple | list) and len(grid) == 2 else None
@@ -62,10 +63,10 @@ class MapLayer:
     """A stage whose output is a map.
 
     Attributes:
-        name: of its module.
-        module: the module.
-        layout: how it lays out its output.
-        channels: of its output, 0 where they are not known.
+        name: name of the module that ends the stage.
+        module: that module.
+        layout: how the network lays out the module's output.
+        channels: channels of the output, 0 for unknown.
     """
 
     name: str
@@ -74,7 +75,7 @@ class MapLayer:
     channels: int
 
     def to_map(self, raw: Tensor) -> Float[Tensor, "b c gh gw"]:
-        """The module's output, or a gradient at it, as a map; prefix tokens are left out."""
+        """Bring the module's output, or a gradient at it, to `b c gh gw`, without prefix tokens."""
         found = self.layout.as_map(raw, self.channels)
         assert found is not None, f"{self.name} puts out no map"
         return found
@@ -82,28 +83,29 @@ class MapLayer:
 
 @torch.no_grad()
 def last_map(model: nn.Module, image: Float[Tensor, "b c h w"], side: int = 4) -> MapLayer:
-    """The last stage of `model` whose output is a map of at least `side` x `side`.
+    """The last stage of `model` whose output is a feature map of at least `side` x `side`.
 
-    Where timm says itself what its network's maps are, a stage counts only if its output is one of them.
+    Where timm itself gives the maps of its network, a stage counts only if its output is one of them.
 
     Args:
         model: a ready model.
         image: one image or more, as the model will see them.
-        side: the least rows and columns.
+        side: the least number of rows and of columns.
 
     Raises:
-        UserError: no stage puts out such a map.
+        UserError: no stage has such a map.
     """
     layout = layout_of(model)
     names = stage_names(model)
     modules = dict(model.named_modules())
-    with layer_outputs(model, list(names)) as seen, intermediates_of(model) as timms:
+    with layer_outputs(model, list(names)) as outputs, intermediates_of(model) as timm_maps:
         model(image)
     for name, channels in reversed(names.items()):
-        found = layout.as_map(seen[name], channels) if name in seen else None
+        found = layout.as_map(outputs[name], channels) if name in outputs else None
         if found is None or min(found.shape[2:]) < side:
             continue
-        if timms is None or any(found.shape == own.shape and torch.equal(found, own) for own in timms):
+        # Tokens that fill a grid need not stand in the order of the image: timm's own maps tell.
+        if timm_maps is None or any(found.shape == own.shape and torch.equal(found, own) for own in timm_maps):
             return MapLayer(name, modules[name], layout, channels)
     raise UserError(
         f"model {name_of(model)} has no stage with a map of at least {side} x {side} at {image.shape[-1]} px; raise"
@@ -113,22 +115,22 @@ def last_map(model: nn.Module, image: Float[Tensor, "b c h w"], side: int = 4) -
 
 @contextmanager
 def observe_map(model: nn.Module, layer: MapLayer, *, as_leaf: bool = False) -> Iterator[list[Tensor]]:
-    """Collect what `layer` puts out, as it is: the last forward pass's stands last.
+    """Collect the output of `layer` at each forward pass; the last pass's is the last.
 
     Args:
         model: a ready model.
-        layer: from `last_map`.
-        as_leaf: cut the graph there: the output becomes a leaf that requires a gradient, and nothing before it or
-            beside it (the weights, which it freezes) records one.
+        layer: a stage, from `last_map`.
+        as_leaf: whether to cut the graph there: the output becomes a leaf that requires a gradient, and neither the
+            layers before it nor any weight records one.
 
     Yields:
-        outputs of the layer, in the graph of the pass; `layer.to_map` makes maps of them and of gradients at them.
+        The outputs, in the graph of their pass; `layer.to_map` makes maps of them and of gradients at them.
     """
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_() if as_leaf else output)
-        return seen[-1].clone()  # what follows may write into it
+        return seen[-1].clone()  # the next layer may write into its input
 
     with ExitStack() as restore:
         restore.callback(layer.module.register_forward_hook(keep).remove)

@@ -1,8 +1,7 @@
-"""Looking at the attention of a network of any plain family, without changing the model.
+"""Observing a ViT of any plain family, without changing it: its attention, its tokens and what its head reads.
 
-Inside `with observe(model) as seen:` each forward pass leaves the softmax attention of the chosen blocks in
-`seen`. Fused attention is switched off for those blocks alone, so the others stay as fast as they were; on exit
-everything is as before.
+Inside `with observe(model) as seen:`, each forward pass puts the softmax attention of the chosen blocks into `seen`.
+Fused attention, which never forms these maps, is switched off in those blocks only. On exit all is as before.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from vitrap.models.layers import name_of, outputs_of
 
 
 def _classes(names: Iterable[str]) -> tuple[type[nn.Module], ...]:
-    """The classes that the table of families names as "module:class"."""
+    """Import the classes that the table of families names as "module:class"."""
     split = [name.split(":") for name in sorted(set(names))]
     return tuple(getattr(import_module(module), kind) for module, kind in split)
 
@@ -32,17 +31,18 @@ TRANSFORMERS = _classes(family.network for family in PLAIN_FAMILIES)
 PLAIN = _classes(name for family in PLAIN_FAMILIES for name in family.attention)
 
 Maps = Float[Tensor, "b heads tokens tokens"]
+"""Attention after softmax: row i says how much token i attends to each token."""
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where a ViT's tokens stand in its sequence.
+    """Where a ViT's tokens are in its sequence.
 
     Attributes:
-        prefix: tokens before the image's: class, distillation, registers.
+        prefix: number of tokens before the image tokens: class, distillation, registers.
         grid: rows and columns of image tokens.
-        read: positions of the tokens that the head reads, one after the other: the class token (and distillation
-            token), or all pooled tokens.
+        read: consecutive positions of the tokens that the head reads: the class token (and distillation token), or all
+            pooled tokens.
     """
 
     prefix: int
@@ -51,7 +51,7 @@ class TokenLayout:
 
 
 def attends(model: nn.Module) -> bool:
-    """Whether there is a ViT inside `model` whose plain token attention can be looked at."""
+    """Whether there is a ViT inside `model` whose attention can be observed: plain, over tokens."""
     return _plain_vit(model) is not None
 
 
@@ -59,7 +59,7 @@ def transformer(model: nn.Module) -> Any:
     """The ViT inside `model`, which may wrap it.
 
     Raises:
-        UserError: there is none with plain token attention (Swin, CaiT, XCiT, CNNs and others).
+        UserError: there is none with plain token attention (as in Swin, CaiT, XCiT and CNNs).
     """
     found = _plain_vit(model)
     if found is None:
@@ -70,6 +70,7 @@ def transformer(model: nn.Module) -> Any:
 
 
 def _plain_vit(model: nn.Module) -> Any | None:
+    """The first ViT inside `model` with plain attention in all blocks; None where there is none."""
     found: list[Any] = [module for module in model.modules() if isinstance(module, TRANSFORMERS)]
     for module in found:
         attentions = [getattr(block, "attn", None) for block in module.blocks]  # parallel blocks have no single one
@@ -78,11 +79,11 @@ def _plain_vit(model: nn.Module) -> Any | None:
     return None
 
 
-def steady_transformer(model: nn.Module) -> Any:
-    """The ViT inside `model`, of which every token can be found again in training, too.
+def transformer_keeping_tokens(model: nn.Module) -> Any:
+    """The ViT inside `model`, which must keep all image tokens in training, so that their grid is known.
 
     Raises:
-        UserError: there is none with plain token attention, or it drops tokens.
+        UserError: there is no ViT with plain token attention, or it drops tokens in training.
     """
     vit = transformer(model)
     if getattr(getattr(vit, "patch_drop", None), "prob", 0):
@@ -93,9 +94,10 @@ def steady_transformer(model: nn.Module) -> Any:
 
 
 def token_layout(model: nn.Module) -> TokenLayout:
-    """Where the tokens of `model` stand, and which of them its head reads."""
+    """Where the tokens of `model` are, and which of them its head reads."""
     vit = transformer(model)
-    prefix, grid = vit.num_prefix_tokens, tuple(vit.patch_embed.grid_size)
+    prefix = vit.num_prefix_tokens
+    grid = tuple(vit.patch_embed.grid_size)
     if isinstance(vit, VisionTransformerDistilled):
         return TokenLayout(prefix, grid, (0, 1))
     if vit.global_pool == "token":
@@ -106,10 +108,10 @@ def token_layout(model: nn.Module) -> TokenLayout:
 
 @contextmanager
 def eager_attention(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Within the block, attention is computed step by step where `wanted`, not fused.
+    """Within the block, plain attention is computed step by step, not fused; nothing changes unless `wanted`.
 
-    On a CPU in bf16 that is twice as fast (`python -m benchmarks arithmetic`); other networks than plain ViTs stay as
-    they are.
+    On a CPU in bf16 that is twice as fast (`python -m benchmarks arithmetic`). Networks without plain attention stay
+    as they are.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, PLAIN)] if wanted else []
     with ExitStack() as restore:
@@ -123,18 +125,18 @@ def eager_attention(model: nn.Module, wanted: bool = True) -> Iterator[None]:
 def observe(
     model: nn.Module, blocks: Sequence[int] = (-1,), *, frozen: bool = False, as_leaf: bool = False
 ) -> Iterator[dict[int, Maps]]:
-    """Collect the softmax attention of `blocks`, numbered from 0, or from -1 backwards, at each forward pass.
+    """Collect the softmax attention of `blocks` at each forward pass.
 
     Args:
         model: a ready model with a plain ViT inside.
-        blocks: which blocks to look at.
-        frozen: the weights ask for no gradient meanwhile.
-        as_leaf: cut the graph at the attention maps: each becomes a leaf that requires a gradient, and nothing
-            before it or beside it (the weights, which it freezes) records one. For the gradient at the last attention
-            alone this costs little more than a forward pass.
+        blocks: numbers of the blocks, from 0, or from -1 backwards.
+        frozen: whether the weights require no gradient within the block.
+        as_leaf: whether to cut the graph at the attention maps: each becomes a leaf that requires a gradient, and
+            neither the layers before it nor any weight records one. The gradient at the last attention then costs
+            little more than a forward pass.
 
     Yields:
-        block number as given -> attention after softmax, b x heads x queries x keys.
+        The maps of the last forward pass, by block number as given.
 
     Raises:
         UserError: the model has no plain token attention.
@@ -146,7 +148,7 @@ def observe(
             attention = attentions[number]
             restore.callback(setattr, attention, "fused_attn", attention.fused_attn)
             attention.fused_attn = False
-            hook = attention.attn_drop.register_forward_pre_hook(_keeper(seen, number, as_leaf))
+            hook = attention.attn_drop.register_forward_pre_hook(_attention_hook(seen, number, as_leaf))
             restore.callback(hook.remove)
         if frozen or as_leaf:
             for weight in [w for w in model.parameters() if w.requires_grad]:
@@ -158,7 +160,7 @@ def observe(
 def attention_outputs(
     model: nn.Module, blocks: Sequence[int]
 ) -> AbstractContextManager[dict[int, Float[Tensor, "b tokens dim"]]]:
-    """Collect what the attention of `blocks` (numbered as for `observe`) adds to the tokens, at each forward pass.
+    """Collect what the attention layers of `blocks` (numbered as for `observe`) return, at each forward pass.
 
     Raises:
         UserError: the model has no plain token attention.
@@ -170,7 +172,7 @@ def attention_outputs(
 def block_outputs(
     model: nn.Module, blocks: Sequence[int]
 ) -> AbstractContextManager[dict[int, Float[Tensor, "b tokens dim"]]]:
-    """Collect the tokens that `blocks` (numbered as for `observe`) put out, at each forward pass.
+    """Collect the tokens that `blocks` (numbered as for `observe`) return, at each forward pass.
 
     Raises:
         UserError: the model has no plain token attention.
@@ -179,10 +181,10 @@ def block_outputs(
 
 
 def head_layer(model: nn.Module) -> tuple[str, nn.Linear]:
-    """The linear layer that gives the logits, and its name: a ViT's head, or a network's last linear layer.
+    """The name of the linear layer that gives the logits, and that layer: a ViT's head, or the last linear layer.
 
     Raises:
-        UserError: the model has none.
+        UserError: the model has no linear layer.
     """
     vit = next((m for m in model.modules() if isinstance(m, TRANSFORMERS)), None)
     head = getattr(vit, "head", None)  # a distilled ViT's has a second one beside it
@@ -196,7 +198,7 @@ def head_layer(model: nn.Module) -> tuple[str, nn.Linear]:
 
 @torch.no_grad()
 def features(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim"]:
-    """What the head reads of each image, in fp32: the input of `head_layer`."""
+    """The features of each image, in fp32: the input of `head_layer`."""
     seen: list[Tensor] = []
     hook = head_layer(model)[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
@@ -207,13 +209,15 @@ def features(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor
 
 
 def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
-    """Mean over heads and over the rows that the head reads; the columns of the image's tokens, as their grid."""
+    """The attention that the tokens read by the head pay to each image token: the mean over heads and these rows."""
     first, last = layout.read[0], layout.read[-1]  # a slice, since a list of rows would make the host wait
     rows = maps[:, :, first : last + 1, layout.prefix :]
     return rows.mean((1, 2)).unflatten(1, layout.grid)
 
 
-def _keeper(seen: dict[int, Maps], number: int, as_leaf: bool) -> Any:
+def _attention_hook(seen: dict[int, Maps], number: int, as_leaf: bool) -> Any:
+    """A hook that puts the input of a block's attention dropout, the softmax attention, into `seen`."""
+
     def keep(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         maps = args[0].detach().requires_grad_() if as_leaf else args[0]
         seen[number] = maps

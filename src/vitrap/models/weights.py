@@ -1,7 +1,7 @@
-"""Weights in safetensors files: read as they are, or brought to a network as timm brings its pretrained weights.
+"""Weights in safetensors files: reading them, and starting a network from them as timm starts from pretrained weights.
 
-What is adapted is what timm's own loading adapts: the head where the number of classes differs, position embeddings
-and whatever else the family's filter of checkpoints resamples or renames. The rest must fit, tensor by tensor.
+Only what timm's own loading adapts is adapted: the head where the number of classes differs, position embeddings, and
+whatever else the family's checkpoint filter resamples or renames. The rest must fit, tensor by tensor.
 """
 
 import math
@@ -21,19 +21,26 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vitrap.errors import UserError
 
 PREFIXES = ("module.", "model.", "body.", "_orig_mod.")
-"""What wraps a network puts before the names of its tensors: parallel training, a trainer, vitrap, a compilation."""
-TAKEN = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+"""Prefixes that wrappers put before the names of a network's tensors: DataParallel, trainers, vitrap, torch.compile."""
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+"""The types of weights that are accepted, with their names."""
 COUNTS = ("num_batches_tracked", "relative_position_index")
-"""Ends of names of tensors that are whole numbers by nature; timm makes the second anew."""
+"""Ends of names of tensors that hold whole numbers by nature; timm recomputes the second."""
 SHAPES = re.compile(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)")
-"""How torch says that a tensor's shape does not fit."""
+"""Torch's message where a tensor's shape does not fit."""
 HEADS = ("head", "fc", "classifier")
-"""What other people's code calls the layer that gives the logits."""
+"""Common names of the layer that gives the logits, in other people's code."""
 
 
 @dataclass
 class Loading:
-    """What a loading found: names that the file lacks, names that the network lacks."""
+    """What the loading of a file found.
+
+    Attributes:
+        missing: names that the file lacks.
+        unknown: names that the network lacks.
+        done: whether anything was loaded.
+    """
 
     missing: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -58,33 +65,34 @@ def read_tensors(path: Path, kind: str = "checkpoint") -> dict[str, Tensor]:
 
 
 def shared_prefix(names: Iterable[str], own: Iterable[str]) -> str:
-    """What stands before all `names` and can be taken off, "" where one of them is among the network's `own`.
+    """The prefix that all `names` share and that can be removed; "" where one of them is already one of `own`.
 
     >>> shared_prefix(["module.body.fc.bias", "module.body.fc.weight"], ["fc.weight", "fc.bias"])
     'module.body.'
     """
-    left = list(names)
+    rest = list(names)
     known = set(own)
-    found = ""
-    while left and not known.intersection(left):
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in left)), None)
+    shared = ""
+    while rest and not known.intersection(rest):
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in rest)), None)
         if prefix is None:
             break
-        left, found = [name.removeprefix(prefix) for name in left], found + prefix
-    return found
+        rest = [name.removeprefix(prefix) for name in rest]
+        shared += prefix
+    return shared
 
 
 def start_from(path: Path, name: str, plain: nn.Module, build: Callable[..., nn.Module]) -> tuple[nn.Module, str]:
-    """A timm network that starts from a file's weights, and what was adapted, in one line.
+    """A timm network that starts from the weights in a file, and a line about what was adapted.
 
     Args:
         path: a safetensors file.
-        name: timm's name of the network, for what is said.
-        plain: the network with fresh weights, which stays as it is.
-        build: builds it again, with the arguments of `timm.create_model` that it is handed.
+        name: timm's name of the network, for messages.
+        plain: the network with random weights; it stays as it is.
+        build: builds the network again, given further arguments of `timm.create_model`.
 
     Raises:
-        UserError: the file is missing, damaged, of whole numbers, or does not fit.
+        UserError: the file is missing or damaged, holds whole numbers, or does not fit.
     """
     own = plain.state_dict()
     tensors, notes = _clean(read_tensors(path, "model.weights"), own, path)
@@ -93,7 +101,7 @@ def start_from(path: Path, name: str, plain: nn.Module, build: Callable[..., nn.
     classes = _classes(tensors, heads)
     wanted = int(getattr(plain, "num_classes", 0))
     head = [f"{layer}.{end}" for layer in heads for end in ("weight", "bias")] if classes != wanted else []
-    # Its own loading from here on; no other source of weights is left to it.
+    # timm loads the tensors itself, as if they were its pretrained weights; all its other sources are switched off.
     source = {"state_dict": tensors, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
     with _watched(type(plain)) as loading:
         try:
@@ -111,10 +119,10 @@ def start_from(path: Path, name: str, plain: nn.Module, build: Callable[..., nn.
 
 
 def _clean(tensors: dict[str, Tensor], own: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's tensors without prefix and in fp32, and what was done to them."""
+    """The file's tensors without prefix and in fp32, and notes about both."""
     if not tensors:
         raise UserError(f"model.weights {str(path)!r} holds no tensors; give a file with a network's weights")
-    whole = [key for key, t in tensors.items() if t.dtype not in TAKEN and not key.endswith(COUNTS)]
+    whole = [key for key, t in tensors.items() if t.dtype not in PRECISIONS and not key.endswith(COUNTS)]
     if whole:
         kinds = ", ".join(sorted({str(tensors[key].dtype).removeprefix("torch.") for key in whole}))
         raise UserError(
@@ -123,9 +131,9 @@ def _clean(tensors: dict[str, Tensor], own: Mapping[str, Tensor], path: Path) ->
         )
     prefix = shared_prefix(tensors, own)
     notes = [f"prefix {prefix!r} taken off"] if prefix else []
-    kinds = sorted({TAKEN[t.dtype] for t in tensors.values() if t.dtype in TAKEN} - {"fp32"})
+    kinds = sorted({PRECISIONS[t.dtype] for t in tensors.values() if t.dtype in PRECISIONS} - {"fp32"})
     notes += [f"{kind} -> fp32" for kind in kinds]
-    return {key.removeprefix(prefix): t.float() if t.dtype in TAKEN else t for key, t in tensors.items()}, notes
+    return {key.removeprefix(prefix): t.float() if t.dtype in PRECISIONS else t for key, t in tensors.items()}, notes
 
 
 def _names_of_heads(body: nn.Module) -> tuple[str, ...]:
@@ -135,14 +143,14 @@ def _names_of_heads(body: nn.Module) -> tuple[str, ...]:
 
 
 def _classes(tensors: Mapping[str, Tensor], heads: tuple[str, ...]) -> int:
-    """How many classes the file's own head tells apart, 0 where it has none."""
+    """The number of classes of the file's own head, 0 where it has none."""
     names = [f"{head}.weight" for head in (*heads, *HEADS)]
     return next((len(tensors[name]) for name in names if name in tensors and tensors[name].ndim), 0)
 
 
 @contextmanager
 def _watched(kind: type[nn.Module]) -> Iterator[Loading]:
-    """Notes what the next loading into a network of that class finds: timm's builder only logs it."""
+    """Record what the next loading into a network of class `kind` finds, which timm's builder only logs."""
     loading = Loading()
     watched: list[nn.Module] = []
 
@@ -152,7 +160,7 @@ def _watched(kind: type[nn.Module]) -> Iterator[Loading]:
         loading.done = True
 
     with ExitStack() as restore:
-
+        # The network does not exist yet: it is caught when its first part is registered.
         def watch(parent: nn.Module, name: str, child: nn.Module | None) -> None:
             if type(parent) is kind and not any(parent is one for one in watched):
                 watched.append(parent)
@@ -163,7 +171,7 @@ def _watched(kind: type[nn.Module]) -> Iterator[Loading]:
 
 
 def _misfit(path: Path, name: str, loading: Loading, head: list[str], error: Exception | None) -> UserError:
-    """What does not fit: names that one side lacks, shapes, or else what timm says."""
+    """The error that lists what does not fit: names that one side lacks, shapes, or else timm's own message."""
     faults = {
         "missing": [key for key in loading.missing if key not in head],
         "unknown": loading.unknown,
@@ -180,15 +188,17 @@ def _misfit(path: Path, name: str, loading: Loading, head: list[str], error: Exc
 def _resampled(
     tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], body: nn.Module, replaced: list[str]
 ) -> list[str]:
-    """What timm changed in shape or name, in words."""
+    """Notes about the tensors that timm resampled or renamed."""
     changed = [key for key in own if key in tensors and key not in replaced and own[key].shape != tensors[key].shape]
     notes = []
     for key in changed:
-        old, new = (_grid(key, t.shape, body) for t in (tensors[key], own[key]))
+        old = _grid(key, tensors[key].shape, body)
+        new = _grid(key, own[key].shape, body)
         what = {"pos_embed": "position embeddings", "patch_embed.proj.weight": "patch embedding"}.get(key, key)
         notes.append(f"{what} {old} -> {new}")
+    if len(notes) > 3:
+        notes = [*notes[:2], f"{len(notes) - 2} more tensors resampled"]
     renamed = sum(key not in tensors for key in own if key not in replaced)
-    notes = notes if len(notes) <= 3 else [*notes[:2], f"{len(notes) - 2} more tensors resampled"]
     return [*notes, f"{renamed} tensors under other names"] if renamed else notes
 
 
@@ -205,6 +215,7 @@ def _grid(key: str, shape: torch.Size, body: nn.Module) -> str:
 
 
 def _some(keys: list[str]) -> str:
+    """The first few of some names."""
     return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 

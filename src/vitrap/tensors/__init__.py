@@ -1,4 +1,4 @@
-"""Pure functions of tensors: torch in, torch out, no state, nothing of vitrap's above."""
+"""Pure functions of tensors: torch in, torch out, without state; they know nothing else of vitrap."""
 
 from vitrap.tensors.morphology import element, erode
 

@@ -1,4 +1,4 @@
-"""Putting one image over another."""
+"""Blending two images, and pasting one over another under a mask."""
 
 import torch
 from jaxtyping import Bool, Float

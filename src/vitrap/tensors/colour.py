@@ -1,4 +1,4 @@
-"""Brightness and saturation in the sense of HSV, and matching their means."""
+"""Brightness and saturation as HSV defines them, and scaling an image until its mean matches another image's."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,13 +16,13 @@ def saturation(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
 
 
 def match_saturation(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Scale each image's saturation so that its mean is the reference's; hue and brightness stay.
+    """Scale the saturation of each image so that its mean is the reference's; hue and brightness stay.
 
-    One factor an image; saturations are cut off at 1, so the means agree up to what is cut off.
+    There is one factor per image. Saturations are clipped at 1, so the means agree up to what is clipped.
     """
     own = saturation(images)
     factor = _ratio(saturation(reference), own)
-    # S' = f S is V - f (V - x) in each channel; a pixel takes no factor that would push its S above 1
+    # S' = f S means x' = V - f (V - x) in each channel; f is lowered where it would push a pixel's S above 1.
     value = brightness(images)
     return value - (value - images) * factor.minimum(1 / own.clamp(min=1e-8))
 
@@ -30,7 +30,7 @@ def match_saturation(images: Float[Tensor, "b c h w"], reference: Float[Tensor, 
 def match_brightness(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Scale each image so that its mean HSV value is the reference's; hue and saturation stay.
 
-    One factor an image; values are cut off at 1, so the means agree up to what is cut off.
+    There is one factor per image. Values are clipped at 1, so the means agree up to what is clipped.
     """
     value = brightness(images)
     factor = _ratio(brightness(reference), value)
@@ -38,7 +38,7 @@ def match_brightness(images: Float[Tensor, "b c h w"], reference: Float[Tensor, 
 
 
 def _ratio(wanted: Float[Tensor, "b 1 h w"], own: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 1 1"]:
-    """Ratio of two means an image; 1 where an image has none of the quantity to scale."""
+    """The ratio of the two means, for each image; 1 where an image has nothing to scale."""
     wanted = wanted.mean((2, 3), keepdim=True)
     own = own.mean((2, 3), keepdim=True)
     return (wanted / own.clamp(min=1e-8)).where(own > 1e-8, wanted.new_ones(()))

@@ -1,4 +1,4 @@
-"""Opacity masks: low over a square box, high on one cell of it."""
+"""Opacity masks of a square box: low everywhere but on one cell."""
 
 import torch
 from jaxtyping import Float
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def cell_masks(side: int, cell: int, stride: int, low: float, high: float) -> Float[Tensor, "cells side side"]:
-    """The mask of every place that a cell can take in a box, row by row.
+    """A mask for each place that the cell can take in the box, row by row.
 
     Args:
-        side: of the box, in pixels.
+        side: side of the box, in pixels.
         cell: side of the square cell, in pixels, at most `side`.
-        stride: pixels from one place to the next: `cell` lets the places tile the box, 1 lets them overlap.
+        stride: pixels from one place to the next: with `cell` the places tile the box, with 1 they overlap.
         low: opacity of the box around the cell, in [0, 1].
         high: opacity of the cell, in [0, 1].
 
@@ -25,13 +25,14 @@ def cell_masks(side: int, cell: int, stride: int, low: float, high: float) -> Fl
         raise ValueError(f"a cell of {cell} px does not fit in a box of {side} px")
     starts = torch.arange(0, side - cell + 1, stride)
     pixel = torch.arange(side)
-    covered = (starts[:, None] <= pixel) & (pixel < starts[:, None] + cell)  # place along one side x pixel
-    both = covered[:, None, :, None] & covered[None, :, None, :]  # row place, column place, row, column
+    # Along one side: place x pixel. In two dimensions: row place x column place x row x column.
+    covered = (starts[:, None] <= pixel) & (pixel < starts[:, None] + cell)
+    both = covered[:, None, :, None] & covered[None, :, None, :]
     return torch.where(both.flatten(0, 1), high, low)
 
 
 def middle_mask(masks: Float[Tensor, "cells s s"]) -> Float[Tensor, "1 s s"]:
-    """The mask of the cell in the middle, or below and right of it, of cells that tile a square.
+    """The mask whose cell is in the middle, or just below and right of it, of masks over a square of places.
 
     >>> middle_mask(cell_masks(3, 1, 1, 0.0, 1.0)).nonzero().tolist()
     [[0, 1, 1]]

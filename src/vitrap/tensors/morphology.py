@@ -1,4 +1,4 @@
-"""Grey-scale morphology with flat structuring elements of any shape; borders as scipy's `mode="nearest"`."""
+"""Grey-scale morphology with flat structuring elements of any shape; borders as in scipy's `mode="nearest"`."""
 
 from typing import Literal
 
@@ -12,9 +12,9 @@ Operation = Literal["erosion", "dilation", "opening", "closing"]
 
 
 def element(shape: Shape, size: int) -> Bool[Tensor, "k k"]:
-    """A structuring element of odd `size` pixels.
+    """A structuring element of `size` x `size` pixels; the size is odd.
 
-    The disc holds the pixels whose centre is at most (size - 1) / 2 from the middle.
+    The disc contains the pixels whose centre is at most (size - 1) / 2 from the middle.
 
     >>> element("cross", 3).int().tolist()
     [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
@@ -37,7 +37,7 @@ def element(shape: Shape, size: int) -> Bool[Tensor, "k k"]:
 
 
 def erode(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Float[Tensor, "b c h w"]:
-    """Grey-scale erosion: each pixel becomes the least of those under the element, channel by channel.
+    """Grey-scale erosion: each pixel becomes the minimum of the pixels under the element, channel by channel.
 
     `out(x, y) = min over (s, t) in element of image(x + s, y + t)`; equal to `scipy.ndimage.grey_erosion` with
     `footprint=element, mode="nearest"`.
@@ -48,6 +48,7 @@ def erode(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Flo
     height, width = images.shape[-2:]
     reach = element.shape[0] // 2
     padded = functional.pad(images, (reach,) * 4, mode="replicate")
+    # A running minimum over the shifted images, one for each pixel of the element.
     out: Tensor | None = None
     for down, across in element.nonzero().tolist():
         shifted = padded[..., down : down + height, across : across + width]
@@ -58,7 +59,7 @@ def erode(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Flo
 
 
 def dilate(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Float[Tensor, "b c h w"]:
-    """Grey-scale dilation: each pixel becomes the greatest of those under the mirrored element, channel by channel.
+    """Grey-scale dilation: each pixel becomes the maximum of those under the mirrored element, channel by channel.
 
     `out(x, y) = max over (s, t) in element of image(x - s, y - t)`; equal to `scipy.ndimage.grey_dilation` with
     `footprint=element, mode="nearest"`.
@@ -72,7 +73,9 @@ def dilate(images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"]) -> Fl
 def morph(
     images: Float[Tensor, "b c h w"], element: Bool[Tensor, "k k"], operation: Operation, times: int = 1
 ) -> Float[Tensor, "b c h w"]:
-    """Erosion or dilation so many times; opening (first all erosions, then all dilations) or closing (the reverse).
+    """Apply an operation; each of its steps is repeated `times` times.
+
+    Opening is all erosions and then all dilations, closing the reverse.
 
     >>> morph(torch.tensor([[[[0.0, 1.0, 0.0]]]]), torch.ones(3, 3, dtype=torch.bool), "opening").flatten().tolist()
     [0.0, 0.0, 0.0]

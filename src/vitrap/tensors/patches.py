@@ -1,4 +1,4 @@
-"""Maps over tokens and over pixels: from one to the other, and which pixels of a map to select."""
+"""Maps over tokens and over pixels: going from one to the other, and selecting pixels by their score."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 def tokens_to_pixels(
     tokens: Float[Tensor, "b gh gw"], size: tuple[int, int], mode: Literal["bilinear", "nearest"]
 ) -> Float[Tensor, "b h w"]:
-    """Up-sample a map over the token grid to the pixel grid; "nearest" gives whole patches.
+    """Up-sample a map from the token grid to the pixel grid; "nearest" gives whole patches.
 
     >>> tokens_to_pixels(torch.tensor([[[1.0, 2.0]]]), (1, 4), "nearest").flatten().tolist()
     [1.0, 1.0, 2.0, 2.0]
@@ -20,29 +20,31 @@ def tokens_to_pixels(
 
 
 def tokens_touched(box: tuple[float, float, float, float], size: int, grid: tuple[int, int]) -> Bool[Tensor, "gh gw"]:
-    """The tokens of which a box, in pixels and not rounded, covers any part.
+    """The tokens that a box covers at least in part.
 
     Args:
-        box: top, left, bottom and right edge; a token that the box only borders on is not touched.
+        box: top, left, bottom and right edge, in pixels, whole or not. A token that only shares an edge with the box is
+            not touched.
         size: side of the image, in pixels.
-        grid: rows and columns of tokens that divide the image evenly.
+        grid: rows and columns of tokens, which divide the image evenly.
 
     >>> tokens_touched((1.0, 4.5, 2.0, 8.0), 8, (2, 2)).int().tolist()
     [[0, 1], [0, 0]]
     """
     top, left, bottom, right = box
+    # First pixel of each row and column of tokens.
     rows, columns = (torch.arange(n, dtype=torch.float64) * size / n for n in grid)
-    hair = 1e-9 * size  # an edge that lies on a token's but for rounding touches nothing beyond it
+    hair = 1e-9 * size  # two edges this close are the same edge, up to rounding
     row = (rows < bottom - hair) & (top < rows + size / grid[0] - hair)
     column = (columns < right - hair) & (left < columns + size / grid[1] - hair)
     return row[:, None] & column[None, :]
 
 
 def above_quantile(scores: Float[Tensor, "b h w"], level: float) -> Bool[Tensor, "b h w"]:
-    """The pixels whose score exceeds the image's own quantile at `level` in [0, 1).
+    """Select the pixels whose score exceeds the `level` quantile of their image, with `level` in [0, 1).
 
-    Exactly `round((1 - level) * h * w)` pixels where no two scores tie. Pixels that tie with the quantile are all
-    left out (the comparison is strict), so that whole patches of equal score fall out together.
+    Without ties, these are exactly `round((1 - level) * h * w)` pixels. Pixels that tie with the quantile are all left
+    out, since the comparison is strict; so whole patches of equal score are left out together.
 
     >>> above_quantile(torch.tensor([[[1.0, 4.0, 3.0, 2.0]]]), 0.75).int().flatten().tolist()
     [0, 1, 0, 0]
@@ -55,7 +57,7 @@ def above_quantile(scores: Float[Tensor, "b h w"], level: float) -> Bool[Tensor,
 
 
 def as_many(mask: Bool[Tensor, "b h w"], scores: Float[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
-    """As many pixels of each image as `mask` has, but those with the greatest scores.
+    """Select as many pixels of each image as `mask` does, but those with the greatest scores.
 
     >>> as_many(torch.tensor([[[True, False, False]]]), torch.tensor([[[0.1, 0.7, 0.2]]])).int().flatten().tolist()
     [0, 1, 0]
@@ -65,7 +67,7 @@ def as_many(mask: Bool[Tensor, "b h w"], scores: Float[Tensor, "b h w"]) -> Bool
 
 
 def above_value(scores: Float[Tensor, "b h w"], value: float) -> Bool[Tensor, "b h w"]:
-    """The pixels whose score, divided by the image's greatest, exceeds `value`; none where all scores are 0.
+    """Select the pixels whose score exceeds the share `value` of the image's maximum; none where all scores are 0.
 
     >>> above_value(torch.tensor([[[1.0, 4.0, 3.0, 2.0]]]), 0.5).int().flatten().tolist()
     [0, 1, 1, 0]

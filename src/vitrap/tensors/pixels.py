@@ -1,4 +1,4 @@
-"""8-bit pixels and images in [0, 1], and back; noise that an image alone decides."""
+"""Images in [0, 1] and their 8-bit pixels, from one to the other; noise that depends on the image alone."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ def to_unit(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 
 def round8(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Images in [0, 1] as they are after storing them with 8 bits."""
+    """Round images in [0, 1] to the values that 8 bits can store."""
     return to_unit(to_bytes(images))
 
 
 def straight_round8(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """`round8`, through which gradients pass as they come (the straight-through estimator).
+    """`round8` with the straight-through estimator: gradients pass as if there were no rounding.
 
     Bengio, Leonard, Courville: "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
     Computation", 2013, https://arxiv.org/abs/1308.3432.
@@ -36,17 +36,19 @@ def straight_round8(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"
 
 
 class _StraightRound8(torch.autograd.Function):
+    """Rounds forwards, and does nothing backwards."""
+
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
         return round8(images)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
-        return slopes[0]
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 def image_hash(images: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
-    """A number in [0, 2**31) for each image, from its 8-bit pixels alone (a sum with scrambled weights)."""
+    """A hash in [0, 2**31) of each image's 8-bit pixels: their sum with scrambled weights."""
     prime = 2**31 - 1
     pixels = to_bytes(images).flatten(1).long() + 1
     places = torch.arange(1, pixels.shape[1] + 1, device=images.device)
@@ -54,7 +56,7 @@ def image_hash(images: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
 
 
 def hashed_noise(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
-    """Uniform noise in [0, 1), one number a pixel: the same image gets the same noise in any batch."""
+    """Uniform noise in [0, 1) for each pixel, seeded by the image: it gets the same noise in every batch."""
     height, width = images.shape[-2:]
     places = torch.arange(height * width, device=images.device)
     mixed = _mix(image_hash(images)[:, None] + _mix(places)[None, :])
