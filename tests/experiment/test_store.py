@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vitrap.errors import UserError
-from vitrap.experiment.store import STALE, STATE, Stage, Store
+from vitrap.experiment.store import LOCKS, STALE, STATE, Stage, Store
 
 STAGE = Stage("clean", {"seed": 0, "data": {"limit": 3}})
 
@@ -25,7 +25,8 @@ def make(text: str = "weights"):
 
 def content(folder: Path) -> dict[str, str]:
     """All files below a folder, hidden ones included."""
-    return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.parent.name != LOCKS]
+    return {str(file.relative_to(folder)): file.read_text() for file in files}
 
 
 def hidden(folder: Path) -> list[str]:

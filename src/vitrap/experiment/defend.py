@@ -252,7 +252,7 @@ def add_row(folder: Path, row: Row, scores: Scores | None = None) -> Record:
 
     A screen's scores are in the run's folder before the row is.
     """
-    with locked(folder / ".record.lock"):
+    with locked(folder.parent, f"{folder.name}-record"):
         record = read_record(folder)  # anew: another process may have added a row
         if scores is not None:
             assert isinstance(row, ScreenRow)

@@ -288,7 +288,7 @@ def place_files(victim: Path, folder: Path) -> None:
 
 def write_record(record: Record, earlier: Sequence[Row], folder: Path) -> Record:
     """Write the record, with the rows of defences of an earlier one that still hold."""
-    with locked(folder / ".record.lock"):  # rows of a run of the same spec, or tried meanwhile
+    with locked(folder.parent, f"{folder.name}-record"):  # rows of a run of the same spec, or tried meanwhile
         rows = [*earlier, *(row for row in _rows(folder) if row not in earlier)]
         record = replace(record, defences=still_holding(rows, record))
         record.write(folder)

@@ -5,7 +5,6 @@ place, so a process killed at any moment leaves no half stage. The next call mak
 whose state the draft holds.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from vitrap.errors import UserError
 from vitrap.files import put_in_place, write_json
 
@@ -25,6 +26,9 @@ STALE = 7 * 24 * 3600
 """Seconds after which a draft counts as left behind."""
 STATE = "training.safetensors"
 """In a draft: the state of the training under way, from which the next call goes on."""
+LOCKS = "locks"
+OFTEN = 0.2
+"""Seconds after which a process that waits for a lock asks again."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Store:
     def _sweep(self) -> None:
         """Remove the drafts that killed processes left behind: those so old that no stage can still be made there."""
         for draft in (self.root / "stages").glob(".*"):
-            with suppress(OSError):  # another process may be sweeping, too; and a lock is no folder
+            with suppress(OSError):  # another process may be sweeping, too
                 if time.time() - draft.stat().st_mtime > STALE:
                     shutil.rmtree(draft)
 
@@ -90,7 +94,7 @@ class Store:
                 return place
             draft = place.with_name(f".{place.name}-draft")
             _clear(draft, whole=force)
-            draft.mkdir(exist_ok=True)
+            draft.mkdir(parents=True, exist_ok=True)
             os.utime(draft)  # it is under way again: nobody sweeps it
             try:
                 make(draft)
@@ -107,35 +111,30 @@ class Store:
     @contextmanager
     def alone(self, name: str, waiting: str) -> Iterator[None]:
         """Within the block no other process is in a block of that name; whoever must wait says so."""
-        stages = self.root / "stages"
-        stages.mkdir(parents=True, exist_ok=True)
-        with locked(stages / f".{name}.lock", lambda: self.waiting(waiting)):
+        with locked(self.root, name, lambda: self.waiting(waiting)):
             yield
 
 
 @contextmanager
-def locked(lock: Path, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
-    """Within the block no other process is in a block of the same lock, a file that is there for as long.
+def locked(out: Path, name: str, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+    """Within the block no other process is in a block of the same name for the same folder of runs.
 
-    A killed process holds no lock. Processes of several machines see each other's where the file system has POSIX locks
-    over them, as NFS does; a file that is open for writing is what it locks.
+    A killed process holds no lock: the system's own lock on a file counts, not whether the file is there. Files stay in
+    the folder `locks`, since to remove one that another process may be opening lets two of them in. Processes of
+    several machines see each other's locks where the file system has POSIX locks over them, as NFS does.
     """
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with waiting():
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(lock)):
-                break
-        os.close(handle)  # whoever held it has removed it: ask anew
+    folder = out / LOCKS
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with waiting():
+            lock.acquire(poll_interval=OFTEN)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
+        lock.release()
 
 
 def _clear(draft: Path, whole: bool = False) -> None:

@@ -77,7 +77,7 @@ class Classifier(nn.Module):
             return self.body((images - self.mean) / self.std)
         except (AssertionError, RuntimeError, ValueError) as error:
             own = (len(self.mean), self.architecture.size, self.architecture.size)
-            if images.shape[1:] == own:
+            if images.shape[1:] == own or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise misshapen(images, "b x {} x {} x {}".format(*own)) from error
 
