@@ -16,6 +16,7 @@ from vitrap.experiment.answers import ANSWERS
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.run import run
 from vitrap.experiment.spec import load_spec
+from vitrap.experiment.store import LOCKS
 from vitrap.metrics.values import Centre, Rate, Stealth
 from vitrap.sweeps.grid import load_sweep
 
@@ -86,7 +87,7 @@ def test_record_page_lists_files_and_metadata(finished: tuple[Record, Path]):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 keys |= {(path.name, key) for key in file.metadata()}
-    assert {path.name for path in files if path.parent.name != ANSWERS} <= set(first_column(text))
+    assert {path.name for path in files if path.parent.name not in (ANSWERS, LOCKS)} <= set(first_column(text))
     assert keys == set(re.findall(r"^\| `([^`]+\.safetensors)` \| `([^`]+)` \|", text, re.MULTILINE))
 
 
