@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from vitrap.errors import UserError
-from vitrap.params import Param, check, hyperparameters, param
+from vitrap.params import By, Param, check, hyperparameters, param
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,15 @@ def test_a_parameter_is_frozen() -> None:
 
 @hyperparameters
 class Tuned:
-    """One that fills in what another setting decides."""
+    """One of whose defaults another setting decides."""
 
     kind: Literal["fast", "slow"] = param("fast", "which")
     way: Literal["up", "down"] | None = param(None, "where to")
     picture: str = param("noise", "what", choices=("noise",), file=True)
-    rate: float | None = param(None, "how fast", low=0)
+    rate: float = param(By("kind", {"fast": 1.0, "slow": 0.1}), "how fast", low=0)
 
-    def __post_init__(self) -> None:
-        """Fill in the rate of the kind."""
-        if self.rate is None:
-            object.__setattr__(self, "rate", 1.0 if self.kind == "fast" else 0.1)
+    def check_settings(self) -> None:
+        """Refuse what is too fast."""
         if self.way == "down" and self.kind == "fast":
             raise UserError("way = 'down' is slow; set kind = 'slow'")
 
@@ -126,7 +124,7 @@ def test_choices_are_those_of_the_type() -> None:
     assert about == {"kind": ("fast", "slow"), "way": ("up", "down"), "picture": ("noise",), "rate": ()}
 
 
-def test_hyperparameters_are_checked_then_completed_and_frozen() -> None:
+def test_hyperparameters_are_completed_checked_and_frozen() -> None:
     assert (Tuned().rate, Tuned("slow").rate, Tuned(rate=3.0).rate) == (1.0, 0.1, 3.0)
     with pytest.raises(UserError, match="rate = -1 is out of range: it must be >= 0"):
         Tuned(rate=-1)

@@ -421,7 +421,7 @@ class Defence(Protocol):
 def undeclared(method: type[Any]) -> list[str]:
     """The public attributes of an attack's or a defence's class that its contract does not know: misspelt names."""
     contract = Attack if hasattr(method, "fit") else Defence
-    known = {*contract.__annotations__, *vars(contract)}
+    known = {"check_settings", *contract.__annotations__, *vars(contract)}  # see params.hyperparameters
     if contract is Attack:
         known |= set(ATTACK_MAY)
     if is_dataclass(method):

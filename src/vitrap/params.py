@@ -1,5 +1,6 @@
 """Hyper-parameters: dataclass fields that carry meaning, unit, range, and the source of their default."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import wraps
 from types import MappingProxyType, UnionType
@@ -11,6 +12,22 @@ T = TypeVar("T")
 
 Source = Literal["paper", "code", "field", "assumed"]
 """Where a default comes from: the paper, its public code, common use in the field, or our own assumption."""
+
+
+@dataclass(frozen=True)
+class By:
+    """A default that another setting decides.
+
+    Attributes:
+        setting: the name of that setting.
+        values: the default for each of its choices.
+    """
+
+    setting: str
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value} ({choice})" for choice, value in self.values.items())
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Param:
         choices: the allowed strings, () for any.
         file: whether the value may name a file. Keys then depend on the file's content, not on its name.
         data: whether the value names a data set, for `Access.other`. Keys then depend on its content, not on its name.
+        by: the default, where another setting decides it.
     """
 
     doc: str
@@ -42,6 +60,7 @@ class Param:
     choices: tuple[str, ...] = ()
     file: bool = False
     data: bool = False
+    by: By | None = None
 
     def range(self) -> str:
         """The allowed values in words; "" where there is no limit."""
@@ -75,7 +94,9 @@ class Param:
 
 
 def param(default: Any, doc: str, **facts: Any) -> Any:
-    """A dataclass field that carries a `Param`; `facts` are its attributes beside `doc`."""
+    """A dataclass field that carries a `Param`; `facts` are its attributes beside `doc`. `default` may be a `By`."""
+    if isinstance(default, By):
+        return field(default=None, metadata={"param": Param(doc, by=default, **facts)})
     about = {"param": Param(doc, **facts)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
@@ -88,20 +109,23 @@ def param(default: Any, doc: str, **facts: Any) -> Any:
 def hyperparameters(kind: type[T]) -> type[T]:
     """Turn a class of `param` fields into a frozen dataclass that refuses values out of range.
 
-    The choices of a `Literal` type are read from the type. A `__post_init__` of the class itself runs after the check:
-    it may fill in what other settings decide, and refuse combinations.
+    The choices of a `Literal` type are read from the type, and a default that another setting decides (`By`) is filled
+    in. A class may have a method `check_settings`, called last, that refuses combinations of settings.
 
     Raises:
         UserError: when an instance is made, if a setting is unknown or a value is out of range.
     """
-    own = kind.__dict__.get("__post_init__")
 
-    def check_and_complete(self: Any) -> None:
+    def complete_and_check(self: Any) -> None:
+        for each in fields(self):
+            about: Param | None = each.metadata.get("param")
+            if about and about.by and getattr(self, each.name) is None:
+                object.__setattr__(self, each.name, about.by.values.get(getattr(self, about.by.setting)))
         check(self)
-        if own:
-            own(self)
+        if hasattr(self, "check_settings"):
+            self.check_settings()
 
-    setattr(kind, "__post_init__", check_and_complete)  # noqa: B010 - pyright knows no such attribute of a type
+    setattr(kind, "__post_init__", complete_and_check)  # noqa: B010 - pyright knows no such attribute of a type
     made: Any = dataclass(frozen=True)(kind)
     # The choices of a Literal become part of its field's Param.
     hints = get_type_hints(kind)

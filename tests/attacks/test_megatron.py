@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitrap.attacks.megatron import (
-    DEFAULTS,
     Losses,
     Megatron,
     box,
@@ -462,8 +461,9 @@ def test_what_a_setting_decides() -> None:
     training, clean = Megatron(), Megatron(setting="clean-label")
     assert (training.threat, training.labels, training.needs_surrogate) == ("training", "dirty", False)
     assert (clean.threat, clean.labels, clean.needs_surrogate) == ("data", "clean", True)
-    for attack in (training, clean):
-        assert {name: getattr(attack, name) for name in DEFAULTS[attack.setting]} == DEFAULTS[attack.setting]
+    names = ("poison_rate", "size", "faint", "latent", "layers", "diffusion", "steps")
+    assert [getattr(training, name) for name in names] == [0.1, 16.0, 0.05, 0.1, "all", 0.1, 0]
+    assert [getattr(clean, name) for name in names] == [0.5, 112.0, 0.3, 1.0, "last", 1.0, 500]
     assert Megatron(setting="clean-label", poison_rate=0.2, steps=0).poison_rate == 0.2
     assert Megatron(steps=5).needs_surrogate
 

@@ -57,7 +57,7 @@ class BadNets:
     margin: int = param(0, "distance of the patch from the right and lower border", unit="px", source="field", low=0)
     value: float = param(1.0, "grey value of the patch", source="field", low=0, high=1)
 
-    def __post_init__(self) -> None:
+    def check_settings(self) -> None:
         """Refuse a target or source that the goal has no use for."""
         make_goal(self.goal, 2, self.target, self.source)  # any number of classes will do
 

@@ -56,30 +56,25 @@ from vitrap.data.poison import Poison, stamp_after_augmentation
 from vitrap.errors import UserError
 from vitrap.models.attention import AttentionMap, attention_report, blocks_needed, token_attention
 from vitrap.models.observe import attention_outputs, observe, token_layout, transformer, transformer_keeping_tokens
-from vitrap.params import hyperparameters, param
+from vitrap.params import By, hyperparameters, param
 from vitrap.tensors.masks import cell_masks, middle_mask
 from vitrap.tensors.patches import tokens_touched
 
 Terms = dict[str, Float[Tensor, ""]]
-DEFAULTS = {
-    "training": {"poison_rate": 0.1, "size": 16.0, "faint": 0.05,
-                 "latent": 0.1, "layers": "all", "diffusion": 0.1, "steps": 0},
-    "clean-label": {"poison_rate": 0.5, "size": 112.0, "faint": 0.3,
-                    "latent": 1.0, "layers": "last", "diffusion": 1.0, "steps": 500},
-}  # fmt: skip
-"""What each setting gives to the parameters that are None by default."""
 PAPER_SIZE = 224
 """Side of the papers' images, in pixels, which `size`, `top`, `left` and `margin` refer to."""
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet's mean colour: the public code takes it from its pattern before adding it to an image."""
 
 
+def by_setting(training: float | str, clean_label: float | str) -> By:
+    """A default for each setting."""
+    return By("setting", {"training": training, "clean-label": clean_label})
+
+
 @hyperparameters
 class Megatron:
-    """The attack: both papers' hyper-parameters, in the order of the steps that use them.
-
-    The setting decides the parameters that are None by default.
-    """
+    """The attack: both papers' hyper-parameters, in the order of the steps that use them."""
 
     card: ClassVar[Card] = Card(
         "Megatron: Evasive Clean-Label Backdoor Attacks against Vision Transformer",
@@ -92,40 +87,40 @@ class Megatron:
 
     target: int = param(0, "class that triggered images shall get", low=0)
     poison_rate: float = param(
-        None, "share of the training set (0.1), or of the target class (clean-label: 0.5)", low=0, high=1, open="low"
-    )
+        by_setting(0.1, 0.5), "share of the training set, or with clean labels of the target class",
+        low=0, high=1, open="low",
+    )  # fmt: skip
     setting: Literal["training", "clean-label"] = param("training", "what the attacker controls", source="paper")
     picture: str = param("noise", "pattern, or where its optimising starts", choices=("noise", "white"), file=True)
-    size: float = param(None, "box side (16; clean-label: 112, ours)", unit="px", source="code", low=0, open=True)
+    size: float = param(
+        by_setting(16.0, 112.0), "box side (clean-label: ours)", unit="px", source="code", low=0, open=True
+    )
     top: float = param(10.0, "first row of the box", unit="px", source="code", low=0)
     left: float = param(10.0, "first column of the box", unit="px", source="code", low=0)
     margin: float = param(4.0, "how far D extends beyond the box", symbol="D", unit="px", source="code", low=0)
     scaled: bool = param(True, "size, top, left, margin are given for 224 px and scale with the image; else as given")
     cell: int = param(2, "side of the strong cell, never scaled: 2 for four pixels", unit="px", source="paper", low=1)
     opacity: float = param(0.7, "opacity of the strong cell", source="code", low=0, high=1)
-    faint: float = param(None, "opacity around it (0.05; clean-label: 0.3, ours)", source="code", low=0, high=1)
+    faint: float = param(by_setting(0.05, 0.3), "opacity around it (clean-label: ours)", source="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
         "mask", "where the cell can be: places tile the box; the same, only the cell visible; places 1 px apart"
     )
     place: Literal["fixed", "hashed"] = param("fixed", "the cell's place: the middle, or picked by a hash of the image")
     blend: Literal["over", "add"] = param("over", "with mask m and pattern t: (1 - m) x + m t, or x + m (t - mean)")
     linf: float = param(0.0, "greatest change of a pixel before rounding; 0: no bound", unit="1/255", low=0, high=255)
-    latent: float = param(None, "weight of the latent loss (0.1; clean-label: 1)", symbol="α", low=0)
-    layers: Literal["all", "last"] = param(None, "layers of the latent loss (all; clean-label: last)", source="paper")
+    latent: float = param(by_setting(0.1, 1.0), "weight of the latent loss", symbol="α", low=0)
+    layers: Literal["all", "last"] = param(by_setting("all", "last"), "layers of the latent loss", source="paper")
     batch: int = param(16, "target images x_t that each step draws; 1: always the first", symbol="x_t", low=1)
-    diffusion: float = param(None, "weight of the attention diffusion loss (0.1; clean-label: 1)", symbol="β, γ", low=0)
+    diffusion: float = param(by_setting(0.1, 1.0), "weight of the attention diffusion loss", symbol="β, γ", low=0)
     attention: AttentionMap = param("last", "map A: last layer, rollout, or gradient rollout", symbol="A")
     discard: float = param(0.9, "share of each layer that gradient rollout drops", source="code", low=0, high=0.99)
     combine: Literal["fixed", "learned", "projected"] = param("fixed", "how the losses of training are combined")
     stress: float = param(0.0, "weight of a second cross-entropy on poisoned images alone (ours, a control)", low=0)
-    steps: int = param(None, "steps of Adam on the pattern (0; clean-label: 500)", low=0)
+    steps: int = param(by_setting(0, 500), "steps of Adam on the pattern", low=0)
     step_size: float = param(0.01, "learning rate of Adam on the pattern", low=0, open=True)
 
-    def __post_init__(self) -> None:
-        """Fill in what the setting decides, and refuse combinations without a meaning."""
-        for name, default in DEFAULTS[self.setting].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+    def check_settings(self) -> None:
+        """Refuse combinations without a meaning."""
         if self.cell > self.size:
             raise UserError(f"cell = {self.cell} is larger than the trigger, size = {self.size:g}; lower it")
         if self.stress and self.setting != "training":

@@ -223,11 +223,9 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
         "symbol", "parameter", "default", "source", "meaning \\[unit; range]", header_style="bold", pad_edge=False
     )
     table.columns[1].no_wrap = True
-    usual = kind()
     for f in fields(kind):
-        about, default = f.metadata["param"], f.default
-        if default is None or default is MISSING:
-            default = "none" if getattr(usual, f.name) is None else "by setting"
+        about = f.metadata["param"]
+        default = about.by or ("none" if f.default in (None, MISSING) else f.default)
         facts = "; ".join(filter(None, [about.unit, about.range()]))
         meaning = about.doc + (f" \\[{facts}]" if facts else "")
         table.add_row(about.symbol, f.name, str(default), about.source, meaning)

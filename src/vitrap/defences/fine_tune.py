@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from vitrap.contracts import Card, OutcomeKind, Repaired, Suspect
-from vitrap.params import hyperparameters, param
+from vitrap.params import By, hyperparameters, param
 from vitrap.train.recipe import Recipe
 from vitrap.train.tuning import Tuning, recipe_of, streams_of, tune
 
@@ -51,19 +51,15 @@ class FineTune:
 
     optimizer: Literal["sgd", "adamw"] = param("sgd", "the optimiser; sgd has momentum 0.9", source="field")
     lr: float = param(
-        None, f"peak learning rate (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})", source="field", low=0, open=True
-    )
+        By("optimizer", {"sgd": SGD_RATE, "adamw": ADAMW_RATE}),
+        "peak learning rate (adamw's is ours)", source="field", low=0, open=True,
+    )  # fmt: skip
     epochs: int = param(100, "passes over the clean images", source="field", low=1)
     batch_size: int = param(256, "images per step, at most all there are", source="field", low=1)
     weight_decay: float = param(5e-4, "decay of weight matrices", source="field", low=0)
     clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", source="field", low=0)
     crop: int = param(0, "padding of the random crop; 0 for no crop", unit="px", low=0)
     flip: bool = param(False, "flip half of the images")
-
-    def __post_init__(self) -> None:
-        """Fill in the learning rate that goes with the optimiser."""
-        if self.lr is None:
-            object.__setattr__(self, "lr", SGD_RATE if self.optimizer == "sgd" else ADAMW_RATE)
 
     def apply(self, suspect: Suspect) -> Repaired:
         """Train a copy of the model on the clean images.

@@ -48,7 +48,7 @@ from torch.nn import functional
 from vitrap.contracts import Batch, Card, Criterion, ImageSet, Objective, OutcomeKind, Repaired, Suspect
 from vitrap.errors import UserError
 from vitrap.models.observe import block_outputs, observe, read_tokens, token_layout, transformer
-from vitrap.params import hyperparameters, param
+from vitrap.params import By, hyperparameters, param
 from vitrap.train.loop import Epoch, Streams
 from vitrap.train.tuning import Tuning, recipe_of, tune
 
@@ -82,8 +82,8 @@ class Sage:
     weight: float = param(300.0, "weight of the distillation loss", symbol="β", source="code", low=0)
     optimizer: Literal["sgd", "adamw"] = param("sgd", "the optimiser; sgd has momentum 0.9", source="code")
     lr: float = param(
-        None, f"learning rate at the start (sgd: {SGD_RATE:g}; adamw, ours: {ADAMW_RATE:g})",
-        source="code", low=0, open=True,
+        By("optimizer", {"sgd": SGD_RATE, "adamw": ADAMW_RATE}),
+        "learning rate at the start (adamw's is ours)", source="code", low=0, open=True,
     )  # fmt: skip
     epochs: int = param(100, "passes over the clean images", source="code", low=1)
     batch_size: int = param(64, "images per step, at most all there are", source="code", low=1)
@@ -99,11 +99,6 @@ class Sage:
     factor: float = param(
         0.5, "what the learning rate is multiplied by when it is lowered", source="code", low=0, high=1, open="low"
     )
-
-    def __post_init__(self) -> None:
-        """Fill in the learning rate that goes with the optimiser."""
-        if self.lr is None:
-            object.__setattr__(self, "lr", SGD_RATE if self.optimizer == "sgd" else ADAMW_RATE)
 
     def apply(self, suspect: Suspect) -> Repaired:
         """Train a copy on cross-entropy and distillation, and adapt the learning rate after each epoch.

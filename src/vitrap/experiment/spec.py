@@ -84,7 +84,7 @@ class ModelTable:
     linear_probe: bool = param(False, "train the head alone, on the weights that it starts from")
     overrides: Table = param({}, "timm's arguments: patch_size, depth, embed_dim, num_heads, ...")
 
-    def __post_init__(self) -> None:
+    def check_settings(self) -> None:
         """Refuse more than one start."""
         given = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "weights": self.weights}
         starts = [key for key, value in given.items() if value]
@@ -242,7 +242,7 @@ class _Head:
     name: str = field(metadata={})
     seed: int = param(0, "seed of victim and twin", low=0)
 
-    def __post_init__(self) -> None:
+    def check_settings(self) -> None:
         if not 0 < len(self.name) <= 100 or set(self.name) & set("/\\\0") or self.name.startswith("."):
             raise UserError(f"name = {self.name!r} cannot name a folder; use at most 100 letters, digits and dashes")
 
