@@ -63,7 +63,7 @@ def bad(call, tmp_path: Path) -> Callable[..., None]:
         ("attack.name=megatron attack.cell=17", ["cell = 17 is larger than the trigger, size = 16", "lower it"]),
         ("attack.name=megatron attack.top=220", ["attack.top = 220", "within images of 16 px", "move or shrink it"]),
         ("attack.name=megatron attack.margin=12", ["attack.margin = 12", "within images of 16 px"]),
-        ("attack.name=megatron attack.picture=no.png", ["picture = 'no.png' is no file; give one, noise or white"]),
+        ("attack.name=megatron attack.picture=no.png", ["picture = 'no.png' is no file; give one, or noise or white"]),
         (
             'attack.name=megatron attack.setting="clean-label" attack.poison_rate=1.5',
             ["attack.poison_rate = 1.5", "(0, 1]"],

@@ -51,7 +51,8 @@ from vitrap.contracts import (
     Position,
     Threat,
 )
-from vitrap.data.masked import Masked, make_pattern
+from vitrap.data.masked import Masked
+from vitrap.data.pattern import make_pattern
 from vitrap.data.poison import Poison, stamp_after_augmentation
 from vitrap.errors import UserError
 from vitrap.models.attention import AttentionMap, attention_report, blocks_needed, token_attention

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vitrap.contracts import Images
-from vitrap.data.sources import decode
-from vitrap.errors import UserError
 from vitrap.images import misshapen
 from vitrap.tensors.pixels import image_hash
 
@@ -75,23 +72,3 @@ class Masked:
         if len(masks) == 1:
             return masks.expand(len(images), -1, -1)
         return masks[image_hash(images) % len(masks)]
-
-
-def make_pattern(picture: str, generator: torch.Generator, shape: tuple[int, int, int]) -> Float[Tensor, "c s s"]:
-    """Make a pattern in [0, 1]: uniform noise, white, or the middle square of a picture file.
-
-    Args:
-        picture: "noise", "white" or the path of an image file.
-        generator: draws the noise, on the CPU.
-        shape: channels, height and width.
-
-    Raises:
-        UserError: `picture` is neither one of the words nor a file, or the file is no readable image.
-    """
-    if picture == "noise":
-        return torch.rand(shape, generator=generator)
-    if picture == "white":
-        return torch.ones(shape)
-    if not Path(picture).is_file():
-        raise UserError(f"picture = {picture!r} is no file; give one, noise or white")
-    return torch.from_numpy(decode([Path(picture)], shape[1])[0]).permute(2, 0, 1).float() / 255
