@@ -103,7 +103,7 @@ def run(
         with Bars() as bars:
             from vitrap.experiment.run import run as run_spec
 
-            record = run_spec(spec, out_folder, device=device, redo=redo, steps=bars.step)
+            record = run_spec(spec, out_folder, device=device, redo=redo, progress=bars.step)
         remember(asked, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
     if as_json:
         print_json(to_table(record))
@@ -126,7 +126,7 @@ def tune(
         from vitrap.experiment.tune import name_of
         from vitrap.experiment.tune import tune as tune_spec
 
-        found = tune_spec(path, words or [], device=device, steps=bars.step, write=not dry_run)
+        found = tune_spec(path, words or [], device=device, progress=bars.step, write=not dry_run)
     table = Table("arithmetic", "seconds a step", header_style="bold")
     for name, seconds in found.seconds.items():
         table.add_row(name, f"{seconds:.4f}")
@@ -153,7 +153,7 @@ def defend(
         from vitrap.experiment.defend import defend as defend_run
         from vitrap.experiment.defend import find_row
 
-        record = defend_run(folder, [wanted], device=device, steps=bars.step)
+        record = defend_run(folder, [wanted], device=device, progress=bars.step)
     row = find_row(record, wanted)
     assert row is not None
     if as_json:
@@ -182,7 +182,7 @@ def poison(
     with Bars() as bars:
         from vitrap.experiment.run import poison as poison_data
 
-        poison_data(spec, folder, out_folder, device=device, steps=bars.step)
+        poison_data(spec, folder, out_folder, device=device, progress=bars.step)
     out.print(f"poisoned data set: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 

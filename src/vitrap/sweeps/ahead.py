@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from vitrap.experiment.named import Named
+from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.record import Record, Table
 from vitrap.experiment.records import Loaded
 from vitrap.experiment.rows import row_settings
@@ -75,12 +75,12 @@ def _timed(record: Record, kind: str) -> bool:
     return whole and record.environment.device_kind == kind and record.environment.threads > 0
 
 
-def _has(record: Record, defence: Named) -> bool:
+def _has(record: Record, defence: DefenceSpec) -> bool:
     return any({"name": row.name, **row_settings(row)} == defence.table() for row in record.defences)
 
 
 def _estimate(
-    point: Point, known: Sequence[Record], parts: Sequence[str], missing: Sequence[Named], threads: int
+    point: Point, known: Sequence[Record], parts: Sequence[str], missing: Sequence[DefenceSpec], threads: int
 ) -> float | None:
     """Seconds of the parts and the defences that a run lacks: medians of runs like it; None without any.
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from vitrap.experiment.progress import Steps, silent
+from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import SCHEMA, Failure, Table, to_table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
@@ -85,7 +85,7 @@ def job(number: int, label: str, spec: Spec, out: Path) -> Job:
     return Job(number, label, spec.table(), spec.hash(), str(out))
 
 
-def work(job: Job, steps: Steps = silent) -> Ended:
+def work(job: Job, progress: Progress = no_progress) -> Ended:
     """Do a run, or find it done; an error becomes a failure record beside where its record would be."""
     from vitrap.experiment.run import run
 
@@ -94,10 +94,10 @@ def work(job: Job, steps: Steps = silent) -> Ended:
     def noting(name: str, total: int | None) -> AbstractContextManager[Callable[[], None]]:
         nonlocal measured
         measured = measured or name == "measure" or name.startswith("defend ")
-        return steps(name, total)
+        return progress(name, total)
 
     try:
-        record = run(parse_spec(job.spec), job.out, device=job.device, steps=noting)
+        record = run(parse_spec(job.spec), job.out, device=job.device, progress=noting)
     except Exception as error:  # a failed run does not stop the others
         return fail(job, error, time.perf_counter() - start)
     said = f"CDA {100 * record.victim.cda.value:.1f} %, ASR {100 * record.victim.asr.value:.1f} %"
@@ -130,11 +130,11 @@ def interleaved(jobs: Sequence[Job], needs: Callable[[Job], object]) -> list[Job
     return sorted(jobs, key=lambda job: (job.number not in first, job.number))
 
 
-def reporting(run: int, worker: int, send: Callable[[Step], object]) -> "Steps":
-    """Steps that are told to the driver."""
+def reporting(run: int, worker: int, send: Callable[[Step], object]) -> Progress:
+    """A display of progress that sends it to the driver."""
 
     @contextmanager
-    def steps(name: str, total: int | None) -> Iterator[Callable[[], None]]:
+    def show(name: str, total: int | None) -> Iterator[Callable[[], None]]:
         done, last = 0, time.monotonic()
         send(Step(run, worker, name, done, total))
 
@@ -147,4 +147,4 @@ def reporting(run: int, worker: int, send: Callable[[Step], object]) -> "Steps":
 
         yield tick
 
-    return steps
+    return show

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
-from vitrap.experiment.named import SCREENED, Named
+from vitrap.experiment.defence_spec import SCREENED, DefenceSpec
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Loaded
 from vitrap.experiment.rows import Row, row_settings
@@ -90,7 +90,9 @@ def entries(sweep: Sweep, loaded: Loaded) -> tuple[Entry, ...]:
     )
 
 
-def _of_point(point: Point, record: Record | None, failed: bool, named: Sequence[tuple[Named, str]]) -> Iterator[Entry]:
+def _of_point(
+    point: Point, record: Record | None, failed: bool, named: Sequence[tuple[DefenceSpec, str]]
+) -> Iterator[Entry]:
     keys = {**point.settings, **dict(settings(point.spec.table()))}
     keys.pop(DEFENCES, None)
     missing = "failed" if failed else "not run"
@@ -108,7 +110,7 @@ def _of_point(point: Point, record: Record | None, failed: bool, named: Sequence
         yield Entry(own, defence.method.kind, state if record else missing, _values(of_row(row)) if row else {})
 
 
-def _defence(row: Row) -> Named | None:
+def _defence(row: Row) -> DefenceSpec | None:
     try:
         return parse_defence({**{k: v for k, v in row_settings(row).items() if v is not None}, "name": row.name})
     except UserError:
@@ -119,9 +121,9 @@ def _values(lines: Iterable[Measured]) -> dict[str, Value]:
     return {name: Value(value, low, high, n) for name, value, low, high, n in lines}
 
 
-def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
+def _labels(defences: Iterable[DefenceSpec]) -> list[tuple[DefenceSpec, str]]:
     """Each defence once, with its name and the settings that tell it from others of that name."""
-    each: list[Named] = []
+    each: list[DefenceSpec] = []
     for defence in defences:
         each += [] if defence in each else [defence]
     labels = []
@@ -139,7 +141,7 @@ def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
     return labels
 
 
-def _settings(defence: Named) -> str:
+def _settings(defence: DefenceSpec) -> str:
     return ", ".join(f"{key} {value}" for key, value in defence.table().items() if key != NAME)
 
 
