@@ -15,9 +15,9 @@ from vitrap.cli.options import Memory
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
-    from vitrap.sweeps.ahead import Ahead
+    from vitrap.sweeps.ahead import RunEstimate
     from vitrap.sweeps.grid import Sweep
-    from vitrap.sweeps.jobs import Ended, News
+    from vitrap.sweeps.jobs import Ended, Event
 
 
 def sweep(
@@ -75,7 +75,7 @@ class Board:
         for line in self.lines.values():
             self.progress.remove_task(line)
 
-    def hear(self, news: "News") -> None:
+    def hear(self, news: "Event") -> None:
         """Show what happened."""
         from vitrap.sweeps.jobs import Ended, Started
 
@@ -149,7 +149,7 @@ def _runs(n: int) -> str:
     return f"{n} run{'s' * (n != 1)}"
 
 
-def _duration(one: "Ahead") -> str:
+def _duration(one: "RunEstimate") -> str:
     return "unknown" if one.seconds is None else _span(one.seconds) if one.seconds else ""
 
 
