@@ -24,7 +24,7 @@ from vitrap.metrics.accuracy import attack_success
 from vitrap.metrics.agreement import overlap, rank_correlation
 from vitrap.models.classifier import read_model
 from vitrap.sweeps.grid import load_sweep
-from vitrap.train.arithmetic import usual
+from vitrap.train.arithmetic import default_arithmetic
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "results" / "limits" / "pretrained.json"
@@ -101,7 +101,7 @@ def parts(whole: OpenedRun, networks: Mapping[str, nn.Module], images: ImageSet)
         "by a surrogate of another seed": Erosion(twin, settings),
         "by a linear probe": Erosion(probe, settings),
     }
-    goal, arithmetic = settings.goal_for(images.n_classes), usual("bf16", images.device)
+    goal, arithmetic = settings.goal_for(images.n_classes), default_arithmetic("bf16", images.device)
     found: dict[str, Any] = {}
     for name, trigger in triggers.items():
         fired = triggered(images, trigger)
