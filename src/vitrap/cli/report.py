@@ -19,7 +19,7 @@ def report(
     """Make one page of all runs: tables, charts, and what was measured of each; it needs no network."""
     from vitrap.experiment.records import read_records
     from vitrap.files import write_bytes
-    from vitrap.report.page.make import make_page
+    from vitrap.report.page.make_page import make_page
 
     _check(page)
     loaded = read_records(folder)
