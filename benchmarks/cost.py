@@ -150,20 +150,20 @@ def sizes(plan: Any) -> dict[str, Any]:
 
 def count(run: Path) -> dict[str, Any]:
     """The sizes of a run, what applying each defence to its victim takes, and what its whole row of the record does."""
-    from vitrap.experiment.defend import Finished
-    from vitrap.experiment.named import Named
-    from vitrap.experiment.outcomes import measure_defence, remember_nothing
+    from vitrap.experiment.defence_spec import DefenceSpec
+    from vitrap.experiment.defend import FinishedRun
+    from vitrap.experiment.outcomes import measure_defence, measure_each_time
     from vitrap.experiment.plan import make_plan
-    from vitrap.experiment.progress import silent
+    from vitrap.experiment.progress import no_progress
     from vitrap.experiment.records import read_record
     from vitrap.experiment.spec import parse_spec
 
     record = read_record(run)
     spec = replace(parse_spec(record.spec), name=record.name, defences=())
     plan = make_plan(spec, "cpu", attacking=False)
-    case = Finished(run, record, plan, silent).case()
+    case = FinishedRun(run, record, plan, no_progress).evaluation()
     # a retraining is counted as a training
-    case = replace(case, remember=remember_nothing, train_kept=lambda kept: case.twin)
+    case = replace(case, twin_facts=measure_each_time, train_kept=lambda kept: case.twin)
     poisoned = case.poisoned.unmarked()
     assert case.before  # made once, before anything is counted
     found = sizes(plan)
@@ -172,7 +172,7 @@ def count(run: Path) -> dict[str, Any]:
         defence = registry.get("defences", name)()
         suspect = case.suspect(case.victim, poisoned if defence.needs_train else None, name)
         apply = counted(lambda: defence.apply(suspect))  # noqa: B023 - called at once
-        row = counted(lambda: measure_defence(Named(name, defence), case, lambda: None))  # noqa: B023
+        row = counted(lambda: measure_defence(DefenceSpec(name, defence), case, lambda: None))  # noqa: B023
         defences[name] = {"kind": defence.kind, "apply": apply / found["forward"], "row": row / found["forward"]}
     return {"spec": record.spec, **found, "defences": defences}
 

@@ -26,7 +26,7 @@ from vitrap.data.sources import open_data
 from vitrap.experiment.plan import Network
 from vitrap.models.classifier import Architecture, Classifier
 from vitrap.sweeps.sweep import cores
-from vitrap.train.arithmetic import usual
+from vitrap.train.arithmetic import default_arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
@@ -216,7 +216,7 @@ def near_fp32(bench: Bench) -> Found:
     network, curves = Architecture("vit_small_patch16_224", 16, CLASSES, shape), []
     recipe = Recipe(epochs=2 if bench.small else 6, batch_size=64)
     for precision in ("fp32", "bf16"):
-        way = usual(precision, data.device)
+        way = default_arithmetic(precision, data.device)
         curves.append(train(build(network, 0, bench.device), data, recipe, streams(bench.device), arithmetic=way))
     exact, near = (curve["cross_entropy"] for curve in curves)
     apart = max(abs(a - b) / a for a, b in zip(exact, near, strict=True))
@@ -274,7 +274,7 @@ def timed(bench: Bench, case: Case) -> Found:
     data = noise(scale.steps * case.batch, case.network.size, bench.device)
     recipe = Recipe(epochs=1, batch_size=case.batch, precision="bf16")
     mine, bare = build(case.network, 0, bench.device), Bare(build(case.network, 0, bench.device), recipe)
-    way = replace(usual("bf16", data.device), compiled=case.compiled)
+    way = replace(default_arithmetic("bf16", data.device), compiled=case.compiled)
     chances, others = streams(bench.device), streams(bench.device)
 
     def ours() -> None:

@@ -26,7 +26,7 @@ from vitrap.contracts import Batch, ImageSet
 from vitrap.experiment.plan import Network
 from vitrap.models.classifier import Architecture
 from vitrap.sweeps.sweep import cores
-from vitrap.train.arithmetic import usual
+from vitrap.train.arithmetic import default_arithmetic
 from vitrap.train.loop import Streams as Chances
 from vitrap.train.loop import make_learner, next_batch, plain_step
 from vitrap.train.recipe import Recipe
@@ -86,7 +86,7 @@ class Trainee:
         augmentation = torch.Generator(data.device).manual_seed(seed)
         self.marks = data.marks()
         chances = Chances(self.order, augmentation, self.order, self.order)
-        self.learner = make_learner(self.model, self.recipe, None, chances, usual("auto", data.device))
+        self.learner = make_learner(self.model, self.recipe, None, chances, default_arithmetic("auto", data.device))
 
     def step(self) -> None:
         """As the training loop does it."""
@@ -149,7 +149,7 @@ class Stack:
         self.data, self.recipe, self.batch = first.data, first.recipe, first.batch
         self.orders = [trainee.order.clone_state() for trainee in trainees.all]
         self.optimiser = stacked_optimiser(first.learner.optimiser, first.model, self.weights)
-        arithmetic = usual("auto", self.data.device)
+        arithmetic = default_arithmetic("auto", self.data.device)
         on_cpu = self.data.device.type == "cpu"  # where vmap has no rule for fused attention
         self.arithmetic = replace(arithmetic, attention="eager") if on_cpu else arithmetic
 

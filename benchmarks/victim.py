@@ -21,7 +21,7 @@ from vitrap.experiment.predict import predict, triggered
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.metrics.interval import Rate
 from vitrap.models.classifier import Classifier
-from vitrap.train.arithmetic import Arithmetic, usual
+from vitrap.train.arithmetic import Arithmetic, default_arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
@@ -77,7 +77,7 @@ class Cell:
         batch = 100 if self.bench.small else 500  # divides the set, so that one compilation serves every step
         usually = Recipe(epochs=1, batch_size=batch, lr=1e-3, warmup=0.05, precision="bf16")
         self.recipe = replace(usually, label_smoothing=0.1, crop=4, flip=True, jitter=0.5)
-        self.way = usual("bf16", self.world.train.device)
+        self.way = default_arithmetic("bf16", self.world.train.device)
 
     def train(self, seed: int, recipe: Recipe, way: Arithmetic, data: ImageSet) -> tuple[Classifier, float]:
         """A ViT-S, and the seconds that its training took."""

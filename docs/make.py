@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from vitrap import registry
-from vitrap.report.study.make import fill
+from vitrap.report.study.fill_page import fill
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for what is no part of the package

@@ -16,8 +16,8 @@ import pytest
 
 from vitrap.experiment.records import read_records
 from vitrap.report.study.entries import today
+from vitrap.report.study.fill_page import fill_page, open_study
 from vitrap.report.study.layout import FIGURES, Layout, Page, read_page
-from vitrap.report.study.make import make, open_study
 from vitrap.sweeps.grid import load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def figures_by_hand(text: str) -> Iterator[str]:
 def test_page_and_figures_agree_with_the_records(spec: Path):
     study = open_study(spec)
     assert study.skipped == ()
-    assert [str(change.file) for change in make(study, write=False) if change.outdated] == []
+    assert [str(change.file) for change in fill_page(study, write=False) if change.outdated] == []
 
 
 def test_parts_that_no_sweep_makes_agree_with_registry_and_measures():
@@ -115,7 +115,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def outdated(spec: Path) -> list[tuple[str, tuple[str, ...]]]:
-    return [(c.file.name, c.parts) for c in make(open_study(spec), write=False) if c.outdated]
+    return [(c.file.name, c.parts) for c in fill_page(open_study(spec), write=False) if c.outdated]
 
 
 def test_a_changed_digit_is_noticed(copy: Path):
@@ -125,7 +125,7 @@ def test_a_changed_digit_is_noticed(copy: Path):
     page.write_text(text.replace("97.53 [95.52", "97.54 [95.52"), "utf-8")
     assert page.read_text("utf-8") != text
     assert outdated(copy) == [("ageb_strength.md", ("digits",))]
-    make(open_study(copy))
+    fill_page(open_study(copy))
     assert page.read_text("utf-8") == text
 
 
@@ -139,7 +139,7 @@ def test_a_changed_and_a_missing_record_are_noticed(copy: Path):
     assert outdated(copy) == [page, picture]
     records.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     assert outdated(copy) == [page, picture]
-    make(open_study(copy))
+    fill_page(open_study(copy))
     assert "| not run | not run |" in (copy.parents[2] / "docs" / "studies" / page[0]).read_text("utf-8")
     assert outdated(copy) == []
 

@@ -18,7 +18,7 @@ from vitrap.experiment.network import network_of
 from vitrap.experiment.predict import predict
 from vitrap.experiment.streams import ambient, training_streams
 from vitrap.metrics.accuracy import clean_accuracy
-from vitrap.train.arithmetic import usual
+from vitrap.train.arithmetic import default_arithmetic
 from vitrap.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def measured(*changes: str) -> dict[str, Any]:
     world = vitrap.open_data(spec.data.name, spec.data.size, spec.data.limit, holdout=spec.data.holdout)
     model, arithmetic = (
         network_of(spec.model, world).build(spec.seed),
-        usual(spec.recipe.precision, torch.device("cpu")),
+        default_arithmetic(spec.recipe.precision, torch.device("cpu")),
     )
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     with ambient(spec.seed, "dropout"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from vitrap.report.study.entries import Entry, Value, measure
-from vitrap.report.study.make import open_study
+from vitrap.report.study.fill_page import open_study
 
 SPECS = Path(__file__).parents[2] / "specs" / "studies"
 FIGURE = re.compile(r"\{([^|}]+) \| ([^|}]+) \| ([^|}]+)\}")

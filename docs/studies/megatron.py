@@ -20,7 +20,7 @@ from vitrap.experiment.run import run_folder
 from vitrap.metrics.accuracy import attack_success
 from vitrap.report.frame import settings
 from vitrap.sweeps.grid import load_sweep
-from vitrap.train.arithmetic import usual
+from vitrap.train.arithmetic import default_arithmetic
 
 ROOT = Path(__file__).parents[2]
 DIRECTIONS = {"right": (0, 1), "down": (1, 0), "diagonal": (1, 1)}
@@ -71,7 +71,7 @@ def shifts(spec: vitrap.Spec, folder: Path, network: Network) -> dict[str, dict[
         found[name] = {}
         for shift in range(network.furthest + 1):
             moved = replace(done.trigger, top=done.trigger.top + down * shift, left=done.trigger.left + right * shift)
-            fired = predict(done.model, triggered(some, moved), usual(spec.recipe.precision, some.device))
+            fired = predict(done.model, triggered(some, moved), default_arithmetic(spec.recipe.precision, some.device))
             found[name][str(shift)] = vars(attack_success(fired, some.labels, AllToOne(spec.attack.target)))
     return found
 

@@ -19,12 +19,12 @@ import vitrap
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.contracts import ImageSet
 from vitrap.experiment.predict import batch_of, predict, spread, triggered
-from vitrap.experiment.run import Opened, run_folder
+from vitrap.experiment.run import OpenedRun, run_folder
 from vitrap.metrics.accuracy import attack_success
 from vitrap.metrics.agreement import overlap, rank_correlation
 from vitrap.models.classifier import read_model
 from vitrap.sweeps.grid import load_sweep
-from vitrap.train.arithmetic import usual
+from vitrap.train.arithmetic import default_arithmetic
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "results" / "limits" / "pretrained.json"
@@ -34,13 +34,13 @@ WHOLE, PROBE = "element 5 px, α 0.4, c 12", "surrogate: linear probe"
 IMAGES = 500
 
 
-def opened(runs: Path, title: str) -> Opened:
+def opened(runs: Path, title: str) -> OpenedRun:
     """The finished run of a case."""
     (point,) = (point for point in load_sweep(SWEEP).points if point.settings["title"] == title)
     return vitrap.open_run(run_folder(point.spec, runs))
 
 
-def surrogates(runs: Path) -> tuple[Opened, dict[str, nn.Module]]:
+def surrogates(runs: Path) -> tuple[OpenedRun, dict[str, nn.Module]]:
     """The run whose backdoor is looked at, and networks that its trigger could be computed with."""
     whole, probe = opened(runs, WHOLE), opened(runs, PROBE)
     assert isinstance(whole.trigger, Erosion)
@@ -87,7 +87,7 @@ def summary(values: Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "sd": values.std().item(), "n": len(values)}
 
 
-def parts(whole: Opened, networks: Mapping[str, nn.Module], images: ImageSet) -> dict[str, Any]:
+def parts(whole: OpenedRun, networks: Mapping[str, nn.Module], images: ImageSet) -> dict[str, Any]:
     """ASR of the victim, and of its twin, where only a part of the trigger fires, or another surrogate's."""
     assert isinstance(whole.trigger, Erosion)
     settings = whole.trigger.settings
@@ -101,7 +101,7 @@ def parts(whole: Opened, networks: Mapping[str, nn.Module], images: ImageSet) ->
         "by a surrogate of another seed": Erosion(twin, settings),
         "by a linear probe": Erosion(probe, settings),
     }
-    goal, arithmetic = settings.goal_for(images.n_classes), usual("bf16", images.device)
+    goal, arithmetic = settings.goal_for(images.n_classes), default_arithmetic("bf16", images.device)
     found: dict[str, Any] = {}
     for name, trigger in triggers.items():
         fired = triggered(images, trigger)

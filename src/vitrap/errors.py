@@ -1,15 +1,15 @@
-"""The one error a user sees: what is wrong, where, and the remedy, in one line."""
+"""`UserError`, the error for users: one line that says what is wrong, where, and how to mend it."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A user's mistake. The CLI prints its message alone, without a traceback, and exits with code 2."""
+    """A user's mistake. The command line prints its message without a traceback, and exits with code 2."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """Say that `name` is no known `kind`, with the nearest known names first.
+    """The error that `name` is no known `kind`; it suggests the most similar name, and lists the known ones.
 
     >>> str(unknown("attack", "agbe", ["ageb", "badnets"]))
     "unknown attack 'agbe'; did you mean 'ageb'? known: ageb, badnets"

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: who is killed on the way leaves what was there before."""
+"""Writes files and folders whole or not at all: if the process is killed, what was there before is unchanged."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
+    """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -25,23 +25,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file."""
+    """Write a file, whole or not at all."""
     with whole_file(path) as draft:
         draft.write_bytes(content)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Within the block a draft beside `path` is written; at its end the draft, on the disk by then, takes its place.
+    """Yield a draft beside `path` for the block to write; at the end it is flushed to disk and renamed to `path`.
 
-    Where the block ends in an error, the draft is removed.
+    If the block raises an error, the draft is removed.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     draft = Path(name)
     try:
         yield draft
-        _to_disk(draft)
+        _sync(draft)
         draft.chmod(0o644)
         os.replace(draft, path)
     except BaseException:
@@ -51,16 +51,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Within the block a draft of a flat folder is filled; at its end the draft takes the place of `folder`.
+    """Yield a draft folder for the block to fill with files; at the end it is renamed to `folder`.
 
-    Where the block ends in an error, the draft is removed.
+    If the block raises an error, the draft is removed.
 
     Args:
-        folder: a new or an empty one.
-        replace: what is there goes.
+        folder: a new or an empty folder.
+        replace: whether a folder that is there is replaced.
 
     Raises:
-        OSError: the folder holds something by then, and is not to be replaced.
+        OSError: the folder is not empty by then, and is not to be replaced.
     """
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -71,15 +71,15 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(draft: Path, folder: Path, replace: bool = False) -> None:
-    """Rename a flat folder, once its files are on the disk.
+    """Flush the files of a draft folder, which has no subfolders, to disk, and rename the draft to `folder`.
 
-    With `replace`, a reader sees the old folder, the new one or, briefly, none.
+    With `replace`, a reader sees the old folder, the new one or, for a moment, none.
 
     Raises:
-        OSError: `folder` holds something, and is not to be replaced.
+        OSError: `folder` is not empty, and is not to be replaced.
     """
     for file in draft.iterdir():
-        _to_disk(file)
+        _sync(file)
     draft.chmod(0o755)
     if not replace:
         os.rename(draft, folder)
@@ -94,7 +94,7 @@ def put_in_place(draft: Path, folder: Path, replace: bool = False) -> None:
 
 
 def place_file(source: Path, target: Path) -> None:
-    """Put a file at another place, without a second copy on disk where the system can."""
+    """Put a file at another place: as a hard link where the file system has them, else as a copy."""
     draft = target.with_name(f".{target.name}-{os.getpid()}")
     draft.unlink(missing_ok=True)
     try:
@@ -102,9 +102,10 @@ def place_file(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, draft)
     os.replace(draft, target)
-    draft.unlink(missing_ok=True)  # a rename between two links of one file does nothing, by POSIX
+    draft.unlink(missing_ok=True)  # POSIX: renaming one link of a file to another of the same file does nothing
 
 
-def _to_disk(file: Path) -> None:
+def _sync(file: Path) -> None:
+    """Flush a file to disk."""
     with file.open("rb") as written:
         os.fsync(written.fileno())

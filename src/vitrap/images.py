@@ -1,4 +1,4 @@
-"""Images: a batch as a model sees it, and a whole data set, in memory or mapped from a file."""
+"""`ImageSet`, a data set as 8-bit pixels in memory or mapped from a file, and `Batch`, what a model sees of it."""
 
 import ctypes
 import mmap
@@ -21,22 +21,24 @@ from vitrap.tensors.pixels import to_bytes
 
 Images = Float[Tensor, "b c h w"]
 Gathered = UInt8[Tensor, "b c native_h native_w"]
-"""Clean pixels of a batch, where the set keeps them: on its device, or of a mapped set on the host."""
-OF_GPU = 4
-"""A set may take one part in so many of a GPU's memory, where nobody says otherwise; assumed."""
+"""Clean pixels of a batch at native size: on the set's device, or on the host if the set is mapped."""
+PARTS_OF_GPU = 4
+"""By default a set may take one part in so many of a GPU's memory; assumed."""
 CHUNK = 256  # images at a time where a whole set is gone through: 0.2 GB each at 224 px
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as the model is about to see them, with what is known of each.
+    """A batch of images as the model sees them, with labels and the positions of poison.
+
+    The lengths of the positions are known on the host, without waiting for the device.
 
     Attributes:
-        images: augmented, triggers included.
-        labels: what training is told.
-        poisoned: positions of the poisoned images. How many there are is known without waiting for the device.
-        clean: positions of all others.
-        covers: positions, among the clean ones, of the covers: images that carry a trigger but count as no poison.
+        images: the images, augmented, with their triggers.
+        labels: the labels to train on.
+        poisoned: positions of the poisoned images in the batch.
+        clean: positions of all other images.
+        covers: positions of the covers, images with a trigger that do not count as poison; they are in `clean`, too.
     """
 
     images: Images
@@ -50,22 +52,23 @@ class Batch:
 class ImageSet:
     """A whole data set as 8-bit pixels: in memory, on one device, or mapped from a file.
 
-    What a trigger touched is a second tensor at working size: the clean pixels stay shared between a set and its
-    poisoned copy. Not all of it counts as poison: covers carry a trigger, too, and are there so that the model learns
-    what not to answer to.
+    Images with a trigger are in a second tensor, `stamped`, at working size, so that a set and its poisoned copy share
+    the clean pixels. Not all of them count as poison: covers carry a trigger, too, but keep their label, so that the
+    model learns which triggers to ignore.
 
     Attributes:
-        pixels: the clean images at native size; of a mapped set all that the file holds, on the host, `k h w c` there.
-        labels: what training sees, in [0, n_classes).
-        index: each image's position in the set it was first read from.
+        pixels: the clean images at native size; of a mapped set, all images of the file, on the host, where they are
+            `k h w c`.
+        labels: the labels to train on, in [0, n_classes).
+        index: each image's position in the set that it was first read from.
         n_classes: number of classes, whether or not each is present.
-        size: working resolution in pixels: what `images` returns and triggers see.
-        slot: row in `stamped` of each image that a trigger touched, -1 for others; None where it touched none.
-        stamped: the images that a trigger touched, at working size.
+        size: working resolution in pixels: the size of what `images` returns and triggers see.
+        slot: each image's row in `stamped`, or -1 for images without a trigger; None where no image has one.
+        stamped: the images with a trigger, at working size.
         cover: which of `stamped` are covers; None where all are poison.
         groups: images of one group show the same thing (a GTSRB track); None where unknown.
-        classes: names of the classes, () where unknown.
-        place: of a mapped set, each image's row in `pixels`, on the host; None where `pixels` holds image for image.
+        classes: names of the classes; () where unknown.
+        place: each image's row in the mapped `pixels`, on the host; None where the set is in memory.
     """
 
     pixels: UInt8[Tensor, "k c h w"]
@@ -84,7 +87,7 @@ class ImageSet:
     def of(
         cls, pixels: UInt8[Tensor, "n c s s"], labels: Int64[Tensor, " n"], n_classes: int | None = None
     ) -> "ImageSet":
-        """A set of square 8-bit images at their own size; without `n_classes`, the greatest label is the last class."""
+        """Make a set of square 8-bit images at their own size; without `n_classes`, the greatest label is the last."""
         classes = n_classes or int(labels.max()) + 1
         return cls(pixels, labels, torch.arange(len(labels), device=labels.device), classes, pixels.shape[-1])
 
@@ -93,47 +96,52 @@ class ImageSet:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are made: all but the pixels of a mapped set live there."""
+        """Where batches are made; all tensors are there, except the pixels of a mapped set."""
         return self.labels.device
 
     @property
     def poisoned(self) -> Bool[Tensor, " n"]:
-        """Which images are poison."""
+        """Mask of the poisoned images."""
         return self._touched & ~self.covers
 
     @property
     def covers(self) -> Bool[Tensor, " n"]:
-        """Which images carry a trigger without being poison."""
+        """Mask of the covers: images that carry a trigger but do not count as poison."""
         if self.slot is None or self.cover is None or not len(self.cover):
             return torch.zeros_like(self.labels, dtype=torch.bool)
         return self._touched & self.cover[self.slot.clamp(min=0)]
 
     @property
     def _touched(self) -> Bool[Tensor, " n"]:
+        """Mask of all images that carry a trigger."""
         return torch.zeros_like(self.labels, dtype=torch.bool) if self.slot is None else self.slot >= 0
 
     def images(self, rows: Int64[Tensor, " b"], bare: bool = False, pixels: Gathered | None = None) -> Images:
-        """The images of `rows` in [0, 1] at working size; no host synchronisation where `rows` are where pixels are.
+        """The images of `rows` in [0, 1] at working size.
+
+        The host does not wait for the device if `rows` are where the pixels are.
 
         Args:
-            rows: on any device.
-            bare: leave the triggers out.
+            rows: row numbers, on any device.
+            bare: whether to leave the triggers out.
             pixels: `self.gather(rows)`; None to gather them now.
         """
+        # Clean pixels, scaled to [0, 1]; contiguous, since another memory format may round differently.
         sent = (self.gather(rows) if pixels is None else pixels).to(self.device, non_blocking=True)
-        x = sent.contiguous() / 255  # another memory format may round otherwise
+        x = sent.contiguous() / 255
         if x.shape[-2:] != (self.size, self.size):
             x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
         if bare or self.slot is None or self.stamped is None or not len(self.stamped):
             return x
+        # Images with a trigger are taken from `stamped` instead.
         slot = self.slot[rows.to(self.device, non_blocking=True)]
         stamped = self.stamped.index_select(0, slot.clamp(min=0)) / 255
         return torch.where((slot >= 0)[:, None, None, None], stamped, x)
 
     def gather(self, rows: Int64[Tensor, " b"]) -> Gathered:
-        """The clean pixels of `rows`: of a mapped set on the host, ready to be sent to a GPU without waiting.
+        """The clean pixels of `rows`; of a mapped set they are on the host, in memory from which a GPU copies directly.
 
-        There by the calling thread alone: torch's own threads are the model's.
+        A mapped set is read with NumPy, by the calling thread alone: torch's threads are left to the model.
         """
         if self.place is None:
             return self.pixels.index_select(0, rows.to(self.device, non_blocking=True))
@@ -142,8 +150,8 @@ class ImageSet:
         shape = (len(rows), *stored.shape[1:])
         found = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         wanted = self.place[rows.cpu()].numpy()
-        _ask_for(stored, wanted)
-        stored.take(wanted, 0, found.numpy(), "clip")  # "raise" would go through a copy
+        _read_ahead(stored, wanted)
+        stored.take(wanted, 0, found.numpy(), "clip")  # with "raise", NumPy would write to a buffer first
         return found.permute(0, 3, 1, 2)
 
     def batch(
@@ -153,15 +161,17 @@ class ImageSet:
         bare: bool = False,
         pixels: Gathered | None = None,
     ) -> Batch:
-        """Images and labels of `rows`, and which of them are poisoned or covers.
+        """The batch of `rows`: images, labels, and which of them are poisoned or covers.
 
         Args:
-            rows: on any device.
+            rows: row numbers, on any device.
             marks: `self.marks()`; None to fetch them, which waits for the device.
-            bare: leave the triggers out.
+            bare: whether to leave the triggers out.
             pixels: `self.gather(rows)`; None to gather them now.
         """
-        known, here = marks or self.marks(), rows.cpu()
+        # Positions are found on the host, so that their number is known without waiting for the device.
+        known = marks or self.marks()
+        here = rows.cpu()
         poisoned, covers = known.poisoned[here], known.covers[here]
         masks = (poisoned, ~poisoned, covers)
         places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in masks)
@@ -170,15 +180,15 @@ class ImageSet:
         return Batch(images, self.labels[there], *places)
 
     def marks(self) -> "Marks":
-        """Which images are poisoned, and which are covers, on the CPU: fetched once, so that no batch waits for it."""
+        """The masks of poison and covers on the CPU; fetched once, so that no batch waits for the device."""
         return Marks(self.poisoned.cpu(), self.covers.cpu())
 
     def rows(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
-        """All row numbers in order, a batch at a time."""
+        """All row numbers in order, in batches."""
         return iter(torch.arange(len(self), device=self.device).split(batch_size))
 
     def take(self, rows: Int64[Tensor, " k"]) -> "ImageSet":
-        """The subset of `rows`, in that order; of a mapped set no pixel is copied."""
+        """The subset of `rows`, in that order; no pixel of a mapped set is copied."""
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[rows]
@@ -200,13 +210,13 @@ class ImageSet:
         labels: Int64[Tensor, " m"],
         cover: bool = False,
     ) -> "ImageSet":
-        """A copy in which the images of `rows` are replaced by `stamped` and carry `labels`; the set may have others.
+        """A copy of the set in which the images of `rows` are replaced by `stamped`, with `labels`.
 
         Args:
-            rows: which images, without repeats.
-            stamped: what they become, at working size.
-            labels: what they are called.
-            cover: they count as no poison.
+            rows: row numbers, without repeats.
+            stamped: the images with their trigger, at working size.
+            labels: their labels.
+            cover: whether they are covers, which do not count as poison.
 
         Raises:
             ValueError: an image of `rows` carries a trigger already, which would be lost.
@@ -226,9 +236,9 @@ class ImageSet:
         return replace(self, labels=relabelled, slot=slot, stamped=stamped, cover=marks)
 
     def unmarked(self) -> "ImageSet":
-        """The set as it looks from outside: the same images at working size, and no mask of poison or covers.
+        """The set as a defender sees it: the same images at working size, without the masks of poison and covers.
 
-        Those of a mapped set, or more than the memory limit, are mapped from a scratch file.
+        If the set is mapped, or takes more memory than the limit, the result is mapped from a temporary file.
         """
         if self.slot is None:
             return self
@@ -252,14 +262,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Marks:
-    """Which images of a set are poisoned, and which are covers, on the CPU."""
+    """The masks of poisoned images and of covers of a set, on the CPU."""
 
     poisoned: Bool[Tensor, " n"]
     covers: Bool[Tensor, " n"]
 
 
 def misshapen(images: Tensor, wanted: str) -> UserError:
-    """The refusal of images whose shape is not the one wanted, "b x 3 x 32 x 32" say."""
+    """The error for images whose shape is not the one that is `wanted`, "b x 3 x 32 x 32" say."""
     came = " x ".join(str(side) for side in images.shape)
     return UserError(
         f"images of shape {came} do not fit, {wanted} is wanted; resize them; a single one is images[None]"
@@ -267,40 +277,43 @@ def misshapen(images: Tensor, wanted: str) -> UserError:
 
 
 def pixels_limit(device: torch.device) -> int:
-    """Bytes that the pixels of a set may take on a device.
+    """The number of bytes that the pixels of a set may take on a device.
 
     Raises:
-        UserError: `$VITRAP_MEMORY` holds no amount of memory.
+        UserError: `$VITRAP_MEMORY` is no amount of memory.
     """
     if device.type != "cuda":
         return memory_limit()
-    return memory_limit(torch.cuda.get_device_properties(device).total_memory // OF_GPU)
+    return memory_limit(torch.cuda.get_device_properties(device).total_memory // PARTS_OF_GPU)
 
 
 def scratch(*shape: int) -> UInt8[Tensor, "..."]:
-    """Room for 8-bit numbers in a file without a name ($TMPDIR), gone with the tensor.
+    """An 8-bit tensor that is mapped from a nameless temporary file in $TMPDIR; the file is gone with the tensor.
 
     Raises:
         OSError: the disk is full.
     """
-    with tempfile.NamedTemporaryFile() as file:  # the map outlives the file's name, and the file the map
+    # The file's name is removed at the end of the block; the system keeps its content while it is mapped.
+    with tempfile.NamedTemporaryFile() as file:
+        # Take the space now: if the disk is full this raises an error, where a later write would kill the process.
         if hasattr(os, "posix_fallocate") and prod(shape):
-            os.posix_fallocate(file.fileno(), 0, prod(shape))  # a full disk is an error here, and a dead process later
+            os.posix_fallocate(file.fileno(), 0, prod(shape))
         return torch.from_file(file.name, shared=True, size=prod(shape), dtype=torch.uint8).view(shape)
 
 
-def _ask_for(stored: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
-    """Have the system read these rows of a mapped array from the disk together, just them.
+def _read_ahead(stored: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
+    """Tell the system to read these rows of a mapped array, and no others, from disk at once.
 
-    Left to itself it reads megabytes around each page that is touched, one after another: training would stand still
-    until most of the file had been read. Nothing where the system takes no such advice.
+    Otherwise it reads megabytes around each page as it is first used, one after another, and training waits until most
+    of the file has been read. This does nothing where the system takes no such advice.
     """
     if not hasattr(mmap, "MADV_WILLNEED"):
         return
     starts = stored.ctypes.data + rows * stored.strides[0]
     pages = starts - starts % mmap.PAGESIZE
     lengths = starts + stored.strides[0] - pages
-    advise = ctypes.PyDLL(None).madvise  # keeps Python's lock: handing it over twice a row slows the training thread
+    # PyDLL keeps Python's global lock: giving it up and taking it back for each row would slow the training thread.
+    advise = ctypes.PyDLL(None).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for page, length in zip(pages.tolist(), lengths.tolist(), strict=True):
-        advise(page, length, mmap.MADV_WILLNEED)  # advice: where it is refused, reading is slower and no less right
+        advise(page, length, mmap.MADV_WILLNEED)  # if this fails, reading is slower but correct

@@ -22,10 +22,10 @@ from tests.report.made import (
     to_failure,
     to_record,
 )
-from tests.report.page.test_make import picture
+from tests.report.page.test_make_page import picture
 from vitrap.experiment.records import Found, Loaded
-from vitrap.report.page import make as report
-from vitrap.report.page.make import make_page
+from vitrap.report.page import make_page as report
+from vitrap.report.page.make_page import make_page
 
 WIDTHS = (380, 800, 1400)
 

@@ -45,7 +45,7 @@ def test_off_a_terminal_a_step_is_told_in_plain_text(monkeypatch: pytest.MonkeyP
     told = StringIO()
     monkeypatch.setattr(console, "err", Console(file=told, force_terminal=False))
     monkeypatch.setattr(console, "EVERY", 0.01)
-    with console.Bars() as bars, bars.step("train the victim", 4) as tick, bars.step("fit", None):
+    with console.ProgressBars() as bars, bars.step("train the victim", 4) as tick, bars.step("fit", None):
         tick()
         wait_until(lambda: "train the victim: 1 of 4, 0 s so far\nfit: 0 s so far\n" in told.getvalue())
     before = told.getvalue().count("so far")
@@ -57,7 +57,7 @@ def test_on_a_terminal_there_are_bars_alone(monkeypatch: pytest.MonkeyPatch) -> 
     told = StringIO()
     monkeypatch.setattr(console, "err", Console(file=told, force_terminal=True))
     monkeypatch.setattr(console, "EVERY", 0.01)
-    with console.Bars() as bars, bars.step("train the victim", 4):
+    with console.ProgressBars() as bars, bars.step("train the victim", 4):
         sleep(0.1)
     assert "so far" not in told.getvalue()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.cli.conftest import Said
 from tests.report.made import record, write
 from tests.report.study.test_drawings import LINES
-from tests.report.study.test_make import ASR, HEAD, PAGE, REACH, SEEDS, at, study
+from tests.report.study.test_fill_page import ASR, HEAD, PAGE, REACH, SEEDS, at, study
 
 Call = Callable[..., Said]
 MARKS = "# A page\n\n<!-- asr -->\n<!-- /asr -->\n\nEnd.\n"

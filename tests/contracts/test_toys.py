@@ -23,10 +23,10 @@ from vitrap.contracts import AllToOne, ImageSet, Threat, undeclared
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment import stages
-from vitrap.experiment.defend import Finished, defend
+from vitrap.experiment.defend import FinishedRun, defend
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.predict import predict, triggered
-from vitrap.experiment.progress import silent
+from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import read_record, read_records
 from vitrap.experiment.run import open_run, poison, run, run_folder
@@ -193,7 +193,7 @@ def test_a_defender_sees_the_set_that_the_victim_was_trained_on(
     (victims,) = [data for data in trained if data.slot is not None]
     folder = run_folder(spec, tmp_path)
     plan = make_plan(spec, "cpu", attacking=False)
-    seen = Finished(folder, read_record(folder), plan, silent).case().poisoned
+    seen = FinishedRun(folder, read_record(folder), plan, no_progress).evaluation().poisoned
     everything = torch.arange(len(victims))
     assert torch.equal(to_bytes(seen.images(everything)), to_bytes(victims.images(everything)))
     for mask in ("labels", "poisoned", "covers"):

@@ -17,9 +17,9 @@ from vitrap import registry
 from vitrap.attacks.badnets import BadNets
 from vitrap.contracts import Access, ImageSet, Objective
 from vitrap.data.sources import World
-from vitrap.experiment.named import Named
+from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.network import Network
-from vitrap.experiment.outcomes import Case, measure_defence
+from vitrap.experiment.outcomes import Evaluation, measure_defence
 from vitrap.experiment.streams import stream, training_streams
 from vitrap.models.classifier import Architecture
 from vitrap.train.arithmetic import Arithmetic
@@ -77,7 +77,7 @@ def colours(n: int, seed: int) -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
+def case() -> Evaluation:
     world = World(
         colours(800, 0), colours(400, 1), colours(50, 2), colours(100, 3), colours(200, 4), "colours", "0" * 64
     )
@@ -94,7 +94,7 @@ def case() -> Case:
         return model.requires_grad_(False)
 
     poisoned = poison(world.train, stream(0, "poison"))
-    return Case(
+    return Evaluation(
         fit(poisoned),
         fit(world.train),
         trigger=fitted.trigger,
@@ -108,7 +108,7 @@ def case() -> Case:
     )
 
 
-def test_the_backdoor_is_in_and_the_twin_has_none(case: Case) -> None:
+def test_the_backdoor_is_in_and_the_twin_has_none(case: Evaluation) -> None:
     victim = case.rates(case.victim, lambda: None)
     assert victim.cda.value > 0.97
     assert victim.asr.value > 0.97
@@ -116,9 +116,9 @@ def test_the_backdoor_is_in_and_the_twin_has_none(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_it_is_caught_and_a_clean_model_left_in_peace(name: str, case: Case) -> None:
+def test_it_is_caught_and_a_clean_model_left_in_peace(name: str, case: Evaluation) -> None:
     settings, caught = PLANTED[name]
-    row, _ = measure_defence(Named(name, registry.get("defences", name)(**settings)), case, lambda: None)
+    row, _ = measure_defence(DefenceSpec(name, registry.get("defences", name)(**settings)), case, lambda: None)
     told = {k: v for k, v in vars(row).items() if k not in ("report", "seconds")}
     assert caught(row), told
     assert QUIET[row.kind](row), told

@@ -21,10 +21,10 @@ from tests.report.made import judgement, to_row
 from vitrap.contracts import Batch, Criterion, Flagged, Implant, Objective, Repaired, Suspect
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
+from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.defend import add_row, defend, stored_set
-from vitrap.experiment.named import Named
 from vitrap.experiment.plan import make_plan
-from vitrap.experiment.progress import silent
+from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import read_record, read_records
 from vitrap.experiment.rows import Row
@@ -379,7 +379,7 @@ def test_a_run_that_ends_late_keeps_the_rows_that_came_meanwhile(
 
 def test_a_filter_that_flags_everything_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="all 100 training images are flagged"):
-        defend(folder, [Named("head", Head(first=1000))], device="cpu")
+        defend(folder, [DefenceSpec("head", Head(first=1000))], device="cpu")
     assert read_record(folder).defences == ()
 
 
@@ -404,16 +404,16 @@ class Head:
 
 
 def test_what_a_filter_keeps_is_trained_on_once(folder: Path, trainings: Trainings) -> None:
-    defend(folder, [Named("head", Head())], device="cpu")
+    defend(folder, [DefenceSpec("head", Head())], device="cpu")
     assert trainings.since() == 1
     (place,) = (folder.parent / "stages").glob("retrained-*")
     facts = json.loads((place / "facts.json").read_text())
     kept = read_record(folder).data.n_train - 5
     assert len(facts["curves"]["cross_entropy"]) == 1
     assert facts["n_poisoned"] <= kept
-    defend(folder, [Named("other", Head())], device="cpu")
+    defend(folder, [DefenceSpec("other", Head())], device="cpu")
     assert trainings.since() == 0
-    defend(folder, [Named("head", Head(first=6))], device="cpu")
+    defend(folder, [DefenceSpec("head", Head(first=6))], device="cpu")
     assert trainings.since() == 1
 
 
@@ -461,7 +461,7 @@ def test_a_defender_retrains_with_the_runs_recipe_seed_and_streams(
     measure = defending.measure_defence
     monkeypatch.setattr(defending, "measure_defence", lambda a, c, t: case_of.append(c) or measure(a, c, t))
     made.clear()
-    (row,) = defend(folder, [Named("again", Again())], device="cpu").defences
+    (row,) = defend(folder, [DefenceSpec("again", Again())], device="cpu").defences
     assert trainings.since() == 2
     (case,) = case_of
     for ours, theirs in zip(made, (case.victim, case.twin), strict=True):
@@ -475,12 +475,12 @@ def test_a_defender_retrains_with_the_runs_recipe_seed_and_streams(
 def test_what_retrains_knows_no_attack() -> None:
     """Not even by its attributes: what a defender is handed holds the network and how it was trained."""
     names = [f.name for f in fields(Retraining)]
-    assert names == ["network", "recipe", "seed", "device", "arithmetic", "steps"]
+    assert names == ["network", "recipe", "seed", "device", "arithmetic", "progress"]
 
 
 def test_a_retraining_may_go_on_from_a_model(folder: Path) -> None:
     plan = make_plan(parse_spec(read_record(folder).spec), "cpu", attacking=False)
-    again = Retraining(plan.victim, plan.spec.recipe, 0, plan.device, plan.arithmetic, silent)
+    again = Retraining(plan.victim, plan.spec.recipe, 0, plan.device, plan.arithmetic, no_progress)
     first = again(plan.world.train, epochs=1)
     weights = {name: weight.clone() for name, weight in first.state_dict().items()}
     further = again(plan.world.train, epochs=1, start=first)
@@ -493,12 +493,12 @@ def test_a_retraining_may_go_on_from_a_model(folder: Path) -> None:
 def test_a_retraining_may_have_other_images_epochs_and_an_objective(folder: Path, trainings: Trainings) -> None:
     made.clear()
     for defence in (Again(part=0.5), Again(epochs=2), Again(doubled=True)):
-        defend(folder, [Named("again", defence)], device="cpu")
+        defend(folder, [DefenceSpec("again", defence)], device="cpu")
     assert trainings.since() == 6
     heads = [next(model.parameters()).flatten()[:5].tolist() for model in made]
     assert len({tuple(head) for head in heads[::2]}) == 3
     with pytest.raises(UserError, match="epochs = 0 is out of range"):
-        defend(folder, [Named("again", Again(epochs=0))], device="cpu")
+        defend(folder, [DefenceSpec("again", Again(epochs=0))], device="cpu")
 
 
 # ---- what is stored for a victim

@@ -11,7 +11,7 @@ import vitrap.experiment.export as export
 from tests.experiment.conftest import Runs, Trainings, tiny
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
-from vitrap.experiment.outcomes import Case
+from vitrap.experiment.outcomes import Evaluation
 from vitrap.experiment.run import poison
 from vitrap.tensors.pixels import to_bytes
 
@@ -29,7 +29,7 @@ def test_the_files_are_what_the_victim_sees(
     folder = tmp_path / "poisoned"
     poison(runs.specs[name], folder, copied, device="cpu")
     assert trainings.since() == 0  # the surrogate is the runs'
-    case: Case = open_case(runs, name)
+    case: Evaluation = open_case(runs, name)
     assert sorted(p.name for p in folder.iterdir()) == FILES
     read = {p.stem: np.load(p, allow_pickle=False) for p in folder.glob("*.npy")}
     everything = torch.arange(len(case.poisoned))

@@ -12,7 +12,7 @@ import vitrap.experiment.run as runner
 from tests.experiment.conftest import tiny
 from vitrap.data.sources import open_data
 from vitrap.experiment.defend import defend
-from vitrap.experiment.machine import forget_peaks, memory
+from vitrap.experiment.machine import memory, reset_peaks
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.record import Record
 from vitrap.experiment.run import run
@@ -67,7 +67,7 @@ def test_a_defence_takes_a_mapped_set(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_peaks_are_of_what_happened_since_they_were_forgotten() -> None:
     device = torch.device("cpu")
     torch.ones(300 * MEGABYTE, dtype=torch.uint8)
-    forget_peaks(device)
+    reset_peaks(device)
     before = memory(device).host_peak_bytes
     block = torch.ones(200 * MEGABYTE, dtype=torch.uint8)
     after = memory(device).host_peak_bytes
@@ -76,6 +76,6 @@ def test_peaks_are_of_what_happened_since_they_were_forgotten() -> None:
     assert 190 * MEGABYTE < after - before < 260 * MEGABYTE
     del block
     assert memory(device).host_peak_bytes == pytest.approx(after, abs=MEGABYTE), "a peak stays"
-    forget_peaks(device)
+    reset_peaks(device)
     assert memory(device).host_peak_bytes < after - 150 * MEGABYTE
     assert memory(device).device_peak_bytes is None

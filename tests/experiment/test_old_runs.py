@@ -16,7 +16,7 @@ from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, parse_spec
 from vitrap.metrics.accuracy import attack_success
 from vitrap.report.frame import load_records
-from vitrap.report.page.make import make_page
+from vitrap.report.page.make_page import make_page
 from vitrap.train.arithmetic import Arithmetic
 
 OLD = Path(__file__).parents[1] / "old_runs"

@@ -32,11 +32,11 @@ from vitrap.contracts import (
 )
 from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
-from vitrap.experiment.defend import Finished
-from vitrap.experiment.named import Named
-from vitrap.experiment.outcomes import FPRS, Case, measure_defence, remember_nothing
+from vitrap.experiment.defence_spec import DefenceSpec
+from vitrap.experiment.defend import FinishedRun
+from vitrap.experiment.outcomes import FPRS, Evaluation, measure_defence, measure_each_time
 from vitrap.experiment.plan import make_plan
-from vitrap.experiment.progress import silent
+from vitrap.experiment.progress import no_progress
 from vitrap.experiment.scores import Scores, read_scores, scores_file, write_scores
 from vitrap.metrics.detection import auroc
 from vitrap.metrics.interval import wilson
@@ -91,11 +91,11 @@ def not_at_all(*args: Any, **kwargs: Any) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
+def case() -> Evaluation:
     """Two networks that were never trained, and a trigger."""
     world = open_data("digits", limit=100)
     victim, twin = (Linear(seed).eval().requires_grad_(False) for seed in (0, 1))
-    return Case(
+    return Evaluation(
         victim,
         twin,
         trigger=Corner(),
@@ -109,9 +109,11 @@ def case() -> Case:
     )
 
 
-def open_case(runs: Runs, name: str) -> Case:
+def open_case(runs: Runs, name: str) -> Evaluation:
     plan = make_plan(runs.specs[name], "cpu")
-    return replace(Finished(runs.folder(name), runs.records[name], plan, silent).case(), remember=remember_nothing)
+    return replace(
+        FinishedRun(runs.folder(name), runs.records[name], plan, no_progress).evaluation(), twin_facts=measure_each_time
+    )
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,17 @@ class Made:
 
 
 def measured(
-    case: Case, outcome: Callable[[Suspect], Outcome], kind: str, needs_train: bool = False, screened: int = 1000
+    case: Evaluation,
+    outcome: Callable[[Suspect], Outcome],
+    kind: str,
+    needs_train: bool = False,
+    screened: int = 1000,
 ) -> tuple[Any, Scores | None]:
     method: Any = Made(outcome, [], kind, needs_train)
-    return measure_defence(Named("made", method, screened), case, lambda: None)
+    return measure_defence(DefenceSpec("made", method, screened), case, lambda: None)
 
 
-def row(case: Case, outcome: Callable[[Suspect], Outcome], kind: str, needs_train: bool = False) -> Any:
+def row(case: Evaluation, outcome: Callable[[Suspect], Outcome], kind: str, needs_train: bool = False) -> Any:
     return measured(case, outcome, kind, needs_train)[0]
 
 
@@ -153,10 +159,10 @@ def test_the_case_is_the_runs_own(runs: Runs) -> None:
     assert (runs.folder("badnets") / "record.json").exists()
 
 
-def test_a_defender_sees_model_and_clean_images_and_no_more(case: Case) -> None:
+def test_a_defender_sees_model_and_clean_images_and_no_more(case: Evaluation) -> None:
     seen: list[Suspect] = []
     method: Any = Made(lambda s: Judged(0.0, 1.0), seen, "judgement")
-    measure_defence(Named("made", method), case, lambda: None)
+    measure_defence(DefenceSpec("made", method), case, lambda: None)
     assert [s.model for s in seen] == [case.victim, case.twin]
     assert [s.generator.initial_seed() for s in seen] == [seen[0].generator.initial_seed()] * 2
     for suspect in seen:
@@ -167,7 +173,7 @@ def test_a_defender_sees_model_and_clean_images_and_no_more(case: Case) -> None:
         assert suspect.retrain is None
 
 
-def test_a_filter_sees_the_training_set_without_its_mask(case: Case) -> None:
+def test_a_filter_sees_the_training_set_without_its_mask(case: Evaluation) -> None:
     seen: list[Suspect] = []
 
     def flag(suspect: Suspect) -> Flagged:
@@ -176,7 +182,7 @@ def test_a_filter_sees_the_training_set_without_its_mask(case: Case) -> None:
         return Flagged(torch.zeros(n), torch.zeros(n, dtype=torch.bool))
 
     method: Any = Made(flag, seen, "filter", needs_train=True)
-    measure_defence(Named("made", method), replace(case, train_kept=lambda kept: case.twin), lambda: None)
+    measure_defence(DefenceSpec("made", method), replace(case, train_kept=lambda kept: case.twin), lambda: None)
     unmarked, clean = (s.train for s in seen)
     assert unmarked is not None
     assert clean is case.world.train
@@ -189,7 +195,7 @@ def test_a_filter_sees_the_training_set_without_its_mask(case: Case) -> None:
     assert [s.retrain for s in seen] == [not_at_all] * 2
 
 
-def test_a_defence_is_applied_outside_of_any_autocast(case: Case) -> None:
+def test_a_defence_is_applied_outside_of_any_autocast(case: Evaluation) -> None:
     """In bf16 the model answers in bf16 within `computing()`, where the scores are made, and nowhere else."""
     kinds: list[torch.dtype] = []
 
@@ -209,7 +215,7 @@ def test_a_defence_is_applied_outside_of_any_autocast(case: Case) -> None:
     assert set(kinds[4:]) == {torch.bfloat16}
 
 
-def test_a_row_says_what_a_defence_is(case: Case) -> None:
+def test_a_row_says_what_a_defence_is(case: Evaluation) -> None:
     found = row(case, lambda s: Judged(0.9, 0.5, (), None, "head", {"steps": 3.0}), "judgement")
     assert (found.name, found.kind, found.version) == ("made", "judgement", 7)
     assert found.params["needs_train"] is False
@@ -231,7 +237,9 @@ def flag_none(suspect: Suspect) -> Outcome:
         ("judgement", lambda s: Judged(0.9, 0.5)),
     ],
 )
-def test_a_row_has_the_keys_that_its_page_lists(case: Case, kind: str, outcome: Callable[[Suspect], Outcome]) -> None:
+def test_a_row_has_the_keys_that_its_page_lists(
+    case: Evaluation, kind: str, outcome: Callable[[Suspect], Outcome]
+) -> None:
     found = row(replace(case, train_kept=lambda kept: case.twin), outcome, kind, kind == "filter")
     listed = keys_of_rows()
     assert {part.name for part in fields(found)} == listed["every"] | listed[kind]
@@ -244,7 +252,7 @@ def blue(images: Tensor) -> Tensor:
     return images[:, 2].mean((1, 2)) + images[:, 0, 0].sum(1)
 
 
-def test_a_screen_is_measured_as_scikit_learn_would(case: Case) -> None:
+def test_a_screen_is_measured_as_scikit_learn_would(case: Evaluation) -> None:
     found = row(case, lambda s: Screen(blue), "screen")
     test, counts = case.world.test, case.goal.counts(case.world.test.labels)
     clean = blue(test.images(torch.arange(len(test))))
@@ -260,7 +268,7 @@ def test_a_screen_is_measured_as_scikit_learn_would(case: Case) -> None:
         assert found.fpr_on_test[f"{fpr:.2f}"] == wilson(int((clean > cut).sum()), len(clean))
 
 
-def test_ties_with_the_threshold_are_said(case: Case) -> None:
+def test_ties_with_the_threshold_are_said(case: Evaluation) -> None:
     """A screen that gives its highest score to every triggered image, and to a fifth of the held-out ones as well."""
 
     def coarse(images: Tensor) -> Tensor:
@@ -276,7 +284,7 @@ def test_ties_with_the_threshold_are_said(case: Case) -> None:
     ]
 
 
-def test_what_hits_is_measured_apart(case: Case) -> None:
+def test_what_hits_is_measured_apart(case: Evaluation) -> None:
     """A network that gives the target to whatever is bright above, and a screen that sees just that."""
 
     class Above(nn.Module):
@@ -301,7 +309,7 @@ def test_what_hits_is_measured_apart(case: Case) -> None:
     assert {rate.n for rate in found.tpr_at_fpr_on_hits.values()} == {int(hits.sum())}
 
 
-def test_the_twin_has_its_own_thresholds(case: Case) -> None:
+def test_the_twin_has_its_own_thresholds(case: Evaluation) -> None:
     def apply(suspect: Suspect) -> Screen:
         return Screen(blue if suspect.model is case.victim else lambda x: torch.arange(len(x)).float() * 0 + 7)
 
@@ -311,7 +319,7 @@ def test_the_twin_has_its_own_thresholds(case: Case) -> None:
     assert found.auroc.value != 0.5
 
 
-def test_how_many_images_a_screen_scores_is_asked_for(case: Case) -> None:
+def test_how_many_images_a_screen_scores_is_asked_for(case: Evaluation) -> None:
     scored: list[int] = []
 
     def score(images: Tensor) -> Tensor:
@@ -326,7 +334,7 @@ def test_how_many_images_a_screen_scores_is_asked_for(case: Case) -> None:
     assert {len(part) for part in (*vars(scores.victim).values(), *vars(scores.twin).values())} == {20}
 
 
-def test_each_score_is_kept_with_its_row(case: Case) -> None:
+def test_each_score_is_kept_with_its_row(case: Evaluation) -> None:
     def apply(suspect: Suspect) -> Screen:
         return Screen(blue if suspect.model is case.victim else lambda x: -blue(x))
 
@@ -349,7 +357,7 @@ def ranks(scores: Tensor) -> Tensor:
     return scores.argsort().argsort().double()
 
 
-def test_screens_are_combined_from_their_files_without_a_model(case: Case, tmp_path: Path) -> None:
+def test_screens_are_combined_from_their_files_without_a_model(case: Evaluation, tmp_path: Path) -> None:
     rows = []
     for name, score in (("blue", blue), ("red", lambda images: images[:, 0].mean((1, 2)))):
         found, scores = measured(case, lambda s, score=score: Screen(score), "screen", screened=50)
@@ -373,7 +381,7 @@ def test_screens_are_combined_from_their_files_without_a_model(case: Case, tmp_p
     assert torch.equal(apart, blue(images) - images[:, 0].mean((1, 2)))
 
 
-def test_a_file_of_scores_says_that_it_belongs_to_a_backdoor(case: Case, tmp_path: Path) -> None:
+def test_a_file_of_scores_says_that_it_belongs_to_a_backdoor(case: Evaluation, tmp_path: Path) -> None:
     found, scores = measured(case, lambda s: Screen(blue), "screen", screened=20)
     assert scores is not None
     kept = replace(found, params={"n": 1}, scores=scores_file("odd/na me", "f" * 16))
@@ -386,7 +394,7 @@ def test_a_file_of_scores_says_that_it_belongs_to_a_backdoor(case: Case, tmp_pat
     assert json.loads(about["settings"]) == {"n": 1, "screened": 20}
 
 
-def test_scores_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
+def test_scores_that_cannot_be_read(case: Evaluation, tmp_path: Path) -> None:
     screen = to_row(made.screen("strip"))
     with pytest.raises(UserError, match="'fine_tune' is a repair, and only a screen scores images"):
         read_scores(tmp_path, to_row(made.repair("fine_tune")))
@@ -403,14 +411,14 @@ def test_scores_that_cannot_be_read(case: Case, tmp_path: Path) -> None:
 # ---- repairs
 
 
-def test_a_repair_that_does_nothing(case: Case) -> None:
+def test_a_repair_that_does_nothing(case: Evaluation) -> None:
     found = row(case, lambda s: Repaired(copy.deepcopy(s.model)), "repair")
     assert found.der == 0.5
     assert Rates(found.cda, found.asr, found.ra) == found.before
     assert found.cda_clean_model == found.cda_clean_model_before
 
 
-def test_a_repair_is_measured_before_and_after(case: Case) -> None:
+def test_a_repair_is_measured_before_and_after(case: Evaluation) -> None:
     class Silent(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return torch.eye(10)[torch.full((len(images),), 5)]
@@ -441,20 +449,20 @@ def judged(suspect: Suspect) -> Outcome:
 
 @pytest.mark.parametrize(("kind", "outcome"), [("repair", repaired), ("judgement", judged)])
 def test_a_second_attack_on_a_twin_does_not_apply_the_defence_to_it_again(
-    case: Case, kind: str, outcome: Callable[[Suspect], Outcome]
+    case: Evaluation, kind: str, outcome: Callable[[Suspect], Outcome]
 ) -> None:
     kept: dict[str, Any] = {}
 
-    def remember(asked: Named, kind: type[Any], find: Callable[[], Any]) -> Any:
+    def remember(asked: DefenceSpec, kind: type[Any], find: Callable[[], Any]) -> Any:
         if asked.name not in kept:
             kept[asked.name] = find()
         assert isinstance(kept[asked.name], kind)
         return kept[asked.name]
 
     method: Any = Made(outcome, [], kind)
-    first = measure_defence(Named("made", method), replace(case, remember=remember), lambda: None)[0]
-    other = replace(case, victim=Linear(2).eval(), remember=remember)
-    second = measure_defence(Named("made", method), other, lambda: None)[0]
+    first = measure_defence(DefenceSpec("made", method), replace(case, twin_facts=remember), lambda: None)[0]
+    other = replace(case, victim=Linear(2).eval(), twin_facts=remember)
+    second = measure_defence(DefenceSpec("made", method), other, lambda: None)[0]
     assert [suspect.model for suspect in method.seen] == [case.victim, case.twin, other.victim]
     twins = [key for key in vars(first) if "clean_model" in key]
     assert twins
@@ -462,7 +470,7 @@ def test_a_second_attack_on_a_twin_does_not_apply_the_defence_to_it_again(
 
 
 @pytest.mark.parametrize("kind", ["screen", "filter"])
-def test_screens_and_filters_are_applied_to_the_twin_anew(case: Case, kind: str) -> None:
+def test_screens_and_filters_are_applied_to_the_twin_anew(case: Evaluation, kind: str) -> None:
     def apply(suspect: Suspect) -> Outcome:
         if kind == "screen":
             return Screen(blue)
@@ -471,14 +479,14 @@ def test_screens_and_filters_are_applied_to_the_twin_anew(case: Case, kind: str)
     def remember(*args: object) -> Any:
         raise AssertionError("remembered")
 
-    found = row(replace(case, remember=remember, train_kept=lambda kept: case.twin), apply, kind, kind == "filter")
+    found = row(replace(case, twin_facts=remember, train_kept=lambda kept: case.twin), apply, kind, kind == "filter")
     assert found.auroc.value >= 0
 
 
 # ---- filters
 
 
-def test_a_filter_that_knows_everything(case: Case) -> None:
+def test_a_filter_that_knows_everything(case: Evaluation) -> None:
     kept: list[ImageSet] = []
 
     def apply(suspect: Suspect) -> Flagged:
@@ -501,7 +509,7 @@ def test_a_filter_that_knows_everything(case: Case) -> None:
     assert set(found.seconds) == {"apply", "retrain"}
 
 
-def test_covers_count_as_no_poison(case: Case) -> None:
+def test_covers_count_as_no_poison(case: Evaluation) -> None:
     """To flag all that carries a trigger is to flag four images for nothing."""
 
     def apply(suspect: Suspect) -> Flagged:
@@ -514,7 +522,7 @@ def test_covers_count_as_no_poison(case: Case) -> None:
     assert found.auroc.value == pytest.approx(1 - 0.5 * len(COVERS) / (n - len(POISONED)))
 
 
-def test_a_filter_where_nothing_is_poisoned(case: Case) -> None:
+def test_a_filter_where_nothing_is_poisoned(case: Evaluation) -> None:
     def apply(suspect: Suspect) -> Flagged:
         assert suspect.train is case.world.train
         flagged = torch.arange(len(case.world.train)) < 4
@@ -527,7 +535,7 @@ def test_a_filter_where_nothing_is_poisoned(case: Case) -> None:
     assert found.fpr == wilson(4, 100)
 
 
-def test_a_repair_may_retrain(case: Case) -> None:
+def test_a_repair_may_retrain(case: Evaluation) -> None:
     """What comes back of a retraining is what is measured; of the twin it is on the clean set."""
     trained: list[tuple[ImageSet, int | None]] = []
 
@@ -551,7 +559,7 @@ def test_a_repair_may_retrain(case: Case) -> None:
 
 
 @pytest.mark.parametrize("suspected", [(), (0,), (4, 0)])
-def test_a_judgement(case: Case, suspected: tuple[int, ...]) -> None:
+def test_a_judgement(case: Evaluation, suspected: tuple[int, ...]) -> None:
     def apply(suspect: Suspect) -> Judged:
         if suspect.model is case.victim:
             return Judged(0.9, 0.5, suspected, torch.arange(10) / 8)
@@ -569,12 +577,12 @@ def test_a_judgement(case: Case, suspected: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("judged", [Judged(float("inf"), 2.0), Judged(1.0, 2.0, (), torch.tensor([0.0, float("nan")]))])
-def test_a_judgement_that_is_no_number_says_so(case: Case, judged: Judged) -> None:
+def test_a_judgement_that_is_no_number_says_so(case: Evaluation, judged: Judged) -> None:
     with pytest.raises(UserError, match="made judges by a score that is no finite number"):
         row(case, lambda suspect: judged, "judgement")
 
 
-def test_an_outcome_of_another_kind_than_the_defence_says(case: Case) -> None:
+def test_an_outcome_of_another_kind_than_the_defence_says(case: Evaluation) -> None:
     with pytest.raises(UserError, match="made calls itself a screen and came to a Repaired, not to a Screen"):
         row(case, repaired, "screen")
 
@@ -588,13 +596,13 @@ def test_an_outcome_of_another_kind_than_the_defence_says(case: Case) -> None:
     ],
 )
 def test_what_a_judgement_suspects_is_held_against_the_goal(
-    case: Case, goal: Goal, suspected: int, right: bool | None
+    case: Evaluation, goal: Goal, suspected: int, right: bool | None
 ) -> None:
     found = row(replace(case, goal=goal), lambda s: Judged(0.9, 0.5, (suspected,)), "judgement")
     assert found.suspects_target is right
 
 
-def test_nothing_of_the_victim_changes(case: Case) -> None:
+def test_nothing_of_the_victim_changes(case: Evaluation) -> None:
     before = {k: v.clone() for k, v in case.victim.state_dict().items()}
     row(case, lambda s: Screen(blue), "screen")
     assert all(torch.equal(v, before[k]) for k, v in case.victim.state_dict().items())

@@ -22,7 +22,7 @@ from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment.plan import choose_device, make_plan
 from vitrap.experiment.predict import predict, triggered
-from vitrap.experiment.progress import silent
+from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import SCHEMA, Record, to_table
 from vitrap.experiment.records import read_record
 from vitrap.experiment.run import open_run, run, run_folder
@@ -489,11 +489,11 @@ def test_steps_are_shown_with_as_many_ticks_as_they_said(runs: Runs, tmp_path: P
         def tick(self) -> None:
             ticks[self.name][1] += 1
 
-    run(runs.specs["ageb"], tmp_path, device="cpu", steps=Step)
+    run(runs.specs["ageb"], tmp_path, device="cpu", progress=Step)
     assert list(ticks) == [
         "read the data", "train the surrogate", "fit ageb", "poison the training set", "train the victim",
         "train the twin", "measure",
     ]  # fmt: skip
     assert all(total in (None, done) for total, done in ticks.values())
-    with silent("anything", None) as tick:
+    with no_progress("anything", None) as tick:
         tick()

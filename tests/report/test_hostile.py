@@ -13,7 +13,7 @@ import pytest
 from tests.report.made import record, screen, write
 from vitrap.experiment.records import Found, read_records
 from vitrap.report.frame import load_records
-from vitrap.report.page.make import make_page
+from vitrap.report.page.make_page import make_page
 from vitrap.sweeps.ahead import look_ahead
 from vitrap.sweeps.grid import load_sweep
 

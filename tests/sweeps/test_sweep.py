@@ -20,7 +20,7 @@ from vitrap.experiment.run import run
 from vitrap.sweeps import jobs, workers
 from vitrap.sweeps.ahead import look_ahead, total
 from vitrap.sweeps.grid import Sweep, load_sweep
-from vitrap.sweeps.jobs import Ended, News, Started, Step, interleaved, job, work
+from vitrap.sweeps.jobs import Ended, Event, Started, StepProgress, interleaved, job, work
 from vitrap.sweeps.sweep import cores, share, sweep
 
 pytestmark = pytest.mark.usefixtures("two_cores")
@@ -166,9 +166,9 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_
     points = (*points[:3], replace(points[3], spec=broken))
     killed, news = [], []
 
-    def hear(one: News) -> None:
+    def hear(one: Event) -> None:
         news.append(one)
-        if isinstance(one, Step) and one.name.startswith("train") and not killed:
+        if isinstance(one, StepProgress) and one.name.startswith("train") and not killed:
             (pid,) = [p.pid for p in workers_of(os.getpid()) if p.number == one.worker]
             os.kill(pid, signal.SIGKILL)
             killed.append(one)
@@ -192,7 +192,7 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_
 def test_what_runs_side_by_side_share_is_made_once(grid, tmp_path: Path):
     sides, news = grid("attack.size = [1, 2]\n[[grid.case]]\nrecipe.epochs = 200\n"), []
     sweep(sides, tmp_path / "runs", workers=2, device="cpu", hear=news.append)
-    steps = [one.name for one in news if isinstance(one, Step) and one.done == 0]
+    steps = [one.name for one in news if isinstance(one, StepProgress) and one.done == 0]
     assert steps.count("train the victim") == 2
     assert steps.count("train the twin") == 1
 

@@ -7,7 +7,7 @@ import torch
 
 from vitrap.models.classifier import Architecture, Classifier, open_model
 from vitrap.train import arithmetic
-from vitrap.train.arithmetic import Arithmetic, arithmetic_of, compiled, has_bf16, usual, width_of
+from vitrap.train.arithmetic import Arithmetic, arithmetic_of, compiled, default_arithmetic, has_bf16, width_of
 from vitrap.train.recipe import Recipe
 
 CPU, SIZE = torch.device("cpu"), 8
@@ -44,7 +44,7 @@ def test_what_a_precision_stands_for(  # noqa: PLR0913 - a row of the rule
     monkeypatch: pytest.MonkeyPatch, precision, device: str, units: bool, width: int | None, wanted: Arithmetic
 ) -> None:
     monkeypatch.setattr(arithmetic, "has_bf16", lambda device: units)
-    assert usual(precision, torch.device(device), width) == wanted
+    assert default_arithmetic(precision, torch.device(device), width) == wanted
 
 
 def test_units_of_this_processor_are_those_that_the_system_names() -> None:

@@ -1,1 +1,1 @@
-"""The command line: parses, prints, calls one function."""
+"""The command line: each command parses its arguments, calls one function of the package, and prints the result."""

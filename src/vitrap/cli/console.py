@@ -1,4 +1,4 @@
-"""How the command speaks: results on stdout, progress and messages on stderr."""
+"""What commands print: results on stdout, progress bars and messages on stderr."""
 
 import json
 import sys
@@ -26,15 +26,15 @@ from vitrap.errors import UserError
 out = Console()
 err = Console(stderr=True)
 PATIENCE = 1.0
-"""Seconds without bars."""
+"""Seconds before bars appear, so that a quick error is the only line."""
 EVERY = 30.0
-"""Seconds from one line to the next where there is no terminal to draw bars in."""
+"""Seconds between two lines of progress where stderr is no terminal and bars cannot be drawn."""
 
 
-class Bars:
-    """Progress bars on stderr, one a step; a step of unknown length shows that it lives.
+class ProgressBars:
+    """Progress bars on stderr, one for each step; the bar of a step of unknown length has a spinner.
 
-    Off a terminal, in a log, say, each step under way is told in a line of plain text every half minute.
+    Where stderr is no terminal but a log, say, a line of text for each step is printed every half minute.
     """
 
     def __init__(self) -> None:
@@ -47,17 +47,17 @@ class Bars:
             TimeRemainingColumn(),
             console=err,
         )
-        self._begin = Timer(PATIENCE, self.progress.start)
-        self._over = Event()
+        self._start_later = Timer(PATIENCE, self.progress.start)
+        self._ended = Event()
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self) -> "ProgressBars":
         if not err.is_terminal:
-            Thread(target=self._tell, daemon=True).start()
+            Thread(target=self._print_lines, daemon=True).start()
         return self
 
-    def _tell(self) -> None:
-        """Say how far each unfinished step is, until the bars are over."""
-        while not self._over.wait(EVERY):
+    def _print_lines(self) -> None:
+        """Print a line for each unfinished step now and then, until the bars are closed."""
+        while not self._ended.wait(EVERY):
             for task in self.progress.tasks:
                 if not task.finished:
                     done = f"{task.completed:g} of {task.total:g}, " if task.total else ""
@@ -66,13 +66,13 @@ class Bars:
                     err.print(line, highlight=False, soft_wrap=True)
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        self._over.set()
-        self._begin.cancel()
-        if self._begin.is_alive():
-            self._begin.join()
+        self._ended.set()
+        self._start_later.cancel()
+        if self._start_later.is_alive():
+            self._start_later.join()
         live = self.progress.live
         if isinstance(kind, type) and issubclass(kind, UserError):
-            live.transient = True  # a refusal is the only line that stays
+            live.transient = True  # the bars vanish, and the error is the only line that stays
             live.stop()
         elif live.is_started:
             self.progress.stop()
@@ -82,13 +82,13 @@ class Bars:
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
-        """Show one step; yields what to call each tick."""
+        """Show one step; yields a function to call at each tick. This is a `Progress`."""
         task = self._add(name, total)
         yield lambda: self.progress.advance(task)
         self.progress.update(task, total=total or 1, completed=total or 1)
 
     def fraction(self, name: str) -> Callable[[int, int], None]:
-        """Show one step by what is done of what is to do."""
+        """Show one step; returns a function to call with what is done and the total."""
         bar: list[TaskID] = []
 
         def show(done: int, whole: int) -> None:
@@ -99,25 +99,25 @@ class Bars:
         return show
 
     def _add(self, name: str, total: int | None) -> TaskID:
-        """A bar; the first one starts the display, a little later, so that a quick refusal is the only line."""
+        """Add a bar. The first one starts the display, after `PATIENCE` seconds."""
         if not self.progress.tasks:
-            self._begin.start()
+            self._start_later.start()
         return self.progress.add_task(name, total=total)
 
 
 def tell_skipped(lines: Sequence[str]) -> None:
-    """Name each record that was passed over, and say how many they are."""
+    """Print a line for each record that could not be read, and how many they are."""
     for line in [*lines, *([f"{len(lines)} skipped"] if lines else [])]:
         err.print(f"vitrap: {' '.join(line.split())}", highlight=False, markup=False, soft_wrap=True)
 
 
 def split(words: list[str]) -> tuple[Path | None, list[str]]:
-    """A spec's path, if the first word is no override, and the overrides."""
+    """Split a command's words into the spec's path, if the first word is one, and the overrides."""
     if words and "=" not in words[0]:
         return Path(words[0]), words[1:]
     return None, words
 
 
 def print_json(content: Any) -> None:
-    """A record, or a part of it, alone on stdout."""
+    """Print a record, or a part of it, as JSON on stdout."""
     sys.stdout.write(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,8 @@
-"""The `vitrap` command. Torch is imported only by commands that compute."""
+"""The `vitrap` command: each function with `@app.command()` is a subcommand.
+
+A subcommand parses its arguments, calls one function of the package, and prints the result. It imports what it needs
+itself, so that only commands that compute import torch.
+"""
 
 import gc
 import os
@@ -14,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vitrap import registry
-from vitrap.cli.console import Bars, err, out, print_json, split
+from vitrap.cli.console import ProgressBars, err, out, print_json, split
 from vitrap.cli.options import Memory
 from vitrap.cli.report import report
 from vitrap.cli.sweep import print_ahead, sweep
@@ -88,23 +92,27 @@ def run(
     from vitrap.experiment.record import to_table
     from vitrap.experiment.spec import parse_spec, read_spec
 
-    asked, record = read_spec(*split(words or [])), None
+    table_of_spec = read_spec(*split(words or []))
+    record = None
     redo = "all" if force_all else "victim" if force else "nothing"
+    # If nothing has changed since an equal run, its record is the answer, and torch is not imported.
     if redo == "nothing" and not dry_run:
-        record = recall(asked, out_folder, device)  # before torch is there
+        record = recall(table_of_spec, out_folder, device)
     if record is None:
-        spec = parse_spec(asked)
+        spec = parse_spec(table_of_spec)
         if dry_run:
             from vitrap.sweeps.grid import Point, Sweep
 
+            # A run is listed like a sweep of one run.
             print_ahead(Sweep(spec.name, (Point({}, spec),)), out_folder, 1, device)
             return
-        traces = traces_of(asked, device)
-        with Bars() as bars:
+        # The answer is written down for the table as it was given, too: checking that needs no defaults, and no torch.
+        traces = traces_of(table_of_spec, device)
+        with ProgressBars() as bars:
             from vitrap.experiment.run import run as run_spec
 
-            record = run_spec(spec, out_folder, device=device, redo=redo, steps=bars.step)
-        remember(asked, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
+            record = run_spec(spec, out_folder, device=device, redo=redo, progress=bars.step)
+        remember(table_of_spec, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
     if as_json:
         print_json(to_table(record))
         return
@@ -122,17 +130,17 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="measure, and write nothing")] = False,
 ) -> None:
     """Time training in each arithmetic on this machine, and write the fastest into a spec."""
-    with Bars() as bars:
+    with ProgressBars() as bars:
         from vitrap.experiment.tune import name_of
         from vitrap.experiment.tune import tune as tune_spec
 
-        found = tune_spec(path, words or [], device=device, steps=bars.step, write=not dry_run)
+        found = tune_spec(path, words or [], device=device, progress=bars.step, write=not dry_run)
     table = Table("arithmetic", "seconds a step", header_style="bold")
     for name, seconds in found.seconds.items():
         table.add_row(name, f"{seconds:.4f}")
     out.print(table)
-    told = "would be written" if dry_run else "written"
-    out.print(f"{name_of(found.arithmetic)}: {told} into {path}", highlight=False, markup=False, soft_wrap=True)
+    when = "would be written" if dry_run else "written"
+    out.print(f"{name_of(found.arithmetic)}: {when} into {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -149,11 +157,11 @@ def defend(
     from vitrap.experiment.spec import load_defence
 
     wanted = load_defence(defence, words or [])
-    with Bars() as bars:
+    with ProgressBars() as bars:
         from vitrap.experiment.defend import defend as defend_run
         from vitrap.experiment.defend import find_row
 
-        record = defend_run(folder, [wanted], device=device, steps=bars.step)
+        record = defend_run(folder, [wanted], device=device, progress=bars.step)
     row = find_row(record, wanted)
     assert row is not None
     if as_json:
@@ -179,10 +187,10 @@ def poison(
     from vitrap.experiment.spec import load_spec
 
     spec = load_spec(*split(words or []))
-    with Bars() as bars:
+    with ProgressBars() as bars:
         from vitrap.experiment.run import poison as poison_data
 
-        poison_data(spec, folder, out_folder, device=device, steps=bars.step)
+        poison_data(spec, folder, out_folder, device=device, progress=bars.step)
     out.print(f"poisoned data set: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -238,7 +246,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
 
 
 def _threats(kind: Any) -> Iterator[str]:
-    """What an attack asks for, one line a setting."""
+    """A line for each setting of an attack: what the attacker controls, and what the attack needs."""
     for attack in registry.settings(kind):
         yield (
             (f"setting {attack.setting}: " if hasattr(attack, "setting") else "")
@@ -248,7 +256,7 @@ def _threats(kind: Any) -> Iterator[str]:
 
 
 def _needs(kind: Any) -> Iterator[str]:
-    """What a defence gives and asks for, one line a setting."""
+    """A line for each setting of a defence: what it returns, and what it needs."""
     for defence in registry.settings(kind):
         things = {
             "the training set": defence.needs_train,
@@ -268,7 +276,7 @@ def prepare(
     from vitrap.data.cache import cache_folder
     from vitrap.data.prepare import prepare as prepare_data
 
-    with Bars() as bars:
+    with ProgressBars() as bars:
         place = prepare_data(name, source, cache_folder(), progress=bars.fraction(f"prepare {name}"))
     out.print(f"{name} is in {place}", highlight=False, markup=False, soft_wrap=True)
 
@@ -279,6 +287,7 @@ app.command()(table)
 
 
 def _print_record(record: "Record", folder: Path) -> None:
+    """Print a record: what was poisoned, the measures of victim and twin, the diagnosis, and all defences."""
     from vitrap.metrics.diagnosis import diagnose, in_a_line
     from vitrap.report.tables import adapted, measured_on, measures
 
@@ -300,6 +309,7 @@ def _print_record(record: "Record", folder: Path) -> None:
 
 
 def _print_defences(rows: "Iterable[Row]") -> None:
+    """Print a table for each row of defences."""
     from vitrap.experiment.rows import row_settings
     from vitrap.report.tables import defence_measures
 
@@ -314,27 +324,28 @@ def _print_defences(rows: "Iterable[Row]") -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line and exit code 2."""
+    """Run the command; a user's mistake is printed as one line, with exit code 2."""
     try:
         try:
             app()
         finally:
-            _flush(sys.stdout)  # what cannot be printed is a failure too, and is to be told as one
+            _flush(sys.stdout)  # output that cannot be written is a failure, too
     except UserError as mistake:
         err.print(f"vitrap: {' '.join(str(mistake).split())}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has closed it
         raise SystemExit(1) from None
-    except OSError as failure:  # a full disk, say: what was being written is gone, what was finished stays
-        told = f"vitrap: {failure}; free some space or write elsewhere, the next call goes on"
-        err.print(told, markup=False, soft_wrap=True)
+    except OSError as failure:  # the disk is full, say: the draft under way is removed, finished stages stay
+        message = f"vitrap: {failure}; free some space or write elsewhere, the next call goes on"
+        err.print(message, markup=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
 def process() -> None:
-    """`main` as a process, in which Python looks for garbage seldom, and not at all in the end.
+    """Run `main` as a process, with rare garbage collections and none at exit.
 
-    Importing torch and timm makes many objects and hardly any garbage: `benchmarks/garbage.py` says what looking costs.
+    Importing torch and timm makes many objects and hardly any garbage; `benchmarks/garbage.py` measures what collecting
+    costs.
     """
     gc.set_threshold(100_000, 50, 50)
     try:
@@ -343,12 +354,12 @@ def process() -> None:
         gc.freeze()
         try:
             _flush(sys.stdout)
-        except OSError:  # a failure that has been told; Python itself would tell it again
+        except OSError:  # `main` has printed this failure; without this, Python would print it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _flush(stream: TextIO | None) -> None:
-    """Have all that was printed go out; None is a stream that was closed before Python started."""
+    """Write out all that was printed; the stream is None if it was closed before Python started."""
     if stream is not None:
         stream.flush()
 

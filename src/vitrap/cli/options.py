@@ -9,7 +9,7 @@ from vitrap.memory import memory_limit
 
 
 def _limit_memory(amount: str | None) -> str | None:
-    """Hand the limit on by the environment, so that worker processes have it, too."""
+    """Put the limit into the environment, so that worker processes have it, too, and check it."""
     if amount is not None:
         os.environ["VITRAP_MEMORY"] = amount
         memory_limit()

@@ -1,11 +1,11 @@
-"""`vitrap report`: a page of a folder of runs."""
+"""`vitrap report`: writes a report page of all runs in a folder."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vitrap.cli.console import Bars, err, out, tell_skipped
+from vitrap.cli.console import ProgressBars, err, out, tell_skipped
 from vitrap.errors import UserError
 
 
@@ -19,7 +19,7 @@ def report(
     """Make one page of all runs: tables, charts, and what was measured of each; it needs no network."""
     from vitrap.experiment.records import read_records
     from vitrap.files import write_bytes
-    from vitrap.report.page.make import make_page
+    from vitrap.report.page.make_page import make_page
 
     _check(page)
     loaded = read_records(folder)
@@ -28,7 +28,7 @@ def report(
         raise UserError(
             f"{str(folder)!r} holds no record to report on; make some with vitrap run, or name their folder"
         )
-    with Bars() as bars:
+    with ProgressBars() as bars:
         made = make_page(loaded, folder.resolve().name or str(folder), pictures, bars.fraction("report"))
     for note in made.notes:
         _warn(note)
@@ -41,17 +41,17 @@ def report(
 
 
 def _check(page: Path) -> None:
-    """Refuse a place where no page can be written, before any work is done.
+    """Refuse a path where no page can be written, before any work is done.
 
     Raises:
-        UserError: naming the place and why.
+        UserError: naming the path and why.
     """
     try:
         if not page.parent.is_dir():
             raise _unwritable(page, f"{str(page.parent)!r} is no folder")
         if page.exists() and not page.is_file():
             raise _unwritable(page, "it is there, and no file")
-    except OSError as error:  # a name that is too long, say
+    except OSError as error:  # the name is too long, say
         raise _unwritable(page, error.strerror or "no reason given") from error
 
 

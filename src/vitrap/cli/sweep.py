@@ -1,4 +1,4 @@
-"""`vitrap sweep`: many runs, what is done of them, and what is ahead."""
+"""`vitrap sweep`: does the runs of a sweep, and displays its progress; with --dry-run it lists them with estimates."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vitrap.cli.console import Bars, err, out, tell_skipped
+from vitrap.cli.console import ProgressBars, err, out, tell_skipped
 from vitrap.cli.options import Memory
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
-    from vitrap.sweeps.ahead import Ahead
+    from vitrap.sweeps.ahead import RunEstimate
     from vitrap.sweeps.grid import Sweep
-    from vitrap.sweeps.jobs import Ended, News
+    from vitrap.sweeps.jobs import Ended, Event
 
 
 def sweep(
@@ -43,22 +43,22 @@ def sweep(
     if dry_run:
         print_ahead(grid, out_folder, workers, device)
         return
-    with Bars() as bars, Board(grid, bars) as board:
+    with ProgressBars() as bars, SweepDisplay(grid, bars) as display:
         ended = run_sweep(
             grid,
             out_folder,
             workers=workers,
             device=device,
             ray=ray_address,
-            hear=board.hear,
+            hear=display.hear,
         )
     _print_ended(ended, grid, out_folder)
 
 
-class Board:
-    """What the workers are at: one line for the sweep, one for each of them; a run that ends is told above."""
+class SweepDisplay:
+    """The display of a sweep: a bar for the sweep, a line for each worker, and above them a line for each ended run."""
 
-    def __init__(self, grid: "Sweep", bars: Bars) -> None:
+    def __init__(self, grid: "Sweep", bars: ProgressBars) -> None:
         self.labels = [point.label for point in grid.points]
         self.progress = bars.progress
         self.progress.columns = (
@@ -68,45 +68,48 @@ class Board:
         self.lines: dict[int, TaskID] = {}
         self.whole: TaskID | None = None
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "SweepDisplay":
         return self
 
     def __exit__(self, *exception: object) -> None:
         for line in self.lines.values():
             self.progress.remove_task(line)
 
-    def hear(self, news: "News") -> None:
-        """Show what happened."""
+    def hear(self, event: "Event") -> None:
+        """Show an event of the sweep."""
         from vitrap.sweeps.jobs import Ended, Started
 
-        if self.whole is None:  # only now, so that a refusal before any run is the only line
+        # The display starts with the first event, so that an error before any run is the only line.
+        if self.whole is None:
             self.progress.start()
             self.whole = self.progress.add_task("sweep", total=len(self.labels))
-        label = escape(self.labels[news.number])
-        if isinstance(news, Ended):
-            self.counts[news.how] += 1
-            told = ", ".join(f"{n} {how}" for how, n in sorted(self.counts.items()))
-            self.progress.update(self.whole, advance=1, description=f"sweep: {told}")
-            line = f"{news.how}: {label}: {escape(news.said)}, {news.seconds:.0f} s"
-            if news.how != "kept":
+        label = escape(self.labels[event.number])
+        # A run has ended: count it, and print its result.
+        if isinstance(event, Ended):
+            self.counts[event.how] += 1
+            text = ", ".join(f"{n} {how}" for how, n in sorted(self.counts.items()))
+            self.progress.update(self.whole, advance=1, description=f"sweep: {text}")
+            line = f"{event.how}: {label}: {escape(event.said)}, {event.seconds:.0f} s"
+            if event.how != "kept":
                 self.progress.console.print(line, highlight=False, soft_wrap=True)
             return
-        if news.worker not in self.lines:
-            self.lines[news.worker] = self.progress.add_task("", total=None)
-        line = self.lines[news.worker]
-        if isinstance(news, Started):
-            self.progress.reset(line, description=f"  {news.worker + 1}: {label}", total=None)
+        # A worker has begun a run, or come further: change its line.
+        if event.worker not in self.lines:
+            self.lines[event.worker] = self.progress.add_task("", total=None)
+        line = self.lines[event.worker]
+        if isinstance(event, Started):
+            self.progress.reset(line, description=f"  {event.worker + 1}: {label}", total=None)
         else:
-            told = f"  {news.worker + 1}: {label}: {escape(news.name)}"
-            self.progress.update(line, description=told, total=news.total, completed=news.done)
+            text = f"  {event.worker + 1}: {label}: {escape(event.name)}"
+            self.progress.update(line, description=text, total=event.total, completed=event.done)
 
 
 def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
-    """How many runs ended how; failures one a line, and then exit code 1."""
+    """Print how many runs ended in which way, and each failure in a line; with failures the exit code is 1."""
     counts = Counter(one.how for one in ended)
-    told = ", ".join(f"{counts[how]} {word}" for how, word in KINDS.items() if counts[how])
+    text = ", ".join(f"{counts[how]} {word}" for how, word in KINDS.items() if counts[how])
     out.print(
-        f"{grid.name}: {len(ended)} runs: {told}; records: {folder}", highlight=False, markup=False, soft_wrap=True
+        f"{grid.name}: {len(ended)} runs: {text}; records: {folder}", highlight=False, markup=False, soft_wrap=True
     )
     failed = [one for one in ended if one.how == "failed"]
     for one in failed:
@@ -122,7 +125,7 @@ KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
 def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
-    """List runs, what there is of each, and about how long the rest takes by finished runs like them."""
+    """List the runs with their state, and estimate how long the rest takes from finished runs like them."""
     from vitrap.experiment.records import Loaded, read_records
     from vitrap.sweeps.ahead import look_ahead, total
     from vitrap.sweeps.sweep import share
@@ -140,21 +143,25 @@ def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -
     to_do = sum(one.state != "record there" for one in ahead)
     crew = max(1, min(len(devices), to_do))
     seconds, unknown = total(ahead, crew)
-    told = f"about {_span(seconds)} with {crew} worker{'s' * (crew > 1)}" if to_do > unknown else "no estimate"
+    text = f"about {_span(seconds)} with {crew} worker{'s' * (crew > 1)}" if to_do > unknown else "no estimate"
     some = f"; {_runs(unknown)} without a finished run like it to go by" if unknown else ""
-    out.print(f"{_runs(len(ahead))}, {to_do} to do: {told if to_do else 'nothing to wait for'}{some}", highlight=False)
+    out.print(f"{_runs(len(ahead))}, {to_do} to do: {text if to_do else 'nothing to wait for'}{some}", highlight=False)
 
 
 def _runs(n: int) -> str:
+    """The number of runs in words."""
     return f"{n} run{'s' * (n != 1)}"
 
 
-def _duration(one: "Ahead") -> str:
-    return "unknown" if one.seconds is None else _span(one.seconds) if one.seconds else ""
+def _duration(one: "RunEstimate") -> str:
+    """The estimate of a run as the table has it; empty where the run is done."""
+    if one.seconds is None:
+        return "unknown"
+    return _span(one.seconds) if one.seconds else ""
 
 
 def _span(seconds: float) -> str:
-    """A time as people say it.
+    """A time in seconds, minutes or hours.
 
     >>> _span(40), _span(300), _span(9000)
     ('40 s', '5 min', '2.5 h')

@@ -1,4 +1,4 @@
-"""`vitrap table`: what documentation says of the records of a sweep."""
+"""`vitrap table`: makes the tables and figures of a documentation page from the records of a sweep."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +29,7 @@ def table(
     Fills the page that the spec names between its marks, and draws its figures; without a page, prints the tables.
     """
     from vitrap.report.study.collected import collect as take
-    from vitrap.report.study.make import make, open_study
+    from vitrap.report.study.fill_page import fill_page, open_study
 
     if sum((check, records is not None, collect is not None)) > 1:
         raise UserError("--check, --records and --collect exclude each other; give one")
@@ -44,7 +44,7 @@ def table(
         _line("\n\n".join(f"{part}:\n\n{text}" for part, text in study.tables().items()))
     if study.page.file is not None and records is not None:
         return
-    changes = make(study, write=not check)
+    changes = fill_page(study, write=not check)
     for change in changes:
         which = f" ({', '.join(change.parts)})" if change.parts else ""
         news = f"outdated{which}; make it with vitrap table {spec}" if check else f"made anew{which}"

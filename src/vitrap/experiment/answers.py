@@ -1,8 +1,9 @@
-"""Whether a run was answered before, told without opening its data: what it rests on is known by path, size and time.
+"""Finds the record of a run that was made before, in milliseconds: no data are opened, and nothing is hashed.
 
-Beside the runs, the folder `answers` has a file for each question (a spec's table, a device): the run's folder, and of
-everything that could change the answer a trace that is quick to take. Where a trace differs, the long way is taken,
-which hashes content; the answer is then remembered anew. Imports no torch.
+Beside the runs, the folder `answers` has a file for each pair of spec and device. It names the run's folder, and has a
+trace of everything that could change the result: of a file its size and time of change, of code a digest, of libraries
+their versions. If all traces are as they were, that run's record is the answer. If one differs, `run` compares keys,
+which takes longer since it digests contents, and `remember` writes the file again. This module imports no torch.
 """
 
 import os
@@ -19,23 +20,23 @@ from vitrap.experiment.code import PACKAGE, defending_code, fitting_code, measur
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import FAILURE, RECORD, read_record
 from vitrap.experiment.rows import lacks_scores
-from vitrap.experiment.spec import UNNAMED, digest
+from vitrap.experiment.spec import DEFAULT_NAMES, digest
 from vitrap.files import read_json, write_json
 
 ANSWERS = "answers"
 LIBRARIES = ("torch", "timm", "torchvision", "torchmetrics", "numpy")
-Asked = Mapping[str, Any]
+SpecMapping = Mapping[str, Any]
 """A spec as a nested table, before or after its defaults are filled in."""
 Traces = dict[str, Any]
 
 
-def recall(asked: Asked, out: Path, device: str) -> Record | None:
-    """The record that answers, if nothing that it rests on has changed since; None where that is not certain."""
+def recall(spec: SpecMapping, out: Path, device: str) -> Record | None:
+    """The record of this spec's run if nothing that it rests on has changed since; None where that is not certain."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
-        known = read_json(_place(asked, out, device))
-        traces = traces_of(asked, device)
+        known = read_json(_answer_file(spec, out, device))
+        traces = traces_of(spec, device)
         folder = out / known["folder"]
-        if traces is None or known["traces"] != traces or known["record"] != _trace(folder / RECORD):
+        if traces is None or known["traces"] != traces or known["record"] != _size_and_time(folder / RECORD):
             return None
         record = read_record(folder)
         if not any(lacks_scores(row, folder) for row in record.defences) and not (folder / FAILURE).exists():
@@ -43,63 +44,72 @@ def recall(asked: Asked, out: Path, device: str) -> Record | None:
     return None
 
 
-def remember(asked: Asked, out: Path, device: str, folder: Path, traces: Traces | None) -> None:
-    """Keep that the record in `folder` answers, by traces that were taken before the run began."""
+def remember(spec: SpecMapping, out: Path, device: str, folder: Path, traces: Traces | None) -> None:
+    """Write down that the record in `folder` is the result of a spec, with traces taken before the run began.
+
+    Where `traces` is None, nothing is written.
+    """
     if traces is None:
         return
-    place = _place(asked, out, device)
-    with suppress(OSError):  # a full disk: the next call goes the long way
-        known = {"folder": folder.name, "record": _trace(folder / RECORD), "traces": traces}
+    place = _answer_file(spec, out, device)
+    with suppress(OSError):  # the disk may be full: the next call then compares keys
+        known = {"folder": folder.name, "record": _size_and_time(folder / RECORD), "traces": traces}
         place.parent.mkdir(exist_ok=True)
         write_json(place, known)
 
 
-def traces_of(asked: Asked, device: str) -> Traces | None:
-    """A trace of everything that may change the answer; None where something has none, as weights of the hub."""
-    tables = {key: value for key, value in asked.items() if isinstance(value, Mapping)}
-    attack, data = (tables.get(key, {}).get("name", UNNAMED[key]) for key in ("attack", "data"))
-    defences = [row.get("name") for row in asked.get("defences", ())]
-    method = PACKAGE / "attacks" / f"{attack}.py"
-    against = [PACKAGE / "defences" / f"{defence}.py" for defence in defences]
-    from_hub = any(table.get("pretrained") for table in tables.values())
-    if from_hub or str(data).startswith("imagefolder:") or not all(file.is_file() for file in (method, *against)):
+def traces_of(spec: SpecMapping, device: str) -> Traces | None:
+    """A trace of everything that may change a spec's result.
+
+    None where something leaves no trace: weights of the hub, folders of images, methods of other packages.
+    """
+    tables = {key: value for key, value in spec.items() if isinstance(value, Mapping)}
+    attack = tables.get("attack", {}).get("name", DEFAULT_NAMES["attack"])
+    data = tables.get("data", {}).get("name", DEFAULT_NAMES["data"])
+    attack_file = PACKAGE / "attacks" / f"{attack}.py"
+    defence_files = [PACKAGE / "defences" / f"{row.get('name')}.py" for row in spec.get("defences", ())]
+    if any(table.get("pretrained") for table in tables.values()) or str(data).startswith("imagefolder:"):
+        return None
+    if not all(file.is_file() for file in (attack_file, *defence_files)):
         return None
     return {
         "device": device,
         "versions": {library: version(library) for library in LIBRARIES},
-        "machine": digest(list(_machine())),
-        "code": [training_code(str(method)), fitting_code(str(method)), measuring_code()],
-        "defences": [defending_code(str(file)) for file in against],
-        "files": digest([[str(file), *_trace(file)] for file in _named(asked)]),  # no path of the machine's
+        "machine": digest(list(_machine_facts())),
+        "code": [training_code(str(attack_file)), fitting_code(str(attack_file)), measuring_code()],
+        "defences": [defending_code(str(file)) for file in defence_files],
+        # A digest, so that no path of the machine is written.
+        "files": digest([[str(file), *_size_and_time(file)] for file in _named_files(spec)]),
     }
 
 
-def _place(asked: Asked, out: Path, device: str) -> Path:
-    return out / ANSWERS / f"{digest([asked, device])}.json"
+def _answer_file(spec: SpecMapping, out: Path, device: str) -> Path:
+    """The file with the answer to a spec on a device."""
+    return out / ANSWERS / f"{digest([spec, device])}.json"
 
 
-def _trace(file: Path) -> list[int]:
-    """Size and time of change, in nanoseconds."""
-    about = file.stat()
-    return [about.st_size, about.st_mtime_ns]
+def _size_and_time(file: Path) -> list[int]:
+    """A file's size in bytes and its time of change in nanoseconds."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
-def _named(asked: Any) -> Iterator[Path]:
-    """Files and data sets whose names stand anywhere in a table, by whole path."""
-    if isinstance(asked, Mapping | list):
-        for value in asked.values() if isinstance(asked, Mapping) else asked:
-            yield from _named(value)
-    elif isinstance(asked, str) and asked:
-        with suppress(OSError, ValueError):  # no name that a file can have
-            for place in (Path(asked.removeprefix("npy:")), cache_folder() / asked.removeprefix("npy:")):
+def _named_files(spec: Any) -> Iterator[Path]:
+    """The absolute path of every file, and of every file of a data set, that a value of the table names."""
+    if isinstance(spec, Mapping | list):
+        for value in spec.values() if isinstance(spec, Mapping) else spec:
+            yield from _named_files(value)
+    elif isinstance(spec, str) and spec:
+        with suppress(OSError, ValueError):  # most texts are names that no file can have
+            for place in (Path(spec.removeprefix("npy:")), cache_folder() / spec.removeprefix("npy:")):
                 if place.is_file():
                     yield place.absolute()
                 elif place.is_dir() and place != Path():
                     yield from (file.absolute() for file in sorted(place.iterdir()) if file.is_file())
 
 
-def _machine() -> Iterator[str]:
-    """What decides device and arithmetic, and whether there is LPIPS."""
+def _machine_facts() -> Iterator[str]:
+    """Facts of the machine that decide device and arithmetic, and whether LPIPS is measured."""
     yield platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

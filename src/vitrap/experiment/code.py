@@ -1,10 +1,10 @@
-"""Which code a result rests on: a digest of a file and of all files that it imports, found by reading, not by running.
+"""Digests the code that a result rests on: a file and all files that it imports, which are parsed, not run.
 
-A key that takes such a digest moves when one of these files is edited, and only then: a new file that nobody imports
-moves nothing. Comments, docstrings and layout do not count.
+A stage's key includes such a digest, so it changes when one of these files is edited, and only then: a new file that
+nobody imports changes no key. Comments, docstrings and layout do not count.
 
-Of vitrap's own files, and of those of the package that a third party's attack or defence lies in, an import counts
-wherever it stands, inside functions, too; but not under `if TYPE_CHECKING:`. Other libraries do not count; a stage's
+Imports of vitrap's own files count, and so do those within another package that has an attack or a defence. They count
+wherever they stand, inside functions, too, but not under `if TYPE_CHECKING:`. Other libraries do not count; a stage's
 key names the versions of those that matter.
 """
 
@@ -20,20 +20,21 @@ PACKAGE = Path(__file__).parents[1]
 NAME = __name__.partition(".")[0]
 
 OPENING = ("data/sources.py", "models/classifier.py")
-"""The files that open data and networks."""
+"""Files that open data and networks."""
 TRAINING = (*OPENING, "train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
-"""What trains a model and counts for its curves."""
+"""Files that train a model and measure its curves."""
 STAGES = ("experiment/stages.py", "experiment/streams.py", "experiment/network.py")
-"""They make stages and know every part of a run: they count without what they import."""
+"""Files that make stages. They import every part of a run, so they count without their imports."""
 TRIGGERS = ("experiment/trigger_file.py",)
-"""It keeps triggers and brings them back: it counts where there is an attack, without what it imports."""
+"""The file that writes and reads triggers. It counts where there is an attack, without its imports."""
 MEASURING = ("experiment/measure.py", "experiment/pictures.py")
+"""Files that measure a victim."""
 RECORDING = ("experiment/run.py", "experiment/record.py")
-"""They write what was measured, and count without what they import."""
+"""Files that write the measures into a record. They count without their imports."""
 OPENING_RUNS = ("experiment/defend.py",)
-"""It brings a finished run back for a defender, and counts without what it imports."""
+"""The file that loads a finished run for a defender. It counts without its imports."""
 DEFENDING = (*TRAINING, "experiment/outcomes.py")
-"""Training belongs to it: a filter trains anew."""
+"""Files that measure a defence; those of training are among them, since a network is trained again after a filter."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Mention:
 
 @dataclass(frozen=True)
 class Source:
-    """What is read of a file.
+    """What a file says, as far as digests need it.
 
     Attributes:
         digest: of its syntax tree, or of its bytes where it is no Python.
-        mentions: what it imports.
-        promised: what it imports for type checking only, by the name it gets here: a package that loads its names when
-            they are first asked for says so where they come from.
+        mentions: the names that it imports.
+        promised: what it imports under `if TYPE_CHECKING:`, by the name it has here. A package that loads its names on
+            first use declares there where they come from.
         data: the files beside it that it names.
     """
 
@@ -68,38 +69,38 @@ class Source:
 
 
 def training_code(*attack: str, root: Path = PACKAGE) -> str:
-    """A digest of what trains a model: on clean data, or on what the attack in a file makes of them."""
+    """A digest of the code that trains a model: on clean data, or on data poisoned by the attack in a file."""
     return code_digest(*TRAINING, *attack, alone=(*STAGES, *(TRIGGERS if attack else ())), root=root)
 
 
 def fitting_code(attack: str, root: Path = PACKAGE) -> str:
-    """A digest of what makes the trigger of the attack in a file."""
+    """A digest of the code that makes the trigger of the attack in a file."""
     return code_digest(*OPENING, attack, alone=(*STAGES, *TRIGGERS), root=root)
 
 
 def measuring_code(root: Path = PACKAGE) -> str:
-    """A digest of what measures a victim and writes its record."""
+    """A digest of the code that measures a victim and writes its record."""
     return code_digest(*MEASURING, alone=RECORDING, root=root)
 
 
 def defending_code(defence: str, root: Path = PACKAGE) -> str:
-    """A digest of the defence in a file, and of what measures it."""
+    """A digest of the defence in a file, and of the code that measures it."""
     return code_digest(*DEFENDING, defence, alone=(*STAGES, *TRIGGERS, *OPENING_RUNS), root=root)
 
 
 def running_code(root: Path = PACKAGE) -> str:
-    """A digest of all that a run may come to use, whatever its attack and its defences."""
+    """A digest of all code that any run may use, whatever its attack and its defences."""
     methods = [str(file) for kind in ("attacks", "defences") for file in sorted((root / kind).glob("*.py"))]
     return code_digest("sweeps/jobs.py", "sweeps/on_ray.py", *methods, root=root)
 
 
 @cache
 def code_digest(*files: str, alone: tuple[str, ...] = (), root: Path = PACKAGE) -> str:
-    """Sixteen hex digits that change whenever code does that `files` use.
+    """Sixteen hex digits that change whenever the code of `files`, or code that they import, changes.
 
     Args:
-        files: each counts with all that it imports; named from `root`, or anywhere by their whole path.
-        alone: these count without what they import.
+        files: paths below `root`, or absolute ones; each counts with all that it imports.
+        alone: files that count without their imports.
         root: the folder of the package.
 
     Raises:
@@ -114,8 +115,9 @@ def code_digest(*files: str, alone: tuple[str, ...] = (), root: Path = PACKAGE) 
 
 
 def closure(*files: str, root: Path = PACKAGE) -> list[Path]:
-    """The files, all that they import of their own package and of vitrap, and so on, and the data beside them."""
-    waiting, found = [root / file for file in files], set[Path]()
+    """The files, all files of their own package and of vitrap that they import, directly or not, and their data."""
+    waiting = [root / file for file in files]
+    found: set[Path] = set()
     while waiting:
         file = waiting.pop()
         if file not in found:
@@ -126,26 +128,27 @@ def closure(*files: str, root: Path = PACKAGE) -> list[Path]:
 
 @cache
 def _used(file: Path, root: Path) -> tuple[Path, ...]:
-    """What a file imports by itself, and the data that it names."""
+    """The files that a file imports directly, and the data files that it names."""
     source = _read(file)
     reached = [found for mention in source.mentions for found in _reached(mention, file, root)]
     return tuple(dict.fromkeys([*source.data, *reached]))
 
 
 def _reached(mention: Mention, file: Path, root: Path) -> Iterator[Path]:
-    """The files that a mention in `file` leads to; none where another library is meant."""
+    """The files that a name mentioned in `file` comes from; none where it is another library's."""
     for folder, parts in _starts(mention, file, root):
         found, left = _walk(folder, parts)
         if found is not None:
             yield found
-        if found is not None and left:  # a name that a package gives away: where from, if it loads it later
+        # The name is one of a package: if the package loads it on first use, the file that it comes from counts.
+        if found is not None and left:
             for name, promise in _read(found).promised.items():
                 if left in (name, "*"):
                     yield from _reached(promise, found, root)
 
 
 def _starts(mention: Mention, file: Path, root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The folders that a mention may start from, and what of its name is left there."""
+    """The folders in which a mentioned name may start, each with the rest of the name."""
     if mention.level:
         yield file.parents[mention.level - 1], mention.parts
     elif mention.parts[0] == NAME:
@@ -157,9 +160,9 @@ def _starts(mention: Mention, file: Path, root: Path) -> Iterator[tuple[Path, tu
 
 
 def _walk(folder: Path, parts: tuple[str, ...]) -> tuple[Path | None, str]:
-    """The file that a name leads to, and, where that is a package's own, which name is asked of it.
+    """The file that a dotted name leads to; where it is a package's `__init__.py`, also the name looked up there.
 
-    A package through which the name only leads does not count.
+    Packages on the way to it do not count.
     """
     for part in parts:
         inner, module = folder / part, folder / f"{part}.py"
@@ -174,7 +177,7 @@ def _walk(folder: Path, parts: tuple[str, ...]) -> tuple[Path | None, str]:
 
 @cache
 def _read(file: Path) -> Source:
-    """What a file says. Nothing in it is run."""
+    """Parse a file, without running it."""
     content = file.read_bytes()
     if file.suffix != ".py":
         return Source(sha256(content).hexdigest())
@@ -189,7 +192,7 @@ def _read(file: Path) -> Source:
 
 
 def _split(tree: ast.Module) -> tuple[list[ast.AST], list[ast.AST]]:
-    """All nodes of a file but what stands under `if TYPE_CHECKING:`; and just that."""
+    """The nodes of a file outside of `if TYPE_CHECKING:`, and those inside."""
     nodes = list[ast.AST]()
     promises = list[ast.AST]()
     waiting = deque[ast.AST]([tree])
@@ -205,7 +208,7 @@ def _split(tree: ast.Module) -> tuple[list[ast.AST], list[ast.AST]]:
 
 
 def _mentions(nodes: Sequence[ast.AST]) -> Iterator[Mention]:
-    """What a file imports, and the names that it reaches through that: `vitrap.tensors.erode` after `import vitrap`."""
+    """The names that a file imports, and those that it uses through them: `vitrap.tensors.erode` of `import vitrap`."""
     bound = dict[str, Mention]()
     for node in nodes:
         for name, mention in _imported(node):
@@ -232,23 +235,25 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, Mention]]:
 
 
 def _chain(node: ast.AST) -> list[str]:
-    """The names of `a.b.c`; [""] for what is no plain name."""
+    """The parts of a dotted name such as `a.b.c`; [""] for any other expression."""
     if isinstance(node, ast.Attribute) and (left := _chain(node.value)) != [""]:
         return [*left, node.attr]
     return [node.id if isinstance(node, ast.Name) else ""]
 
 
 def _data(nodes: Sequence[ast.AST], file: Path) -> Iterator[Path]:
-    """The files beside `file` that it names by a text: `Path(__file__).with_name("digits.npz")`."""
+    """The files beside `file` whose name is a string in it, as in `Path(__file__).with_name("digits.npz")`."""
     for text in {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}:
-        if text.isprintable() and PurePath(text).name == text and len(text.encode()) < 256:  # as a file may be called
+        if (
+            text.isprintable() and PurePath(text).name == text and len(text.encode()) < 256
+        ):  # it can be the name of a file
             beside = file.parent / text
             if beside.is_file() and beside.suffix != ".py":
                 yield beside
 
 
 def _name(file: Path, root: Path) -> str:
-    """What a file is called in a digest: its path below its package, wherever that is installed."""
+    """A file's name in a digest: its path from its package on, so that it does not matter where that is installed."""
     if file.is_relative_to(root):
         return f"{NAME}/{file.relative_to(root).as_posix()}"
     top = file.parent

@@ -1,4 +1,7 @@
-"""Defences on a finished run: each becomes a row of its record, measured once and then answered from there."""
+"""`defend`: tries defences on a finished run, and adds a row for each to the run's record.
+
+A defence that the record has a row of already is not measured again. How one is measured is in outcomes.py.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -16,16 +19,16 @@ from vitrap.contracts import Access, ImageSet, Implant
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.code import code_digest, defending_code, training_code
-from vitrap.experiment.named import Named
-from vitrap.experiment.outcomes import Case, Facts, measure_defence
+from vitrap.experiment.defence_spec import DefenceSpec
+from vitrap.experiment.outcomes import Evaluation, Facts, measure_defence
 from vitrap.experiment.plan import Plan, make_plan, training_steps
-from vitrap.experiment.progress import Steps, silent
+from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import Record, Table, to_table
 from vitrap.experiment.records import read_record
 from vitrap.experiment.rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
-from vitrap.experiment.stages import Retraining, carries, make_clean, make_retrained, read_stream
+from vitrap.experiment.stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
 from vitrap.experiment.store import Stage, Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import read_fitted
@@ -33,29 +36,30 @@ from vitrap.files import write_json
 from vitrap.train.arithmetic import Arithmetic
 
 SAME_ASR = 0.01
-"""By how much the ASR measured again may differ from the record's."""
+"""By how much the ASR, when measured again, may differ from the record's."""
 
 
 def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     folder: str | Path,
-    defences: Sequence[Named],
+    defences: Sequence[DefenceSpec],
     *,
     device: str = "auto",
-    steps: Steps = silent,
+    progress: Progress = no_progress,
     model: nn.Module | None = None,
     world: World | None = None,
 ) -> Record:
-    """Try defences on a finished run and add what they do to its record, each as soon as it is measured.
+    """Try defences on a finished run, and add a row for each to its record as soon as it is measured.
 
-    What the record says already is not measured again. Killed at any moment, the record is whole.
+    A row that the record has already is not measured again. If the process is killed, the record is as it was after
+    the last complete row.
 
     Args:
-        folder: the run's.
-        defences: which, with their settings: `load_defence("strip", ["overlays=50"])`.
+        folder: the run's folder.
+        defences: the defences with their settings, such as `load_defence("strip", ["overlays=50"])`.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        steps: how to show what is under way.
-        model: where the run's victim was a network from outside, that network.
-        world: where its data were from outside, those.
+        progress: displays what is being done.
+        model: your own network, if the run's victim was one.
+        world: your own data, if the run had some.
 
     Raises:
         UserError: the folder holds no finished run, its data or twin are no longer there, or a defence does not suit
@@ -66,28 +70,31 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     missing = unmeasured(record, defences, folder)
     if not missing:
         return record
+    # Plan the run as its record has it; it is not attacked again, so no surrogate is needed.
     spec = replace(parse_spec(record.spec), name=record.name, defences=missing)
     spec = replace(spec, recipe=replace(spec.recipe, precision=record.precision))
-    plan = make_plan(spec, device, model, world, steps, attacking=False)  # the trigger is there
+    plan = make_plan(spec, device, model, world, progress, attacking=False)
+    # On the same kind of device, compute as the run did.
     if record.environment.device_kind == plan.device.type:
-        plan = replace(plan, arithmetic=recorded(record, plan.arithmetic))
+        plan = replace(plan, arithmetic=recorded_arithmetic(record, plan.arithmetic))
+    # Other data by the same name would give figures that do not belong to this run.
     found, wanted = plan.world.fingerprint, record.data.fingerprint
     if found != wanted:
         raise UserError(
             f"the data of run {str(folder)!r} are not here: {plan.world.name!r} has fingerprint {found[:12]}, the"
             f" record says {wanted[:12]}; bring them back, or hand them in as world=..."
         )
-    return add_defences(Finished(folder, record, plan, steps))
+    return add_defences(FinishedRun(folder, record, plan, progress))
 
 
-def recorded(record: Record, usual: Arithmetic) -> Arithmetic:
-    """How the models of a run compute; as is usual, where the record is too old to say."""
-    attention = usual.attention if record.attention == "" else record.attention
-    return replace(usual, attention=attention, compiled=record.compiled)
+def recorded_arithmetic(record: Record, default: Arithmetic) -> Arithmetic:
+    """The arithmetic of a run by its record; an older record does not name the attention, which then is the default."""
+    attention = default.attention if record.attention == "" else record.attention
+    return replace(default, attention=attention, compiled=record.compiled)
 
 
-def unmeasured(record: Record, defences: Sequence[Named], folder: Path) -> tuple[Named, ...]:
-    """Those that the record has no row of, one that rests on other code than today's, or one whose scores are gone."""
+def unmeasured(record: Record, defences: Sequence[DefenceSpec], folder: Path) -> tuple[DefenceSpec, ...]:
+    """The defences still to be measured: without a row, with a row of other code, or with one whose scores are gone."""
     missing = {}
     for defence in defences:
         row = find_row(record, defence)
@@ -96,14 +103,14 @@ def unmeasured(record: Record, defences: Sequence[Named], folder: Path) -> tuple
     return tuple(missing.values())
 
 
-def find_row(record: Record, defence: Named) -> Row | None:
-    """What the record says of a defence with these very settings, by today's code; None if it says nothing."""
+def find_row(record: Record, defence: DefenceSpec) -> Row | None:
+    """The row of a defence with these very settings and today's code; None if the record has none."""
     key = row_key(record, defence)
     return next((row for row in record.defences if row.key == key), None)
 
 
-def row_key(record: Record, defence: Named) -> str:
-    """A hash of all that a row rests on: victim, twin, the defence's settings, version and code."""
+def row_key(record: Record, defence: DefenceSpec) -> str:
+    """A hash of all that a row rests on: victim, twin, and the defence's settings, version and code."""
     models = {name: key for name, key in record.stages.items() if name != "measure"}
     attack = inspect.getfile(registry.get("attacks", record.spec["attack"]["name"]))
     code = {"defence": defence_code(defence.method), "attack": code_digest(attack)}
@@ -112,12 +119,12 @@ def row_key(record: Record, defence: Named) -> str:
 
 
 def defence_code(defence: Any) -> str:
-    """A digest of the code that a defence and its measuring use."""
+    """A digest of the code of a defence and of how it is measured."""
     return defending_code(inspect.getfile(type(defence)))
 
 
 def still_holding(rows: Sequence[Row], record: Record) -> tuple[Row, ...]:
-    """Of an earlier record's rows, those that rest on the models of `record` and on today's code."""
+    """Those rows of an earlier record that rest on the models of `record` and on today's code."""
     kept = []
     for row in rows:
         with suppress(UserError):  # a defence or a setting that is no longer known
@@ -127,21 +134,28 @@ def still_holding(rows: Sequence[Row], record: Record) -> tuple[Row, ...]:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished run and the plan that it came from, whose defences are to be measured."""
+class FinishedRun:
+    """A finished run on disk, whose plan has defences to be measured.
+
+    Attributes:
+        folder: the run's folder.
+        record: the record in that folder.
+        plan: the run's plan, with the defences.
+        progress: displays what is being done.
+    """
 
     folder: Path
     record: Record
     plan: Plan
-    steps: Steps
+    progress: Progress
 
-    def case(self) -> Case:
-        """Victim, twin, trigger and data, ready."""
+    def evaluation(self) -> Evaluation:
+        """Load victim, twin, trigger and data, with which defences are measured."""
         plan, seed = self.plan, self.plan.spec.seed
-        # Read what the run trained.
+        # Load the models that the run trained.
         victim = plan.victim.read(self.folder / "model.safetensors", plan.device)
         twin = plan.victim.read(self._twin() / "model.safetensors", plan.device)
-        # Read the trigger that it made, and have the attack say how that gets into a training set.
+        # Load the trigger that it made, and have the attack say how that gets into a training set.
         attack, train = plan.spec.attack, plan.world.train
         fitted = read_fitted(self.folder, attack, device=plan.device)
         if fitted.trigger is None:
@@ -149,7 +163,7 @@ class Finished:
             raise UserError(f"trigger file {str(place)!r} is missing or damaged; run its spec again")
         other = plan.other.train if plan.other else None
         implant = attack.implant(Access(train, None, read_stream(self.folder, seed), other=other), fitted)
-        return Case(
+        return Evaluation(
             victim,
             twin,
             trigger=fitted.trigger,
@@ -158,18 +172,18 @@ class Finished:
             world=plan.world,
             seed=seed,
             arithmetic=plan.arithmetic,
-            retrain=Retraining(plan.victim, plan.spec.recipe, seed, plan.device, plan.arithmetic, self.steps),
+            retrain=Retraining(plan.victim, plan.spec.recipe, seed, plan.device, plan.arithmetic, self.progress),
             train_kept=self._train_kept,
-            remember=self._remember,
+            twin_facts=self._twin_facts,
         )
 
-    def check(self, case: Case) -> None:
-        """Refuse a run whose trigger no longer does what it did, since an attack's code may have changed since.
+    def check(self, evaluation: Evaluation) -> None:
+        """Refuse a run whose trigger works differently today, since the attack's code has changed.
 
         Raises:
-            UserError: the ASR is not the record's, give or take what another device's rounding may do.
+            UserError: the ASR differs from the record's by more than another device's rounding may change.
         """
-        found, wanted = case.before.asr.value, self.record.victim.asr.value
+        found, wanted = evaluation.before.asr.value, self.record.victim.asr.value
         if abs(found - wanted) > SAME_ASR:
             raise UserError(
                 f"the trigger of run {str(self.folder)!r} has an ASR of {found:.4f}, and the record says {wanted:.4f}:"
@@ -177,7 +191,7 @@ class Finished:
             )
 
     def _twin(self) -> Path:
-        """The twin's stage, made anew if it was deleted and would come out the same."""
+        """The folder of the twin's stage; a twin that was deleted is trained again if it would come out the same."""
         key, stage = self.record.stages["twin"], self.plan.twin_stage()
         place = self._store.root / "stages" / f"clean-{key}"
         if place.exists():
@@ -187,11 +201,11 @@ class Finished:
                 f"the clean twin of run {str(self.folder)!r} is gone ({str(place)!r}), and code, data or libraries have"
                 " changed since; run its spec again"
             )
-        show = self.steps("train the twin", training_steps(self.plan.spec, len(self.plan.world.train)))
-        return self._store.stage(stage, partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, show))
+        bar = self.progress("train the twin", training_steps(self.plan.spec, len(self.plan.world.train)))
+        return self._store.stage(stage, partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, bar))
 
     def _train_kept(self, kept: ImageSet) -> nn.Module:
-        """The victim's network, trained on what a filter kept: a stage."""
+        """Train the victim's network on what a filter kept, as a stage."""
         plan = self.plan
         depends: dict[str, Any] = {
             **plan.twin_stage().depends,
@@ -199,72 +213,74 @@ class Finished:
             "kept": digest(kept.index.tolist()),
             "code": training_code(inspect.getfile(type(plan.spec.attack))),
         }
-        steps = training_steps(plan.spec, len(kept))
-        make = partial(make_retrained, plan, kept, self.steps("train without what was flagged", steps))
+        bar = self.progress("train without what was flagged", training_steps(plan.spec, len(kept)))
+        make = partial(make_retrained, plan, kept, bar)
         place = self._store.stage(Stage("retrained", depends), make)
         return plan.victim.read(place / "model.safetensors", plan.device)
 
-    def _remember(self, asked: Named, kind: type[Facts], find: Callable[[], Facts]) -> Facts:
-        """A stage of what a defence makes of the twin, which other attacks' runs share."""
+    def _twin_facts(self, defence: DefenceSpec, kind: type[Facts], measure: Callable[[], Facts]) -> Facts:
+        """Facts about a defence on the twin, kept as a stage that the runs of all attacks on this twin share."""
         depends = {
             "twin": self.record.stages["twin"],
-            "defence": asked.table(),
-            "version": asked.method.version,
+            "defence": defence.table(),
+            "version": defence.method.version,
             "seed": self.plan.spec.seed,
             "device": self.plan.device.type,
             "arithmetic": asdict(self.plan.arithmetic),
-            "code": defence_code(asked.method),
+            "code": defence_code(defence.method),
         }
 
         def make(folder: Path) -> None:
-            write_json(folder / "facts.json", to_table(find()))
+            write_json(folder / "facts.json", to_table(measure()))
 
         place = self._store.stage(Stage("defended", depends), make)
         return TypeAdapter(kind).validate_json((place / "facts.json").read_bytes(), strict=True)
 
     @property
     def _store(self) -> Store:
-        return Store(self.folder.parent, lambda name: self.steps(name, None))
+        return Store(self.folder.parent, lambda name: self.progress(name, None))
 
 
 def stored_set(implant: Implant, train: ImageSet, seed: int) -> ImageSet:
-    """The training set as it is stored for a victim: as it was, where nothing stored is poisoned."""
+    """The training set as stored for the victim: poisoned, or the clean one where the attack stores no poison."""
     return train if implant.poison is None else implant.poison(train, stream(seed, "poison"))
 
 
-def add_defences(run: Finished) -> Record:
-    """Measure the plan's defences that the record lacks, one after the other, each written as soon as it is known."""
-    record, missing = run.record, unmeasured(run.record, run.plan.spec.defences, run.folder)
+def add_defences(run: FinishedRun) -> Record:
+    """Measure those defences of the plan that the record lacks, and write each row as soon as it is measured."""
+    record = run.record
+    missing = unmeasured(record, run.plan.spec.defences, run.folder)
     if not missing:
         return record
-    case = run.case()
-    with run.steps("measure the victim", None):
-        run.check(case)
-    for asked in missing:
-        with run.steps(f"defend with {asked.name}", None) as tick:
-            row, scores = measure_defence(asked, case, tick)
-        record = add_row(run.folder, replace(row, key=row_key(record, asked)), scores)
+    # Load victim, twin and trigger, and see that the trigger still works as the record says.
+    evaluation = run.evaluation()
+    with run.progress("measure the victim", None):
+        run.check(evaluation)
+    for defence in missing:
+        with run.progress(f"defend with {defence.name}", None) as tick:
+            row, scores = measure_defence(defence, evaluation, tick)
+        record = add_row(run.folder, replace(row, key=row_key(record, defence)), scores)
     return record
 
 
 def add_row(folder: Path, row: Row, scores: Scores | None = None) -> Record:
-    """Put a row into the record of a run, in place of one of the same defence with the same settings.
-
-    A screen's scores are in the run's folder before the row is.
-    """
+    """Put a row into the record of a run, in place of a row of the same defence with the same settings."""
     with locked(folder.parent, f"{folder.name}-record"):
-        record = read_record(folder)  # anew: another process may have added a row
+        # Another process may have added a row since the record was read last.
+        record = read_record(folder)
+        # A screen's scores are written first, so that no row names a file that is not there.
         if scores is not None:
             assert isinstance(row, ScreenRow)
             row = replace(row, scores=scores_file(row.name, row.key))
-            write_scores(folder, row, scores, carries(parse_spec(record.spec), "scores"))
-        others = [other for other in record.defences if identity(other) != identity(row)]
+            write_scores(folder, row, scores, backdoor_notice(parse_spec(record.spec), "scores"))
+        others = [other for other in record.defences if name_and_settings(other) != name_and_settings(row)]
         record = replace(record, defences=(*others, row))
         record.write(folder)
-        drop_unnamed(folder, record.defences)  # of rows that were replaced, or went with an earlier record
+        # Scores of rows that were replaced, or that went with an earlier record, are removed.
+        drop_unnamed(folder, record.defences)
     return record
 
 
-def identity(row: Row) -> tuple[str, Table]:
-    """What tells rows of a record apart: the defence's name and all settings."""
+def name_and_settings(row: Row) -> tuple[str, Table]:
+    """The defence's name and all its settings, by which rows of a record are told apart."""
     return row.name, row_settings(row)

@@ -1,4 +1,4 @@
-"""A poisoned data set as files that other tools can read: npy arrays, and a page of facts that says what they carry."""
+"""Writes a poisoned data set for other tools: npy arrays, and `poison.json`, which says what they carry."""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +10,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.plan import Plan
 from vitrap.experiment.predict import triggered
 from vitrap.experiment.progress import Tick
-from vitrap.experiment.stages import carries
+from vitrap.experiment.stages import backdoor_notice
 from vitrap.experiment.streams import stream
 from vitrap.files import whole_folder, write_json
 from vitrap.images import CHUNK
@@ -18,10 +18,10 @@ from vitrap.tensors.pixels import to_bytes
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something already, or cannot be made.
+    """Refuse a folder that is not empty, or that cannot be made.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the folder.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} is there already and not an empty folder; give another with -o")
@@ -34,7 +34,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_export(attack: str, implant: Implant) -> None:
-    """Refuse an attack whose poisoned set would not be the whole of what its victim is trained on.
+    """Refuse an attack whose poisoned set would not be all that its victim is trained on.
 
     Raises:
         UserError: nothing that is stored is poisoned, or the trigger is known only after training.
@@ -46,9 +46,9 @@ def check_export(attack: str, implant: Implant) -> None:
 
 
 def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, tick: Tick) -> None:
-    """Write the training set as the victim of the plan is trained on it, and the test set, into a new folder.
+    """Write the training set that the plan's victim is trained on, and the test set, into a new folder.
 
-    The files appear all at once. `train_*` and `test_*` are in the format of vitrap's data cache, so that
+    The folder appears when it is complete. `train_*` and `test_*` are in the format of vitrap's data cache, so that
     `npy:FOLDER` opens them; docs/record.md lists the rest.
 
     Raises:
@@ -78,11 +78,13 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
             np.save(draft / f"{name}.npy", values.cpu().numpy(), allow_pickle=False)
         if test.classes:
             (draft / "classes.txt").write_text("\n".join(test.classes) + "\n", encoding="utf-8")
-        write_json(draft / "poison.json", {**carries(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat})
+        write_json(
+            draft / "poison.json", {**backdoor_notice(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat}
+        )
 
 
 def _save_images(path: Path, data: ImageSet, tick: Tick) -> None:
-    """As uint8 n h w c, at working size."""
+    """Write the images at working size as uint8 `n h w c`, a chunk at a time."""
     shape = (len(data), data.size, data.size, data.pixels.shape[1])
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     for rows in data.rows(CHUNK):

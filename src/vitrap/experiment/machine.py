@@ -1,4 +1,4 @@
-"""What a run ran on: versions, processor or GPU, and how much memory it took."""
+"""The machine part of a record: library versions, processor or GPU, and how much memory the run took."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from vitrap.experiment.record import Environment, Memory
 
 
 def environment(device: torch.device) -> Environment:
-    """What the run ran on; no name of a machine or person."""
+    """Versions, processor or GPU and cores; no name of a machine or person."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     libraries = {lib: version(lib) for lib in ("vitrap", "torch", "timm", "torchvision", "torchmetrics", "numpy")}
     return Environment(
@@ -28,8 +28,8 @@ def environment(device: torch.device) -> Environment:
     )
 
 
-def forget_peaks(device: torch.device) -> None:
-    """Let `memory` begin anew, as far as the system lets it: a worker does many runs."""
+def reset_peaks(device: torch.device) -> None:
+    """Reset the peaks that `memory` reports, as far as the system allows: a worker process does many runs."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if device.type == "cuda":
@@ -37,9 +37,9 @@ def forget_peaks(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> Memory:
-    """Peaks since `forget_peaks`, in bytes; of the host since the process started, where Linux does not tell.
+    """Peak memory since `reset_peaks`, in bytes; None for the GPU where none is used.
 
-    None for a GPU where none is used.
+    Outside of Linux the host's peak is that since the process started.
     """
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Memory(_host_peak(), on_device)

@@ -1,4 +1,7 @@
-"""Measuring a victim beside its clean twin on the whole test set. Nothing here chooses anything."""
+"""Measures a victim and its clean twin: accuracy and success rates on the whole test set, and the trigger's stealth.
+
+Nothing here chooses anything. Defences are measured in outcomes.py.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from vitrap.contracts import Goal, Images, ImageSet, Trigger
-from vitrap.experiment.predict import BATCH, every_row, predict, silent, spread, triggered
+from vitrap.experiment.predict import BATCH, every_row, no_tick, predict, spread, triggered
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.stealth import stealth
 from vitrap.metrics.values import Measures, Stealth
@@ -17,19 +20,19 @@ from vitrap.tensors.pixels import round8, to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
 STEALTH_IMAGES = 2000
-"""Stealth is measured on so many test images, spread evenly over the set, and says so by its n."""
+"""Stealth is measured on at most so many images, spread evenly over the set; its n says on how many."""
 EXAMINED_IMAGES = 512
-"""What an attack examines a model with: so many triggered test images that count for the ASR, spread evenly."""
+"""An attack examines a model on at most so many triggered test images that count for the ASR, spread evenly."""
 
 
 @dataclass(frozen=True)
 class Backdoor:
-    """What is measured of an attack: the trigger at test time, what it is to do, and what the attack says of a model.
+    """What an attack is measured by.
 
     Attributes:
         trigger: fires at test time.
-        goal: what triggered images should be classified as.
-        examine: as `Implant.examine`.
+        goal: which label triggered images should get.
+        examine: the attack's own numbers about a model that sees triggered images, as `Implant.examine`; None: none.
     """
 
     trigger: Trigger
@@ -43,18 +46,20 @@ def measure_victim(
     test: ImageSet,
     backdoor: Backdoor,
     arithmetic: Arithmetic,
-    tick: Callable[[], None] = silent,
+    tick: Callable[[], None] = no_tick,
 ) -> Measures:
     """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth.
 
-    Makes `5 * ceil(n / batch_of(test))` ticks.
+    It calls `tick` `5 * ceil(n / batch_of(test))` times.
     """
-    # Both models look at all test images, clean and triggered.
+    # Fire the trigger on every test image, and round to 8 bits.
     attacked = triggered(test, backdoor.trigger, tick)
+    # Both models classify all test images, clean and triggered.
     clean = predict(victim, test, arithmetic, tick)
     fired = predict(victim, attacked, arithmetic, tick)
     clean_twin = predict(twin, test, arithmetic, tick)
     fired_twin = predict(twin, attacked, arithmetic, tick)
+    # The twin's rates on triggered images are the base rates: what happens without a backdoor.
     true = test.labels
     goal = backdoor.goal
     return Measures(
@@ -68,15 +73,16 @@ def measure_victim(
 
 
 def stealth_of(clean: ImageSet, touched: ImageSet, rows: Int64[Tensor, " n"]) -> Stealth:
-    """How far `touched` images are from the clean ones, on at most `STEALTH_IMAGES` of the rows, spread evenly."""
+    """How far the images in `touched` are from those in `clean`, on at most `STEALTH_IMAGES` of the rows."""
     sample = spread(rows, STEALTH_IMAGES)
-    before, after = (torch.cat([to_bytes(d.images(some)) for some in sample.split(BATCH)]) for d in (clean, touched))
+    before = torch.cat([to_bytes(clean.images(some)) for some in sample.split(BATCH)])
+    after = torch.cat([to_bytes(touched.images(some)) for some in sample.split(BATCH)])
     return stealth(before, after)
 
 
 @torch.no_grad()
 def examine(victim: nn.Module, twin: nn.Module, test: ImageSet, backdoor: Backdoor) -> dict[str, Any]:
-    """What the attack says of victim and twin on the same triggered images; {} where it says nothing."""
+    """The attack's own numbers about victim and twin, on the same triggered images; {} where it has none."""
     if backdoor.examine is None:
         return {}
     rows = spread(backdoor.goal.counts(test.labels).nonzero().squeeze(1), EXAMINED_IMAGES)

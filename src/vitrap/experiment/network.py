@@ -1,4 +1,4 @@
-"""A network of a run: how it is built, where its weights start from, and what stands for it in a stage's key."""
+"""`Network`: how a network of a run is built, where its weights start, and what stands for it in a stage's key."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -23,14 +23,14 @@ from vitrap.train.optimiser import head_weights
 
 @dataclass(frozen=True)
 class Network:
-    """A network and where its weights start.
+    """A network of a run before it is built: its architecture, and where its weights start.
 
     Attributes:
-        architecture: what to build.
-        pretrained: whether weights come from the hub.
-        checkpoint: the safetensors file that weights are read from as they are, if any.
-        module: a network given from outside, in place of all that.
-        weights: the safetensors file that training starts from, adapted to the network, if any.
+        architecture: timm name, image size, classes and overrides.
+        pretrained: whether its weights start from the hub's.
+        checkpoint: a safetensors file whose weights it takes as they are; None: none.
+        module: the caller's own network, in place of all that; None: none.
+        weights: a safetensors file whose weights, adapted to the network, training starts from; None: none.
         linear_probe: whether its head alone is trained.
     """
 
@@ -42,7 +42,7 @@ class Network:
     linear_probe: bool = False
 
     def build(self, seed: int, device: torch.device | str = "cpu") -> nn.Module:
-        """The network before training; fresh weights depend on the seed alone."""
+        """Build the network as it is before training; fresh weights depend on the seed alone."""
         if self.module is not None:
             return deepcopy(self.module).to(device)
         start = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "weights": self.weights}
@@ -55,21 +55,21 @@ class Network:
         return network.to(device)
 
     def read(self, path: Path, device: torch.device | str) -> nn.Module:
-        """The network with the weights of a stage's file, ready: frozen and in evaluation mode."""
+        """The trained network, with the weights of a stage's file: frozen and in evaluation mode."""
         network = deepcopy(self.module) if self.module is not None else blank_model(self.architecture)
         load_weights(network.body if isinstance(network, Classifier) else network, path)
         return network.to(device).eval().requires_grad_(False)
 
     @cached_property
     def adapted(self) -> str | None:
-        """What was adapted of `weights`, in one line; None where training does not start from such a file."""
+        """What of `weights` was adapted to the network, in one line; None where there is no such file."""
         if self.module is not None or self.weights is None:
             return None
         with ambient(0, "weights"):
             return open_model(self.architecture, weights=self.weights).adapted
 
     def shown(self) -> BuiltNetwork | OwnNetwork:
-        """How it is built, for the record."""
+        """What the record says of the network."""
         if self.module is not None:
             return OwnNetwork(type(self.module).__qualname__)
         return BuiltNetwork(
@@ -82,7 +82,7 @@ class Network:
 
     @cached_property
     def depends(self) -> dict[str, Any]:
-        """All that decides the network before training, as it is when first asked for."""
+        """All that decides the network before training, for stage keys; files are digested on the first call."""
         if self.module is not None:
             return {"module": repr(self.module), "weights": tensors_digest(self.module.state_dict())}
         start = self.checkpoint or self.weights or (fetch_weights(self.architecture.name) if self.pretrained else None)
@@ -94,7 +94,7 @@ class Network:
 
 
 def network_of(table: ModelTable, world: World, module: nn.Module | None = None) -> Network:
-    """The network that a spec's table stands for, for images of `world`; or `module`, given from outside.
+    """The network that a spec's table describes, for images of `world`; or `module`, the caller's own.
 
     Raises:
         UserError: a network from outside is to be a linear probe.
@@ -106,7 +106,7 @@ def network_of(table: ModelTable, world: World, module: nn.Module | None = None)
 
 
 def architecture_of(table: ModelTable, world: World) -> Architecture:
-    """What a spec's table builds: the small ViT, where it names nothing else."""
+    """The architecture that a spec's table describes; without a name it is a small ViT."""
     size = world.train.size
     small = {"patch_size": max(1, size // 8), "depth": 4, "embed_dim": 96, "num_heads": 3}
     if world.name == "digits":
@@ -116,10 +116,10 @@ def architecture_of(table: ModelTable, world: World) -> Architecture:
 
 
 def try_out(network: Network, world: World) -> nn.Module:
-    """The network, after one look at one image.
+    """Build a network and classify one image with it, to find mistakes early.
 
     Raises:
-        UserError: it cannot be built, or cannot look at the images.
+        UserError: it cannot be built, does not take the images, or does not return a logit for each class.
     """
     model = network.build(0).eval()
     try:
@@ -143,7 +143,7 @@ def first_image(world: World) -> Images:
 
 
 def tensors_digest(named: Mapping[str, Any]) -> str:
-    """The SHA-256 (hex) of named tensors: names, shapes, types and content; whatever else is named is passed over."""
+    """The SHA-256 (hex) of named tensors: names, shapes, types and content; values of other types are ignored."""
     whole = sha256()
     for name, tensor in named.items():
         if isinstance(tensor, torch.Tensor):
@@ -153,5 +153,6 @@ def tensors_digest(named: Mapping[str, Any]) -> str:
 
 
 def _content(path: Path) -> str:
+    """The SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()

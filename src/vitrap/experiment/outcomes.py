@@ -1,6 +1,7 @@
-"""Measuring what a defence makes of a victim, beside what it makes of the clean twin. Nothing here chooses anything.
+"""Measures a defence: applies it to victim and clean twin, and compares its outcomes with the truth.
 
-The defender sees a `Suspect`; trigger, goal, mask and test set stay on this side.
+The defence itself sees a `Suspect` only. Trigger, goal, mask and test set stay with `Evaluation`, and nothing here
+chooses anything. `measure_defence` makes the row of the record; there is one `measure_` function for each kind.
 """
 
 import math
@@ -28,7 +29,7 @@ from vitrap.contracts import (
 )
 from vitrap.data.sources import World
 from vitrap.errors import UserError
-from vitrap.experiment.named import Named
+from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.predict import BATCH, every_row, predict, spread, timed, triggered
 from vitrap.experiment.record import to_table
 from vitrap.experiment.rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, Verdict
@@ -47,6 +48,7 @@ KINDS: dict[OutcomeKind, type[Outcome]] = {
     "judgement": Judged,
 }
 FPRS = (0.01, 0.05, 0.10)
+"""False positive rates at which a screen's true positive rate is measured."""
 Table = dict[str, Any]
 Seconds = dict[str, float]
 Tick = Callable[[], None]
@@ -63,35 +65,38 @@ class TwinAccuracy:
 
 
 @runtime_checkable
-class Remember(Protocol):
-    """Gives the facts of a defence on the clean twin: those that another attack's run kept, or what `find` yields."""
+class TwinFacts(Protocol):
+    """Returns the facts about a defence on the clean twin, which do not depend on the attack.
 
-    def __call__(self, asked: Named, kind: type[Facts], find: Callable[[], Facts]) -> Facts:
-        """The facts, of the dataclass `kind`."""
+    They may come from a store, where the run of another attack has left them; else `measure` is called.
+    """
+
+    def __call__(self, defence: DefenceSpec, kind: type[Facts], measure: Callable[[], Facts]) -> Facts:
+        """The facts, an instance of the dataclass `kind`."""
         ...
 
 
-def remember_nothing(asked: Named, kind: type[Facts], find: Callable[[], Facts]) -> Facts:
-    """Find the facts anew."""
-    return find()
+def measure_each_time(defence: DefenceSpec, kind: type[Facts], measure: Callable[[], Facts]) -> Facts:
+    """Measure the facts, and store nothing."""
+    return measure()
 
 
 @dataclass(frozen=True)
-class Case:
-    """A victim and its clean twin, with all it takes to measure a defence on them.
+class Evaluation:
+    """A victim and its clean twin in memory, with the truth by which a defence on them is measured.
 
     Attributes:
-        victim: the backdoored model, ready.
-        twin: the clean one, ready.
-        trigger: what is done to an image at test time.
-        goal: what triggered images should be classified as.
-        poison: makes the training set as it is stored for the victim: the clean one where nothing stored is poisoned.
+        victim: the backdoored model, frozen and in evaluation mode.
+        twin: the clean model, likewise.
+        trigger: fires at test time.
+        goal: which label triggered images should get.
+        poison: returns the training set as stored for the victim; the clean one where the attack stores no poison.
         world: the data.
-        seed: the run's.
+        seed: the run's seed.
         arithmetic: how victim and twin compute.
-        retrain: what a defender trains the network anew with.
+        retrain: trains the network again for a defender.
         train_kept: trains the network on what a filter kept.
-        remember: keeps what does not depend on the attack.
+        twin_facts: returns what a defence makes of the twin, if possible without measuring it again.
     """
 
     victim: nn.Module
@@ -104,11 +109,11 @@ class Case:
     arithmetic: Arithmetic
     retrain: Retrain
     train_kept: Callable[[ImageSet], nn.Module]
-    remember: Remember = remember_nothing
+    twin_facts: TwinFacts = measure_each_time
 
     @cached_property
     def poisoned(self) -> ImageSet:
-        """The victim's training set, with its mask."""
+        """The victim's training set, with the mask of its poison."""
         return self.poison()
 
     @cached_property
@@ -118,11 +123,11 @@ class Case:
 
     @cached_property
     def before(self) -> Rates:
-        """The victim as it is."""
+        """CDA, ASR and RA of the victim before any defence."""
         return self.rates(self.victim, lambda: None)
 
     def suspect(self, model: nn.Module, train: ImageSet | None, name: str) -> Suspect:
-        """What the defender `name` sees; its random stream is the same for victim and twin."""
+        """What the defence `name` sees of a model; its random stream is the same for victim and twin."""
         return Suspect(
             model,
             clean=self.world.clean,
@@ -145,120 +150,128 @@ class Case:
         )
 
 
-def measure_defence(asked: Named, case: Case, tick: Tick) -> tuple[Row, Scores | None]:
-    """One row of a record: what a defence is, what it took, and what it makes of victim and twin; a screen's scores."""
-    defence = asked.method
+def measure_defence(defence: DefenceSpec, evaluation: Evaluation, tick: Tick) -> tuple[Row, Scores | None]:
+    """The row of a defence in the record and, of a screen, its scores of single images."""
+    method = defence.method
     seconds: Seconds = {}
-    # Apply it to the victim: the row states how long this takes.
-    train = case.poisoned.unmarked() if defence.needs_train else None
+    # Apply it to the victim, and take the time. A training set is shown without the mask of its poison.
+    train = evaluation.poisoned.unmarked() if method.needs_train else None
     with timed(seconds, "apply"):
-        outcome = checked(asked, defence.apply(case.suspect(case.victim, train, asked.name)))
+        outcome = checked(defence, method.apply(evaluation.suspect(evaluation.victim, train, defence.name)))
     tick()
+    # What the rows of all kinds begin with.
     about = {
-        "name": asked.name,
-        "params": to_table(defence),
-        "version": defence.version,
+        "name": defence.name,
+        "params": to_table(method),
+        "version": method.version,
         "seconds": seconds,
         "layer": outcome.layer,
         "report": dict(outcome.report),
     }
-    # Apply it to the clean twin, and measure both.
+    # Apply it to the clean twin, too, and measure both outcomes as their kind asks.
     if isinstance(outcome, Screen):
-        return measure_screen(about, outcome, apply_to_twin(asked, Screen, case, tick), case, asked.screened, tick)
+        screened_twin = apply_to_twin(defence, Screen, evaluation, tick)
+        return measure_screen(about, outcome, screened_twin, evaluation, defence.screened, tick)
     if isinstance(outcome, Flagged):
-        return measure_filter(about, outcome, apply_to_twin(asked, Flagged, case, tick), case, tick), None
-    # What a repair or a judgement makes of the twin does not depend on the attack.
+        filtered_twin = apply_to_twin(defence, Flagged, evaluation, tick)
+        return measure_filter(about, outcome, filtered_twin, evaluation, tick), None
+    # What a repair or a judgement makes of the twin does not depend on the attack, so it may be in the store already.
     if isinstance(outcome, Repaired):
 
-        def repaired_twin() -> TwinAccuracy:
-            return repair_facts(apply_to_twin(asked, Repaired, case, tick), case, tick)
+        def repair_twin() -> TwinAccuracy:
+            return repair_facts(apply_to_twin(defence, Repaired, evaluation, tick), evaluation, tick)
 
-        return measure_repair(about, outcome, case.remember(asked, TwinAccuracy, repaired_twin), case, tick), None
+        accuracy = evaluation.twin_facts(defence, TwinAccuracy, repair_twin)
+        return measure_repair(about, outcome, accuracy, evaluation, tick), None
 
-    def judged_twin() -> Verdict:
-        return judge(apply_to_twin(asked, Judged, case, tick))
+    def judge_twin() -> Verdict:
+        return judge(apply_to_twin(defence, Judged, evaluation, tick))
 
-    return measure_judgement(about, outcome, case.remember(asked, Verdict, judged_twin), case), None
+    verdict = evaluation.twin_facts(defence, Verdict, judge_twin)
+    return measure_judgement(about, outcome, verdict, evaluation), None
 
 
-def apply_to_twin(asked: Named, kind: type[Made], case: Case, tick: Tick) -> Made:
-    """What the defence makes of the clean twin, with the same random stream as of the victim."""
-    train = case.world.train if asked.method.needs_train else None
-    outcome = checked(asked, asked.method.apply(case.suspect(case.twin, train, asked.name)))
+def apply_to_twin(defence: DefenceSpec, kind: type[Made], evaluation: Evaluation, tick: Tick) -> Made:
+    """The defence's outcome for the clean twin, with the same random stream as for the victim."""
+    train = evaluation.world.train if defence.method.needs_train else None
+    outcome = checked(defence, defence.method.apply(evaluation.suspect(evaluation.twin, train, defence.name)))
     tick()
     assert isinstance(outcome, kind)
     return outcome
 
 
-def checked(asked: Named, outcome: Screen | Repaired | Flagged | Judged) -> Screen | Repaired | Flagged | Judged:
-    """The outcome, if it is of the kind that the defence says, and a judgement in finite numbers.
+def checked(
+    defence: DefenceSpec, outcome: Screen | Repaired | Flagged | Judged
+) -> Screen | Repaired | Flagged | Judged:
+    """The outcome, if it is of the kind that the defence announces, and its numbers are finite if it is a judgement.
 
     Raises:
         UserError: it is not.
     """
-    wanted = KINDS[asked.method.kind]
+    wanted = KINDS[defence.method.kind]
     if not isinstance(outcome, wanted):
         raise UserError(
-            f"defence {asked.name} calls itself a {asked.method.kind} and came to a {type(outcome).__name__}, not to a"
-            f" {wanted.__name__}; mend its kind"
+            f"defence {defence.name} calls itself a {defence.method.kind} and came to a {type(outcome).__name__}, not"
+            f" to a {wanted.__name__}; mend its kind"
         )
     if isinstance(outcome, Judged):
         numbers = [outcome.score, *([] if outcome.by_class is None else outcome.by_class.tolist())]
         if not all(map(math.isfinite, numbers)):
-            raise UserError(f"defence {asked.name} judges by a score that is no finite number; it says nothing here")
+            raise UserError(f"defence {defence.name} judges by a score that is no finite number; it says nothing here")
     return outcome
 
 
 def measure_screen(  # noqa: PLR0913 - both outcomes, and what they are measured with
-    about: Table, on_victim: Screen, on_twin: Screen, case: Case, screened: int, tick: Tick
+    about: Table, on_victim: Screen, on_twin: Screen, evaluation: Evaluation, screened: int, tick: Tick
 ) -> tuple[ScreenRow, Scores]:
-    """Score held-out, clean and triggered images for victim and twin; AUROC, and TPR and FPR at held-out thresholds."""
-    test, held_out = case.world.test, case.world.threshold
+    """Score held-out, clean and triggered images, and measure AUROC, and TPR and FPR at held-out thresholds."""
+    test, held_out = evaluation.world.test, evaluation.world.threshold
     # Choose the images of each kind, spread evenly over all there are.
-    counting = case.goal.counts(test.labels).nonzero().squeeze(1)
+    counting = evaluation.goal.counts(test.labels).nonzero().squeeze(1)
     chosen = [spread(some, screened) for some in (every_row(held_out), every_row(test), counting)]
     rows = ByKind(*chosen)
-    # Score them.
+    # Score them, the victim's with its own screen and the twin's with the one that was fitted to the twin.
     with timed(about["seconds"], "score"):
-        victims = score_kinds(on_victim, case.victim, case, rows, tick)
-    twins = score_kinds(on_twin, case.twin, case, rows, tick)
-    # See which of the triggered ones the victim falls for.
-    said = predict(case.victim, case.attacked.take(rows.triggered), case.arithmetic)
-    hits = said == case.goal.labels(test.labels[rows.triggered])
+        victims = score_kinds(on_victim, evaluation.victim, evaluation, rows, tick)
+    twins = score_kinds(on_twin, evaluation.twin, evaluation, rows, tick)
+    # A triggered image is a hit if the victim gives it the label that the attacker wants.
+    predicted = predict(evaluation.victim, evaluation.attacked.take(rows.triggered), evaluation.arithmetic)
+    hits = predicted == evaluation.goal.labels(test.labels[rows.triggered])
+    # The scores are kept with each image's position in its data set, so that other screens can be paired with them.
     index = ByKind(held_out.index[rows.held_out].cpu(), test.index[rows.clean].cpu(), test.index[rows.triggered].cpu())
     scores = Scores(victims, twins, index, hits.cpu())
     return screen_row({**about, "screened": screened}, scores), scores
 
 
 def screen_row(about: Table, scores: Scores) -> ScreenRow:
-    """A screen's row, of its scores alone."""
-    held, clean, fired = scores.victim.held_out, scores.victim.clean, scores.victim.triggered
+    """A screen's row, computed from its scores alone."""
+    held_out, clean, fired = scores.victim.held_out, scores.victim.clean, scores.victim.triggered
     hits = fired[scores.hits]
-    # Thresholds come from held-out images, for victim and twin each from its own.
-    cuts = {f"{fpr:.2f}": threshold_at(held, fpr) for fpr in FPRS}
-    twin_cuts = {f"{fpr:.2f}": threshold_at(scores.twin.held_out, fpr) for fpr in FPRS}
+    # Thresholds come from the scores of held-out images: the victim's from the victim's, the twin's from the twin's.
+    thresholds = {f"{fpr:.2f}": threshold_at(held_out, fpr) for fpr in FPRS}
+    twin_thresholds = {f"{fpr:.2f}": threshold_at(scores.twin.held_out, fpr) for fpr in FPRS}
     return ScreenRow(
         **about,
         auroc=auroc(fired, clean),
-        tpr_at_fpr={fpr: rate(above(fired, cut)) for fpr, cut in cuts.items()},
-        tied_at_fpr={fpr: rate(fired.double() == cut) for fpr, cut in cuts.items()},
-        fpr_on_test={fpr: rate(above(clean, cut)) for fpr, cut in cuts.items()},
+        tpr_at_fpr={fpr: rate(above(fired, t)) for fpr, t in thresholds.items()},
+        tied_at_fpr={fpr: rate(fired.double() == t) for fpr, t in thresholds.items()},
+        fpr_on_test={fpr: rate(above(clean, t)) for fpr, t in thresholds.items()},
         auroc_on_hits=auroc(hits, clean),
-        tpr_at_fpr_on_hits={fpr: rate(above(hits, cut)) for fpr, cut in cuts.items()},
+        tpr_at_fpr_on_hits={fpr: rate(above(hits, t)) for fpr, t in thresholds.items()},
         auroc_clean_model=auroc(scores.twin.triggered, scores.twin.clean),
-        fpr_on_clean_model={fpr: rate(above(scores.twin.clean, cut)) for fpr, cut in twin_cuts.items()},
-        n_threshold=len(held),
+        fpr_on_clean_model={fpr: rate(above(scores.twin.clean, t)) for fpr, t in twin_thresholds.items()},
+        n_threshold=len(held_out),
     )
 
 
 @torch.no_grad()
-def score_kinds(screen: Screen, model: nn.Module, case: Case, rows: ByKind, tick: Tick) -> ByKind:
+def score_kinds(screen: Screen, model: nn.Module, evaluation: Evaluation, rows: ByKind, tick: Tick) -> ByKind:
     """The screen's scores of the chosen images of each kind, computed as `model` computes; on the CPU."""
-    with case.arithmetic(model, case.world.test.device):
+    with evaluation.arithmetic(model, evaluation.world.test.device):
         return ByKind(
-            score_images(screen, case.world.threshold, rows.held_out, tick),
-            score_images(screen, case.world.test, rows.clean, tick),
-            score_images(screen, case.attacked, rows.triggered, tick),
+            score_images(screen, evaluation.world.threshold, rows.held_out, tick),
+            score_images(screen, evaluation.world.test, rows.clean, tick),
+            score_images(screen, evaluation.attacked, rows.triggered, tick),
         )
 
 
@@ -271,13 +284,13 @@ def score_images(screen: Screen, data: ImageSet, rows: Int64[Tensor, " k"], tick
     return torch.cat(found).cpu()
 
 
-def measure_repair(about: Table, on_victim: Repaired, on_twin: TwinAccuracy, case: Case, tick: Tick) -> RepairRow:
-    """CDA, ASR and RA before and after, DER, and what the repair costs a clean model."""
-    # The victim as it was,
-    before = case.before
-    # and repaired.
+def measure_repair(
+    about: Table, on_victim: Repaired, on_twin: TwinAccuracy, evaluation: Evaluation, tick: Tick
+) -> RepairRow:
+    """CDA, ASR and RA of the victim before and after its repair, DER, and the clean twin's accuracy likewise."""
+    before = evaluation.before
     with timed(about["seconds"], "predict"):
-        after = case.rates(on_victim.model, tick)
+        after = evaluation.rates(on_victim.model, tick)
     return RepairRow(
         **about,
         **vars(after),
@@ -288,26 +301,26 @@ def measure_repair(about: Table, on_victim: Repaired, on_twin: TwinAccuracy, cas
     )
 
 
-def repair_facts(on_twin: Repaired, case: Case, tick: Tick) -> TwinAccuracy:
+def repair_facts(on_twin: Repaired, evaluation: Evaluation, tick: Tick) -> TwinAccuracy:
     """The clean twin's accuracy before and after its repair."""
-    true = case.world.test.labels
-    before = clean_accuracy(predict(case.twin, case.world.test, case.arithmetic, tick), true)
-    after = clean_accuracy(predict(on_twin.model, case.world.test, case.arithmetic, tick), true)
+    true = evaluation.world.test.labels
+    before = clean_accuracy(predict(evaluation.twin, evaluation.world.test, evaluation.arithmetic, tick), true)
+    after = clean_accuracy(predict(on_twin.model, evaluation.world.test, evaluation.arithmetic, tick), true)
     return TwinAccuracy(before, after)
 
 
-def measure_filter(about: Table, on_victim: Flagged, on_twin: Flagged, case: Case, tick: Tick) -> FilterRow:
-    """AUROC, TPR and FPR against the true mask; CDA, ASR and RA after training without what was flagged."""
-    # Compare scores and flags with the mask: covers count as no poison, and there may be no poison at all.
-    mask = case.poisoned.poisoned
+def measure_filter(about: Table, on_victim: Flagged, on_twin: Flagged, evaluation: Evaluation, tick: Tick) -> FilterRow:
+    """AUROC, TPR and FPR against the true mask, and CDA, ASR and RA after training without the flagged images."""
+    # Compare scores and flags with the mask. Covers count as clean, and there may be no poison at all.
+    mask = evaluation.poisoned.poisoned
     if on_victim.flagged.all():
         raise UserError(f"all {len(mask)} training images are flagged, and none is left to train on; flag fewer")
     area = auroc(on_victim.score[mask].float(), on_victim.score[~mask].float())
-    # Train the network on what is left, and see how much of the backdoor that one has.
-    kept = case.poisoned.take((~on_victim.flagged).nonzero().squeeze(1))
+    # Train the network on the images that are left, and measure how much of the backdoor it has.
+    kept = evaluation.poisoned.take((~on_victim.flagged).nonzero().squeeze(1))
     with timed(about["seconds"], "retrain"):
-        retrained = case.train_kept(kept)
-    after = case.rates(retrained, tick)
+        retrained = evaluation.train_kept(kept)
+    after = evaluation.rates(retrained, tick)
     return FilterRow(
         **about,
         auroc=area,
@@ -321,19 +334,19 @@ def measure_filter(about: Table, on_victim: Flagged, on_twin: Flagged, case: Cas
     )
 
 
-def measure_judgement(about: Table, on_victim: Judged, on_twin: Verdict, case: Case) -> JudgementRow:
-    """The score of victim and clean twin, whether each is above the paper's threshold, and the classes suspected."""
+def measure_judgement(about: Table, on_victim: Judged, on_twin: Verdict, evaluation: Evaluation) -> JudgementRow:
+    """The verdicts on victim and clean twin, and whether the suspected class is one that the attacker wants."""
     verdict = judge(on_victim)
     # The classes that the goal leads to. All-to-all leads to every class, and any suspicion would be right.
-    true = torch.arange(case.world.test.n_classes)
-    wanted = set(case.goal.labels(true[case.goal.counts(true)]).tolist())
+    true = torch.arange(evaluation.world.test.n_classes)
+    wanted = set(evaluation.goal.labels(true[evaluation.goal.counts(true)]).tolist())
     right = None if len(wanted) == len(true) else verdict.suspected in wanted
     twins = {f"{key}_clean_model": value for key, value in vars(on_twin).items()}
     return JudgementRow(**about, **vars(verdict), threshold=on_victim.threshold, suspects_target=right, **twins)
 
 
 def judge(judged: Judged) -> Verdict:
-    """What a judgement says of one model."""
+    """The verdict on one model: whether its score is above the threshold, and which classes are suspected."""
     return Verdict(
         judged.score,
         judged.score > judged.threshold,

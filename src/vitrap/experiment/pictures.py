@@ -1,4 +1,4 @@
-"""Pictures of a trigger: clean, triggered, difference, and how the attack sees the image."""
+"""Draws `pictures.png` of a run: test images clean, triggered, their difference, and the trigger's own views."""
 
 import io
 
@@ -15,16 +15,16 @@ from vitrap.train.arithmetic import Arithmetic
 
 EXAMPLES = 8
 GAIN = 10
-"""The difference is shown so many times as strong, around mid-grey."""
+"""The difference is multiplied by this, and shown around mid-grey."""
 CELL, GAP, HEAD, LETTER = 1.5, 0.05, 0.3, 0.075
-"""Inches: of a picture with the gap beside it, of that gap, of the titles, of a letter of the notes on the left."""
+"""Sizes in inches: a picture with the gap beside it, that gap, the titles, a letter of the notes on the left."""
 
 
 @torch.no_grad()
 def draw_examples(test: ImageSet, backdoor: Backdoor, victim: nn.Module, arithmetic: Arithmetic) -> bytes:
-    """A PNG with one row an example: clean, triggered, difference, and the trigger's own views.
+    """A PNG with a row for each example: clean, triggered, difference, and the trigger's own views.
 
-    The examples are test images that count for the goal, spread evenly over the set and not chosen by result.
+    The examples are test images that count for the goal, spread evenly over the set, whatever the victim makes of them.
     """
     counting = backdoor.goal.counts(test.labels).nonzero()[:, 0]
     rows = counting[torch.linspace(0, len(counting) - 1, min(EXAMPLES, len(counting)), device=test.device).long()]

@@ -1,4 +1,7 @@
-"""The stages of one run, each taken from the store, or made there from what it depends on."""
+"""Which stages a run has, and what each is made from: `Stages` returns their folders, and makes what is missing.
+
+How each is made is in stages.py.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +13,7 @@ from torch import nn
 
 from vitrap.contracts import Access, Fitted, Implant
 from vitrap.experiment.plan import Network, Plan, training_steps
-from vitrap.experiment.progress import Steps
+from vitrap.experiment.progress import Progress
 from vitrap.experiment.stages import make_clean, make_trigger, make_victim, read_stream
 from vitrap.experiment.store import Store
 from vitrap.experiment.streams import stream
@@ -18,27 +21,27 @@ from vitrap.experiment.trigger_file import read_fitted
 from vitrap.files import read_json
 
 Redo = Literal["nothing", "victim", "all"]
-"""What is made anew though it is there."""
+"""What is made again although the store has it."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Gives the folder of each stage of a run; whatever is missing is made first.
+    """Returns the folder of each stage of a run; a stage that is missing is made first.
 
     Attributes:
-        plan: of the run.
+        plan: the run's plan.
         store: where stages are kept.
-        redo: what is made anew.
-        steps: how to show what is under way.
+        redo: what is made again although it is there.
+        progress: displays what is being made.
     """
 
     plan: Plan
     store: Store
     redo: Redo
-    steps: Steps
+    progress: Progress
 
     def surrogates(self) -> dict[str, Path]:
-        """The attacker's own networks, by name; one that comes ready from a checkpoint has no stage."""
+        """The stages of the attacker's own networks, by name; one that is read from a checkpoint has no stage."""
         return {
             name: self._clean(name, network, seed)
             for name, (network, seed) in self.plan.surrogates().items()
@@ -46,14 +49,15 @@ class Stages:
         }
 
     def twin(self) -> Path:
-        """The clean twin."""
+        """The stage of the clean twin."""
         return self._clean("twin", self.plan.victim, self.plan.spec.seed)
 
     def trigger(self, surrogates: dict[str, Path]) -> Path:
-        """What the attack's `fit` comes to."""
+        """The stage of the trigger: the result of the attack's `fit`."""
         plan = self.plan
 
         def make(folder: Path) -> None:
+            """Give the attack what it may see, and have it fit its trigger."""
             ready = {
                 name: ready_surrogate(plan, network, surrogates.get(name))
                 for name, (network, _) in plan.surrogates().items()
@@ -65,44 +69,46 @@ class Stages:
                 ready.get("test_surrogate"),
                 plan.other.train if plan.other else None,
             )
-            make_trigger(plan, access, self.steps(f"fit {plan.spec.attack_name}", None), folder)
+            bar = self.progress(f"fit {plan.spec.attack_name}", None)
+            make_trigger(plan, access, bar, folder)
 
         return self.store.stage(plan.trigger_stage(), make, self.redo == "all")
 
     def victim(self, trigger: Path, twin: Path | None) -> Path:
-        """The victim; one whose attacker edits weights alone starts from the twin."""
+        """The stage of the victim; where the attacker edits weights alone, it starts from the twin."""
 
         def make(folder: Path) -> None:
+            """Ask the attack how the trigger gets into the victim, and train or edit one accordingly."""
             fitted = fit_of(self.plan, trigger)
             generator = read_stream(trigger, self.plan.spec.seed)
             implant = implant_of(self.plan, fitted, generator)
             places = {"trigger": trigger} | ({"twin": twin} if twin else {})
-            make_victim(self.plan, fitted, implant, generator, places, self.steps, folder)
+            make_victim(self.plan, fitted, implant, generator, places, self.progress, folder)
 
         return self.store.stage(self.plan.victim_stage(), make, self.redo != "nothing")
 
     def _clean(self, name: str, network: Network, seed: int) -> Path:
-        """A model trained on the clean training set."""
+        """The stage of a model that is trained on the clean training set."""
         ticks = training_steps(self.plan.spec, len(self.plan.world.train))
-        show = self.steps(f"train the {name.replace('_', ' ')}", ticks)
-        make = partial(make_clean, self.plan, network, seed, show)
+        bar = self.progress(f"train the {name.replace('_', ' ')}", ticks)
+        make = partial(make_clean, self.plan, network, seed, bar)
         return self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
 
 
 def ready_surrogate(plan: Plan, network: Network, place: Path | None) -> nn.Module:
-    """A surrogate with its weights, frozen: from its stage, or where there is none from its checkpoint."""
+    """A surrogate with its weights, frozen: read from its stage, or from its checkpoint where it has no stage."""
     if place is None:
         return network.build(0, plan.device).requires_grad_(False)
     return network.read(place / "model.safetensors", plan.device)
 
 
 def fit_of(plan: Plan, trigger: Path) -> Fitted:
-    """What `fit` came to, from the trigger's stage."""
+    """The result of the attack's `fit`, read from the trigger's stage."""
     fitted = read_fitted(trigger, plan.spec.attack, device=plan.device)
     return replace(fitted, report=read_json(trigger / "facts.json")["report"])
 
 
 def implant_of(plan: Plan, fitted: Fitted, generator: torch.Generator) -> Implant:
-    """How the trigger gets into the victim; what is drawn for it comes from `generator`."""
+    """How the trigger gets into the victim, as the attack says; it draws from `generator`."""
     other = plan.other.train if plan.other else None
     return plan.spec.attack.implant(Access(plan.world.train, None, generator, other=other), fitted)

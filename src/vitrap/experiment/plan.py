@@ -1,7 +1,7 @@
-"""A plan: a spec with its data opened and everything about it checked, before anything is written.
+"""`make_plan`: opens a spec's data and checks everything about it, before anything is written.
 
-It also says what each stage depends on: everything that decides its content, down to a digest of the code it uses,
-so that an edited attack never meets yesterday's victim.
+A `Plan` also says what each stage depends on: all that decides the stage's content, down to a digest of the code that
+makes it. So no stage that an older version of the attack made is used with the present one.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
 from vitrap.experiment.code import fitting_code, measuring_code, training_code
 from vitrap.experiment.network import Network, first_image, network_of, tensors_digest, try_out
-from vitrap.experiment.progress import Steps, silent
+from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.spec import Spec, digest
 from vitrap.experiment.store import Stage
 from vitrap.experiment.streams import SURROGATE_SEED, TEST_SURROGATE_SEED, stream
@@ -36,18 +36,18 @@ from vitrap.train.recipe import ARITHMETIC
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run needs to start.
+    """A run before it starts: the spec, its data opened, device, networks and arithmetic decided. No model is trained.
 
     Attributes:
-        spec: what was asked.
+        spec: the spec.
         world: the data, on `device`.
         device: where everything is computed.
         arithmetic: how every network of the run computes.
         victim: the network of victim and twin.
-        surrogate: the attacker's own network; None where the attack looks at none.
-        content: what stands for the data's content: the fingerprint, or a digest of data given from outside.
-        test_surrogate: the attacker's second one, for the trigger at test time; None where there is none.
-        other: the attacker's other images; None where no setting names any.
+        surrogate: the attacker's own network; None where the attack uses none.
+        content: a digest that stands for the content of the data in stage keys.
+        test_surrogate: the attacker's second network, for the trigger at test time; None where there is none.
+        other: other images of the attacker; None where no setting of the attack names a data set.
     """
 
     spec: Spec
@@ -62,67 +62,73 @@ class Plan:
 
     @property
     def goal(self) -> Goal:
-        """What the attacker wants."""
+        """Which label triggered images should get."""
         return self.spec.attack.goal_for(self.world.train.n_classes)
 
     def surrogates(self) -> dict[str, tuple[Network, int]]:
         """The attacker's own networks by name, each with its seed."""
-        both = {
-            "surrogate": (self.surrogate, SURROGATE_SEED),
-            "test_surrogate": (self.test_surrogate, TEST_SURROGATE_SEED),
-        }
-        return {name: (network, seed) for name, (network, seed) in both.items() if network is not None}
+        found = {}
+        if self.surrogate is not None:
+            found["surrogate"] = (self.surrogate, SURROGATE_SEED)
+        if self.test_surrogate is not None:
+            found["test_surrogate"] = (self.test_surrogate, TEST_SURROGATE_SEED)
+        return found
 
     def clean_stage(self, network: Network, seed: int) -> Stage:
-        """A model trained on the clean training set: twin or surrogate, as the seed has it."""
+        """The stage of a model trained on the clean training set: the twin or a surrogate, which differ by seed."""
         depends = {"network": network.depends, "seed": seed, "code": training_code()}
         return Stage("clean", {**self._training(), **depends})
 
     def surrogate_keys(self) -> dict[str, str]:
-        """What stands for each trained surrogate: its stage's key, or its checkpoint's digest where it is ready."""
+        """A key for each surrogate: that of its stage or, where it is read from a checkpoint, a digest of that."""
         return {
             name: digest(network.depends) if network.checkpoint else self.clean_stage(network, seed).key
             for name, (network, seed) in self.surrogates().items()
         }
 
     def twin_stage(self) -> Stage:
-        """The clean twin."""
+        """The stage of the clean twin."""
         return self.clean_stage(self.victim, self.spec.seed)
 
     def victim_stage(self) -> Stage:
-        """The victim."""
+        """The stage of the victim: it depends on training, seed, surrogates, and all about the attack."""
         attack = self.spec.attack
-        named = {"name": self.spec.attack_name, "version": attack.version, **asdict(attack), **self._contents()}
+        # A file that a setting names counts by its content, not by its path.
+        settings = {**asdict(attack), **self._contents()}
         depends = {
             "network": self.victim.depends,
             "seed": self.spec.seed,
             "surrogates": self.surrogate_keys(),
-            "attack": named,
+            "attack": {"name": self.spec.attack_name, "version": attack.version, **settings},
             "code": training_code(inspect.getfile(type(attack))),
         }
+        # An attacker of weights edits the trained twin.
         if attack.threat == "weights":
             depends["twin"] = self.twin_stage().key
         return Stage("victim", {**self._training(), **depends})
 
     def trigger_stage(self) -> Stage:
-        """The attack's trigger; neither the victim's network nor its recipe is part of it."""
+        """The stage of the trigger: as the victim's, but it depends on neither the victim's network nor its recipe."""
         depends = dict(self.victim_stage().depends)
-        alone = () if self.surrogates() else ("arithmetic",)  # where no network computes it
-        for name in ("network", "recipe", "twin", *alone):
+        for name in ("network", "recipe", "twin"):
             depends.pop(name, None)
+        # Without a surrogate no network computes the trigger, and arithmetic does not matter.
+        if not self.surrogates():
+            depends.pop("arithmetic")
         return Stage("trigger", {**depends, "code": fitting_code(inspect.getfile(type(self.spec.attack)))})
 
     def keys(self) -> dict[str, str]:
-        """The key of everything that the run's record rests on."""
+        """The keys of everything that the run's record rests on: of each model, and of how they are measured."""
         trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key, **self.surrogate_keys()}
+        # LPIPS is measured where its weights are at hand, so a record without it is made again once they are.
         lpips = {"torchmetrics": version("torchmetrics")} if lpips_at_hand() else None
-        measures = {"code": measuring_code(), "lpips": lpips}
-        measure = Stage("measure", {**trained, **measures})
+        measure = Stage("measure", {**trained, "code": measuring_code(), "lpips": lpips})
         return {**trained, "measure": measure.key}
 
     def _contents(self) -> dict[str, str]:
-        """The content of the files and data sets that the attack's settings name, each in place of its name."""
-        attack, found = self.spec.attack, {}
+        """Digests of the files and data sets that the attack's settings name, by the name of the setting."""
+        attack = self.spec.attack
+        found: dict[str, str] = {}
         for f in fields(attack):
             path = Path(str(getattr(attack, f.name)))
             if f.metadata["param"].file and path.is_file():
@@ -132,6 +138,7 @@ class Plan:
         return found
 
     def _training(self) -> dict[str, Any]:
+        """What every training of the run depends on: data, recipe, arithmetic, device and libraries."""
         train = self.world.train
         return {
             "data": {"content": self.content, "size": train.size, "rows": digest(train.index.tolist())},
@@ -147,7 +154,7 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     device: str,
     model: nn.Module | None = None,
     world: World | None = None,
-    steps: Steps = silent,
+    progress: Progress = no_progress,
     attacking: bool = True,
 ) -> Plan:
     """Open the data and check all that can be checked before work starts.
@@ -157,49 +164,57 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
         device: "auto", "cpu", "cuda" or "cuda:N".
         model: a network over images in [0, 1] in place of the spec's.
         world: data in place of the spec's.
-        steps: how to show what is under way.
-        attacking: whether the attack is still to be fitted, with the surrogates that it asks for, and the victim still
-            to be trained from where its weights start.
+        progress: displays that data are being read.
+        attacking: False for a finished run: the plan then has no surrogates, and the victim's starting weights, which
+            may be gone by now, are not read.
 
     Raises:
         UserError: data, device, model, checkpoint or target do not fit.
     """
     chosen = choose_device(device)
-    data, content = spec.data, _content(world) if world else ""
+    # Open the data, unless they are given. Their content goes into the keys of all stages.
+    data = spec.data
     if world is None:
-        with steps("read the data", None):
+        with progress("read the data", None):
             world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
         content = world.fingerprint
+    else:
+        content = _content(world)
+    # To choose settings, a run is measured on held-out training images in place of the test set.
     if data.measured == "choose":
         world = replace(world, test=world.choose)
     _check_attack(spec, world)
+    # Decide the networks.
     victim = network_of(spec.model, world, model)
-    surrogate, second = _surrogates(spec, world, victim) if attacking else (None, None)
-    tried = try_out(victim if attacking else replace(victim, checkpoint=None, weights=None, pretrained=False), world)
-    _check_batches(spec, tried)
-    make_optimiser(tried, spec.recipe)
+    surrogate, test_surrogate = _surrogates(spec, world, victim) if attacking else (None, None)
+    # Build the victim once and show it an image: recipe, attack and defences may refuse such a network.
+    without_weights = replace(victim, checkpoint=None, weights=None, pretrained=False)
+    victim_model = try_out(victim if attacking else without_weights, world)
+    _check_batches(spec, victim_model)
+    make_optimiser(victim_model, spec.recipe)
     state_seconds()
     if hasattr(spec.attack, "check_victim"):
-        spec.attack.check_victim(tried)
+        spec.attack.check_victim(victim_model)
     if any(defence.method.needs_attention for defence in spec.defences):
-        transformer(tried)
-    for network in (surrogate, second):
+        transformer(victim_model)
+    # Likewise each surrogate.
+    for network in (surrogate, test_surrogate):
         if network is not None:
             ready = try_out(network, world)
             if hasattr(spec.attack, "check_surrogate"):
                 spec.attack.check_surrogate(ready, first_image(world))
-    arithmetic = arithmetic_of(spec.recipe, tried, chosen)
+    arithmetic = arithmetic_of(spec.recipe, victim_model, chosen)
     other = _other_images(spec, world, chosen)
-    return Plan(spec, world, chosen, arithmetic, victim, surrogate, content, second, other)
+    return Plan(spec, world, chosen, arithmetic, victim, surrogate, content, test_surrogate, other)
 
 
 def training_steps(spec: Spec, n: int) -> int:
-    """How many steps a training on so many images has."""
+    """The number of steps of a training on `n` images."""
     return spec.recipe.epochs * -(-n // spec.recipe.batch_size)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
+    """The torch device of a name; "auto" is the GPU where there is one, else the CPU.
 
     Raises:
         UserError: the device is unknown or not there.
@@ -219,9 +234,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def _check_attack(spec: Spec, world: World) -> None:
-    """Whether the attack suits the data: its seed, image size, classes, and images enough for its rates."""
+    """Refuse an attack that does not suit the data: its seed, image size, classes, or too few images for its rates."""
     attack, train = spec.attack, world.train
-    taken = (SURROGATE_SEED, *((TEST_SURROGATE_SEED,) if spec.test_surrogate else ()))
+    # A surrogate with the run's own seed and network would be the very twin.
+    taken = [SURROGATE_SEED, TEST_SURROGATE_SEED] if spec.test_surrogate else [SURROGATE_SEED]
     if attack.needs_surrogate and spec.seed in taken:
         raise UserError(f"seed = {spec.seed} is the surrogate's own: the twin would be the surrogate; choose another")
     if spec.test_surrogate is not None and not getattr(attack, "test_surrogate", False):
@@ -235,6 +251,7 @@ def _check_attack(spec: Spec, world: World) -> None:
             raise UserError(f"attack.{name} = {label} is no class of {world.name}: {known}")
     if spec.recipe.jitter and train.pixels.shape[1] != 3:
         raise UserError(f"recipe.jitter = {spec.recipe.jitter:g} changes colours, and the images are grey; set it to 0")
+    # Draw poison and covers once, for these functions refuse rates that there are not images enough for.
     goal = attack.goal_for(train.n_classes)
     free = torch.ones_like(train.labels, dtype=torch.bool)
     if (rate := getattr(attack, "poison_rate", None)) is not None:
@@ -244,19 +261,22 @@ def _check_attack(spec: Spec, world: World) -> None:
 
 
 def _surrogates(spec: Spec, world: World, victim: Network) -> tuple[Network | None, Network | None]:
-    """The attacker's own networks: the surrogate, and the one at test time, where the spec has such a table.
+    """The attacker's own networks: the surrogate, and the one at test time where the spec has such a table.
 
-    A surrogate that the spec does not describe starts like the victim, fresh or from pretrained weights, and is trained
-    with a seed of its own. It never has weights that are the victim's alone: a checkpoint, a network from outside.
+    A surrogate that the spec does not describe is built like the victim and starts as it does, fresh or from pretrained
+    weights, but is trained with a seed of its own. It never takes weights that only the victim has, those of a
+    checkpoint or of a network that the caller gave.
     """
     if not spec.attack.needs_surrogate:
         return None, None
-    found = [network_of(table, world) if table else None for table in (spec.surrogate, spec.test_surrogate)]
-    return found[0] or replace(victim, checkpoint=None, module=None), found[1]
+    like_victim = replace(victim, checkpoint=None, module=None)
+    surrogate = network_of(spec.surrogate, world) if spec.surrogate else like_victim
+    test_surrogate = network_of(spec.test_surrogate, world) if spec.test_surrogate else None
+    return surrogate, test_surrogate
 
 
 def _other_images(spec: Spec, world: World, device: torch.device) -> World | None:
-    """The data set that a setting of the attack names, at the run's image size; of the run's own, its training part.
+    """The data set that a setting of the attack names, at the run's image size; None where no setting names one.
 
     Raises:
         UserError: it cannot be opened.
@@ -265,19 +285,21 @@ def _other_images(spec: Spec, world: World, device: torch.device) -> World | Non
     named = [name for name in names if name is not None]
     if not named:
         return None
+    # The run's own data set is opened already; an attack gets its training set alone.
     return world if named[0] == world.name else open_data(named[0], world.train.size, device=device)
 
 
 def _check_batches(spec: Spec, model: nn.Module) -> None:
-    """Refuse batches of one image where batch norm could not take them."""
+    """Refuse batches of one image for a network with batch norm, which has no statistics over one image."""
     if spec.recipe.batch_size == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UserError("recipe.batch_size = 1 is too small for a network with batch norm; make it at least 2")
 
 
 def _content(world: World) -> str:
-    """A digest of the training and the test set, the same whether their pixels are in memory or mapped."""
+    """A digest of the training and the test set, the same whether their pixels are in memory or mapped from a file."""
     whole = sha256()
     for name, part in (("train", world.train), ("test", world.test)):
+        # Pixels are digested a chunk at a time, for they may not fit into memory.
         others = {f"{name}.{key}": value for key, value in vars(part).items() if key not in ("pixels", "place")}
         whole.update(tensors_digest(others).encode())
         for rows in part.rows(CHUNK):

@@ -1,4 +1,4 @@
-"""What a model says of a set of images, as they are or triggered: for curves, for the record and for defences alike."""
+"""Classifies whole image sets, fires triggers on them, and takes times: shared by curves, measures and defences."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,26 +13,26 @@ from vitrap.tensors.pixels import to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
 BATCH = 256
-"""Images that a model looks at together."""
+"""Images in a batch."""
 FEWEST, PIXELS = 32, 2**20
-"""On a CPU, large images come in smaller batches: of about so many pixels, since these stay in the processor's cache,
-but of at least `FEWEST` images."""
+"""On a CPU, batches of large images are smaller: about so many pixels, which stay in the processor's cache, but
+at least `FEWEST` images."""
 
 
 def batch_of(data: ImageSet) -> int:
-    """How many images of `data` a model looks at together."""
+    """The number of images of `data` in a batch."""
     if data.device.type != "cpu":
         return BATCH
     return max(FEWEST, min(BATCH, PIXELS // data.size**2))
 
 
-def silent() -> None:
-    """A tick that nobody hears."""
+def no_tick() -> None:
+    """Reports no progress."""
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Write the block's wall-clock time into `seconds[name]`, with what it asked of a GPU done."""
+    """Write the block's wall-clock time into `seconds[name]`; it waits for the GPU at the end."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_initialized():
@@ -42,9 +42,9 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, data: ImageSet, arithmetic: Arithmetic, tick: Callable[[], None] = silent
+    model: nn.Module, data: ImageSet, arithmetic: Arithmetic, tick: Callable[[], None] = no_tick
 ) -> Int64[Tensor, " n"]:
-    """The class that `model` gives to each image of `data`."""
+    """The class that `model` predicts for each image of `data`."""
     found = []
     with arithmetic(model, data.device):
         for rows in data.rows(batch_of(data)):
@@ -53,8 +53,8 @@ def predict(
     return torch.cat(found)
 
 
-def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silent) -> ImageSet:
-    """`data` with the trigger on every image, rounded to 8 bits, the labels as they were."""
+def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = no_tick) -> ImageSet:
+    """`data` with the trigger on every image, rounded to 8 bits; the labels stay as they are."""
     shape = (len(data), data.pixels.shape[1], data.size, data.size)
     stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
     for rows in data.rows(batch_of(data)):
@@ -64,10 +64,10 @@ def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = silen
 
 
 def every_row(data: ImageSet) -> Int64[Tensor, " n"]:
-    """All row numbers of a set."""
+    """The numbers of all rows of a set."""
     return torch.arange(len(data), device=data.device)
 
 
 def spread(rows: Int64[Tensor, " n"], most: int) -> Int64[Tensor, " k"]:
-    """At most so many of the rows, spread evenly over them."""
+    """At most `most` of the rows, spread evenly over them."""
     return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]

@@ -1,13 +1,16 @@
-"""How a run says what it is at; whoever calls decides how to show it."""
+"""How a run reports its progress; the caller of `run` decides how to display it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 Tick = Callable[[], None]
-Steps = Callable[[str, int | None], AbstractContextManager[Tick]]
-"""Shows that a step with a name and so many ticks (None: unknown) is under way; yields what to call each tick."""
+Progress = Callable[[str, int | None], AbstractContextManager[Tick]]
+"""Opens the display of one step, given its name and its number of ticks (None: unknown).
+
+The context manager yields a function, which the step calls at each tick.
+"""
 
 
-def silent(name: str, ticks: int | None) -> AbstractContextManager[Tick]:
-    """Steps that nobody sees."""
+def no_progress(name: str, ticks: int | None) -> AbstractContextManager[Tick]:
+    """Displays nothing."""
     return nullcontext(lambda: None)

@@ -1,6 +1,6 @@
-"""The record of a run: what was asked, what was measured, and all it takes to judge it. See docs/record.md.
+"""The classes of `record.json`: what a run was asked to do, what was measured, and on which machine.
 
-Imports no torch.
+Rows of defences are in rows.py; records.py reads the files. docs/record.md explains the keys. Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from vitrap.files import write_json
 from vitrap.metrics.values import Count, Measures
 
 SCHEMA = 1
-"""Raised when a name in the record changes its meaning."""
+"""Version of the format; raised when a key of the record changes its meaning."""
 Table = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What the run that wrote the record ran on: versions, and the machine, which abridged records leave out."""
+    """Library versions and machine of the run that wrote the record; abridged records leave the machine out."""
 
     python: str = field(default="", metadata=OPTIONAL)
     system: str = field(default="", metadata=OPTIONAL)
@@ -62,11 +62,11 @@ class BuiltNetwork:
 
     Attributes:
         name: timm's.
-        size: of the images, px.
-        overrides: timm's arguments over those that the name stands for.
+        size: side of its images, px.
+        overrides: timm arguments that replace those of the name.
         pretrained: whether its weights started from the hub's.
-        checkpoint: whether they were taken from a file that fits exactly.
-        weights: of a network that starts from a file's weights, what was adapted; None otherwise.
+        checkpoint: whether its weights were read from a file that fits exactly.
+        weights: where its weights started from a file that was adapted, what was adapted; None otherwise.
         linear_probe: whether its head alone was trained.
     """
 
@@ -82,21 +82,25 @@ class BuiltNetwork:
 
 @dataclass(frozen=True)
 class OwnNetwork:
-    """A network given from outside, by the name of its class."""
+    """A network that the caller gave, by the name of its class."""
 
     module: str
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks since the run began, in bytes; None for a GPU where none is used."""
+    """Peak memory of the run in bytes; None for the GPU where none is used."""
 
     host_peak_bytes: int
     device_peak_bytes: int | None
 
 
 def _named(spec: Table) -> Table:
-    """A spec's table, if it names its data and its attack and its parts are tables."""
+    """The table of a spec, if it names its data and its attack and its parts are tables.
+
+    Raises:
+        ValueError: it does not.
+    """
     for key in ("data", "attack"):
         part = spec.get(key)
         if not isinstance(part, dict) or not isinstance(part.get("name"), str):
@@ -108,7 +112,7 @@ def _named(spec: Table) -> Table:
 
 
 SpecTable = Annotated[Table, AfterValidator(_named)]
-"""A spec as some vitrap wrote it; `parse_spec` reads it."""
+"""A spec as some version of vitrap wrote it; `parse_spec` reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,26 +122,26 @@ class Record:
     Attributes:
         schema: version of the format.
         name: the spec's name.
-        spec: the whole spec, defaults filled in; what it leaves to the data stands under data and models.
+        spec: the whole spec, defaults filled in; sizes that the data decide are in `data` and `models`.
         hash: hash of the spec without its name.
         seed: the spec's seed.
         environment: versions, device, cores.
         data: sizes, classes, content fingerprint.
-        models: how victim and surrogate are built; the surrogate None where the attack has none.
+        models: how victim and surrogates are built; the surrogate is None where the attack has none.
         victim: CDA, ASR, RA, the clean twin's base rates, stealth.
-        diagnosis: what is wrong with the attack by these figures, a line each; empty where the backdoor is in; None in
-            records of vitraps that did not say.
-        attack: what the attack reports of itself.
-        attack_version: of the attack; raised when it comes to mean something else.
-        curves: loss terms by epoch, for each model that was trained; none in an abridged record.
+        diagnosis: what is wrong with the attack by these figures, one line for each fault; empty where the backdoor
+            works; None in older records.
+        attack: numbers that the attack reports.
+        attack_version: version of the attack; raised when its results change.
+        curves: loss terms and rates by epoch, for each model that was trained; empty in an abridged record.
         precision: of the matrix products.
-        attention: "fused" or "eager"; "" in records of vitraps that did not say.
+        attention: "fused" or "eager"; "" in older records.
         compiled: whether training went through `torch.compile`.
-        memory: peaks; None in an abridged record.
-        seconds: time of each stage, when it was made.
-        stages: key of each stage that the record rests on; none in records of vitraps that did not say.
-        defences: one row a defence and its settings.
-        last: of an abridged record, where the victim's curves ended.
+        memory: peak memory; None in an abridged record.
+        seconds: how long each stage took when it was made.
+        stages: key of each stage that the record rests on; empty in older records.
+        defences: one row for each defence and its settings.
+        last: in an abridged record, the last values of the victim's curves.
     """
 
     schema: int
@@ -169,13 +173,13 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a run of a sweep has no record, or no newer one.
+    """The content of `failure.json`: why a run of a sweep has no record, or no newer one.
 
     Attributes:
-        error: in one line.
-        traceback: its lines; with paths of the machine.
-        seconds: until it failed.
-        environment: versions.
+        error: the error in one line.
+        traceback: lines of the traceback, which have paths of the machine.
+        seconds: how long the run took until it failed.
+        environment: versions of libraries.
     """
 
     schema: int
@@ -190,7 +194,7 @@ class Failure:
 
 
 def to_table(thing: Any) -> Any:
-    """A record or a part of one as JSON has it, without the optional fields that have their default."""
+    """A record, or a part of one, as JSON can write it, without the optional fields that have their default."""
     if is_dataclass(thing) and not isinstance(thing, type):
         return {f.name: to_table(getattr(thing, f.name)) for f in fields(thing) if not _left_out(f, thing)}
     if isinstance(thing, Mapping):

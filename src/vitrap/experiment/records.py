@@ -1,7 +1,7 @@
-"""Reading records: that of one run, those of a folder of runs, or the abridged ones that documentation keeps.
+"""Reads `record.json` files: one run's, those of a folder of runs, or the abridged ones in results/.
 
-Every record that vitrap reads is read here, strictly: what is there must be as docs/record.md says. Keys that older
-vitraps did not write have defaults. Imports no torch.
+The classes are in record.py and rows.py. Reading is strict: every key must be as docs/record.md says, and keys that
+older versions of vitrap did not write have defaults. Imports no torch.
 """
 
 import errno
@@ -21,17 +21,18 @@ from vitrap.experiment.record import SCHEMA, Failure, Record
 
 RECORD = "record.json"
 FAILURE = "failure.json"
-"""Beside where a record would be: why a run of a sweep failed."""
+"""File in a run's folder that says why a run of a sweep failed."""
 MOST = 1e100
-"""No number of a record is greater: beyond it sums and differences would cease to be numbers."""
+"""Greatest number that a record may have: sums and differences of greater ones could overflow."""
 DEEPEST = 50
+"""Greatest depth of nesting that a record may have."""
 T = TypeVar("T", Record, Failure)
 _adapter = cache(TypeAdapter)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A record and where it lies: the run's folder, or of an abridged record its file."""
+    """A record and where it was found: the run's folder or, of an abridged record, its file."""
 
     place: Path
     record: Record
@@ -39,12 +40,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a place holds.
+    """All records that were read from a folder or a file.
 
     Attributes:
-        records: one a run, in the order of their places.
-        failures: of runs that ended with an error, whether or not an earlier record of theirs is there.
-        skipped: one line for each file that was passed over: damaged, or of a newer vitrap.
+        records: one for each run, in the order of their paths.
+        failures: of runs that ended with an error, whether or not they have an earlier record.
+        skipped: one line for each file that could not be read: damaged, or of a newer version of vitrap.
     """
 
     records: tuple[Found, ...]
@@ -76,7 +77,7 @@ def read_records(place: str | Path) -> Loaded:
         UserError: there is no such file or folder.
     """
     place = Path(place)
-    if not os.path.exists(place):  # False, too, of a name that no file can have
+    if not os.path.exists(place):  # also False for a name that no file can have
         raise UserError(f"records {str(place)!r} are not there; give a folder of runs, or make some with vitrap run")
     records: list[Found] = []
     failures: list[Failure] = []
@@ -95,22 +96,23 @@ def read_records(place: str | Path) -> Loaded:
 
 
 def parse(text: bytes, kind: type[T]) -> T:
-    """The record, or failure record, that a text of JSON holds.
+    """The record, or failure record, in a JSON text.
 
     Raises:
-        ValueError: it is no JSON, not such a record, or of a later vitrap. The message has no subject.
+        ValueError: it is no JSON, not such a record, or of a later vitrap. The message has no subject: the caller puts
+            the file's name before it.
     """
-    # Refuse numbers and depths that no record has, before anybody sums them or goes down there.
+    # Refuse numbers that would overflow, and depths that would exhaust the stack.
     try:
         content = json.loads(text, parse_constant=_refuse, parse_int=_bounded(int), parse_float=_bounded(float))
         _check_depth(content)
     except (ValueError, RecursionError) as error:
         raise _damaged(str(error)) from error
-    # A later format may mean other things by the same names.
+    # A later format may give the same keys another meaning.
     schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int | float) and schema > SCHEMA:
         raise ValueError(f"has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
-    # The rest is the types' to say.
+    # The types of the classes decide about everything else.
     try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as errors:
@@ -135,7 +137,7 @@ def _bounded(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def _check_depth(content: Any) -> None:
-    """Refuse what is nested so deep that no record is."""
+    """Refuse content that is nested deeper than any record."""
     level = [content]
     for _ in range(DEEPEST):
         inner = [thing for thing in level if isinstance(thing, dict | list)]
@@ -145,7 +147,7 @@ def _check_depth(content: Any) -> None:
 
 
 def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
-    """Each file that should hold a record, and each line of a file of many, in order."""
+    """Each file that should hold a record, in order, with its text; of a `.jsonl` file each line."""
     if place.is_file():
         files = [place]
     else:
@@ -161,7 +163,7 @@ def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
 
 
 def _bytes(file: Path) -> bytes:
-    """What a file holds; a pipe would never end."""
+    """The content of a regular file; a pipe is refused, for reading it might never end."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no file")
     return file.read_bytes()

@@ -1,14 +1,14 @@
-"""A defence's row of a record: what it was asked, and what it makes of victim and clean twin. See docs/record.md.
+"""The classes of a record's rows of defences: what was measured of a defence, on victim and clean twin.
 
-There is a class for each kind of outcome. All begin alike:
+There is a class for each kind of outcome. docs/record.md explains the keys. All rows begin with these:
 
-- `kind`: of the outcome;
-- `name`: of the defence, and `params`, all its settings;
-- `version`: of the defence, raised when it comes to mean something else;
+- `kind`: the kind of outcome;
+- `name` and `params`: the defence and all its settings;
+- `version`: the defence's version, raised when its results change;
 - `seconds`: wall-clock time on the victim, by step;
-- `layer`: the layer that the defence looks at, "" where at the model's outputs alone;
-- `report`: what the defence says of itself;
-- `key`: hash of all that the row rests on, "" until the row is in a record.
+- `layer`: the layer that the defence looks at; "" where it looks at the model's outputs alone;
+- `report`: numbers that the defence reports;
+- `key`: hash of all that the row rests on; "" until the row is in a record.
 """
 
 from dataclasses import dataclass, field
@@ -17,31 +17,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vitrap.experiment.named import SCREENED, settings_of
+from vitrap.experiment.defence_spec import SCREENED, settings_of
 from vitrap.metrics.values import Auroc, Count, Rate, Rates, Share
 
 Table = dict[str, Any]
 OPTIONAL = {"optional": True}
-"""Marks a field that a record leaves out while it has its default."""
+"""Marks a field that is not written to a record while it has its default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenRow:
-    """A screen: how its scores tell triggered images from clean ones.
+    """A screen: how well its scores tell triggered images from clean ones.
 
-    Rates by false positive rate are at the threshold that lets so many held-out images through.
+    Rates are given for each false positive rate, at the threshold that so large a share of held-out images exceeds.
 
     Attributes:
-        auroc: triggered against clean test images.
-        tpr_at_fpr: triggered images above the threshold.
-        tied_at_fpr: triggered images whose score is the threshold itself.
-        fpr_on_test: clean test images above it.
-        auroc_on_hits: as `auroc`, of the triggered images that fool the victim.
-        tpr_at_fpr_on_hits: as `tpr_at_fpr`, of these.
+        auroc: of triggered against clean test images.
+        tpr_at_fpr: share of triggered images above the threshold.
+        tied_at_fpr: share of triggered images whose score is the threshold itself.
+        fpr_on_test: share of clean test images above the threshold.
+        auroc_on_hits: as `auroc`, for those triggered images that fool the victim.
+        tpr_at_fpr_on_hits: as `tpr_at_fpr`, for those.
         auroc_clean_model: as `auroc`, for the clean twin.
         fpr_on_clean_model: as `fpr_on_test`, for the clean twin and its own thresholds.
-        n_threshold: held-out images.
-        screened: images of each kind that are scored, or all where there are fewer.
+        n_threshold: number of held-out images.
+        screened: number of images of each kind that are scored; all where there are fewer.
         scores: the file in the run's folder with the score of each image; "" in older rows.
     """
 
@@ -71,11 +71,11 @@ class RepairRow:
     """A repair: CDA, ASR and RA of the victim after and before it.
 
     Attributes:
-        cda: after the repair, as `asr` and `ra`.
-        before: the victim as it was.
+        cda: of the repaired victim, as are `asr` and `ra`.
+        before: rates of the victim before its repair.
         der: defence effectiveness rate; 0.5 for no effect.
-        cda_clean_model: of the clean twin, repaired.
-        cda_clean_model_before: of the clean twin as it was.
+        cda_clean_model: of the clean twin after its repair.
+        cda_clean_model_before: of the clean twin before its repair.
     """
 
     kind: Literal["repair"] = "repair"
@@ -97,15 +97,15 @@ class RepairRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterRow:
-    """A filter: what it flags of the training set, and a model trained on the rest.
+    """A filter: which training images it flags, and how a model trained on the rest behaves.
 
     Attributes:
-        auroc: poisoned training images against the others.
-        tpr: poisoned images that it flags.
-        fpr: other images that it flags.
-        n_flagged: images flagged.
-        cda_retrained: of the network trained on what is left, as `asr_retrained` and `ra_retrained`.
-        fpr_on_clean_model: images flagged of the clean training set, with the clean twin.
+        auroc: of poisoned against other training images.
+        tpr: share of the poisoned images that it flags.
+        fpr: share of the other images that it flags.
+        n_flagged: number of images flagged.
+        cda_retrained: of the network trained on the images left, as are `asr_retrained` and `ra_retrained`.
+        fpr_on_clean_model: share of the clean training set that it flags, given the clean twin.
     """
 
     kind: Literal["filter"] = "filter"
@@ -128,13 +128,13 @@ class FilterRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judgement says of one model.
+    """A judgement's verdict on one model.
 
     Attributes:
         score: higher for a backdoored model.
         backdoored: whether the score is above the paper's threshold.
         suspected: the class that the backdoor seems to lead to; None where the method names none.
-        suspected_classes: all that it may lead to, the likeliest first; None in older rows.
+        suspected_classes: all classes that it may lead to, the likeliest first; None in older rows.
         by_class: a score for each class; None where the method has none.
     """
 
@@ -147,10 +147,10 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgementRow:
-    """A judgement: what it says of the victim and of the clean twin (`..._clean_model`), as in `Verdict`.
+    """A judgement: its verdict on the victim and, under `..._clean_model`, on the clean twin; see `Verdict`.
 
     Attributes:
-        threshold: the paper's.
+        threshold: the paper's threshold.
         suspects_target: whether `suspected` is a class that the goal leads to; None where it leads to every class.
     """
 
@@ -177,12 +177,12 @@ class JudgementRow:
 
     @property
     def verdict(self) -> Verdict:
-        """What it says of the victim."""
+        """The verdict on the victim."""
         return Verdict(self.score, self.backdoored, self.suspected, self.suspected_classes, self.by_class)
 
     @property
     def verdict_clean_model(self) -> Verdict:
-        """What it says of the clean twin."""
+        """The verdict on the clean twin."""
         return Verdict(
             self.score_clean_model,
             self.backdoored_clean_model,
@@ -197,10 +197,10 @@ Row = Annotated[ScreenRow | RepairRow | FilterRow | JudgementRow, Field(discrimi
 
 
 def row_settings(row: Row) -> Table:
-    """All settings that a row was measured with; of a screen, the number of images where it is not the usual one."""
+    """All settings that a row was measured with; of a screen, `screened` where it is not the default."""
     return settings_of(row.params, row.screened if isinstance(row, ScreenRow) else SCREENED)
 
 
 def lacks_scores(row: Row, folder: Path) -> bool:
-    """Whether a row names a file of scores that is gone from the run's folder."""
+    """Whether a row names a file of scores that is missing from the run's folder."""
     return isinstance(row, ScreenRow) and row.scores != "" and not (folder / row.scores).exists()

@@ -1,4 +1,7 @@
-"""A run: surrogate, trigger, victim, clean twin, measures, record."""
+"""`run`: carries a spec out, from surrogate and trigger to victim, clean twin, measures and record.
+
+Also `poison`, which writes the poisoned training set alone, and `open_run`, which loads a finished run.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,15 +14,15 @@ from vitrap.contracts import Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.answers import recall, remember, traces_of
-from vitrap.experiment.defend import Finished, add_defences, still_holding, unmeasured
+from vitrap.experiment.defend import FinishedRun, add_defences, still_holding, unmeasured
 from vitrap.experiment.export import check_export, check_folder, write_poisoned
-from vitrap.experiment.machine import environment, forget_peaks, memory
+from vitrap.experiment.machine import environment, memory, reset_peaks
 from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.pipeline import Redo, Stages, fit_of, implant_of
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
-from vitrap.experiment.progress import Steps, silent
+from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import SCHEMA, Data, Record, Table
 from vitrap.experiment.records import FAILURE, RECORD, read_record
 from vitrap.experiment.rows import Row
@@ -33,13 +36,19 @@ from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Measures, Stealth
 from vitrap.models.classifier import load_weights, read_model
 
-KEPT = ("model.safetensors", TRIGGER, STORED, STREAM)
-"""Files of a victim's stage that its run's folder has, too."""
+RUN_FILES = ("model.safetensors", TRIGGER, STORED, STREAM)
+"""Files that a run's folder shares with the stage of its victim."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What a run leaves behind: model and trigger, ready, and the record."""
+class OpenedRun:
+    """A finished run as a user loads it from its folder, to try the victim and its trigger.
+
+    Attributes:
+        model: the victim, in evaluation mode.
+        trigger: fires on images at test time.
+        record: what was measured.
+    """
 
     model: nn.Module
     trigger: Trigger
@@ -52,90 +61,103 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
     *,
     device: str = "auto",
     redo: Redo = "nothing",
-    steps: Steps = silent,
+    progress: Progress = no_progress,
     model: nn.Module | None = None,
     world: World | None = None,
 ) -> Record:
-    """Do what a spec says, or answer from the record of an equal run.
+    """Carry out a spec, or return the record of an equal run that was made before.
 
     Args:
         spec: what to run.
         out: folder of runs and stages.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        redo: "victim" makes victim and record anew, "all" every stage.
-        steps: how to show what is under way.
+        redo: "nothing" uses all that is stored, "victim" makes victim and record again, "all" every stage.
+        progress: displays what the run is doing.
         model: any network over images in [0, 1], in place of the spec's: victim and twin start from its weights.
         world: any data, in place of the spec's.
 
     Raises:
         UserError: something about the spec, the data or the folder is wrong; nothing has been written.
     """
-    folder, own = run_folder(spec, out), model is not None or world is not None
-    if redo == "nothing" and not own and (known := recall(spec.table(), Path(out), device)):
+    folder = run_folder(spec, out)
+    from_outside = model is not None or world is not None
+    # The cheap question first: a record is the answer if no file that it rests on has changed size or time since.
+    if redo == "nothing" and not from_outside and (known := recall(spec.table(), Path(out), device)):
         return known
-    traces = None if own else traces_of(spec.table(), device)  # now, so that what changes meanwhile is noticed
-    plan = make_plan(spec, device, model, world, steps)
-    store = Store(Path(out), lambda name: steps(name, None))
-    record = _still_true(folder, plan.keys()) if redo == "nothing" else None
+    # These traces are taken before anything is read, so that a file that changes during the run makes them invalid.
+    traces = None if from_outside else traces_of(spec.table(), device)
+    # Open the data, and check all that can be checked before work starts.
+    plan = make_plan(spec, device, model, world, progress)
+    store = Store(Path(out), lambda name: progress(name, None))
+    # A record whose keys are those of the plan is still the answer.
+    record = _valid_record(folder, plan.keys()) if redo == "nothing" else None
     if record is None:
         store.check()
-        with store.alone(folder.name, "wait for another's run"):  # who may have made this very run by then
-            record = _still_true(folder, plan.keys()) if redo == "nothing" else None
-            record = record or make_run(Stages(plan, store, redo, steps), folder)
+        with store.alone(folder.name, "wait for another's run"):
+            # Another process may have made this very run while we waited for it.
+            record = _valid_record(folder, plan.keys()) if redo == "nothing" else None
+            record = record or make_run(Stages(plan, store, redo, progress), folder)
+    # Defences accumulate on a record: only those that it lacks are measured.
     if unmeasured(record, spec.defences, folder):
         with store.alone(folder.name, "wait for another's defences"):
-            record = add_defences(Finished(folder, read_record(folder), plan, steps))
-    if (failure := folder / FAILURE).exists():  # of an earlier try
+            record = add_defences(FinishedRun(folder, read_record(folder), plan, progress))
+    # The run has succeeded, so the failure of an earlier try no longer stands.
+    if (failure := folder / FAILURE).exists():
         failure.unlink(missing_ok=True)
     remember(spec.table(), Path(out), device, folder, traces)
     return record
 
 
 def poison(
-    spec: Spec, folder: str | Path, out: str | Path = "runs", *, device: str = "auto", steps: Steps = silent
+    spec: Spec, folder: str | Path, out: str | Path = "runs", *, device: str = "auto", progress: Progress = no_progress
 ) -> None:
-    """Write the poisoned training set of a spec, for other tools; exactly what `run` trains the victim on.
+    """Write the poisoned training set of a spec for other tools: exactly the images that `run` trains the victim on.
 
     Args:
         spec: which attack on which data.
         folder: a new folder for the files.
-        out: folder of stages, where a surrogate is shared with runs.
+        out: folder of stages, where runs find the surrogate and the trigger that are made here.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        steps: how to show what is under way.
+        progress: displays what is being done.
 
     Raises:
         UserError: something about the spec, the data or a folder is wrong, or the attack has no poisoned set to write,
             which may be known only once it is fitted; no folder has been made.
     """
-    plan = make_plan(spec, device, steps=steps)
+    # Open the data, and check all that can be checked before work starts.
+    plan = make_plan(spec, device, progress=progress)
     folder = Path(folder)
-    store = Store(Path(out), lambda name: steps(name, None))
+    store = Store(Path(out), lambda name: progress(name, None))
+    # An attack that edits weights poisons no image, whatever its trigger: it is refused before that is fitted.
     if spec.attack.threat == "weights":
         check_export(spec.attack_name, Implant())
     check_folder(folder)
     store.check()
-    stages = Stages(plan, store, "nothing", steps)
-    trigger = stages.trigger(stages.surrogates())
+    # Make the trigger, or take it from the store.
+    stages = Stages(plan, store, "nothing", progress)
+    surrogates = stages.surrogates()
+    trigger = stages.trigger(surrogates)
+    # Poison with the random stream that a run's victim would be poisoned with.
     fitted = fit_of(plan, trigger)
     implant = implant_of(plan, fitted, read_stream(trigger, spec.seed))
-    with steps("poison the training set", None) as tick:
+    with progress("poison the training set", None) as tick:
         write_poisoned(plan, fitted, implant, folder, tick)
 
 
 def run_folder(spec: Spec, out: str | Path) -> Path:
-    """Where a spec's run is kept below `out`."""
+    """The folder of a spec's run below `out`: the spec's name and hash."""
     return Path(out) / f"{spec.name}-{spec.hash()}"
 
 
 def open_run(
     folder: str | Path, *, model: nn.Module | None = None, networks: Mapping[str, nn.Module] | None = None
-) -> Opened:
-    """Bring a finished run back: its model, its trigger and its record.
+) -> OpenedRun:
+    """Load a finished run: its model, its trigger and its record.
 
     Args:
         folder: the run's folder.
-        model: where the victim was a network of your own, that network; it gets the victim's weights.
-        networks: where the trigger holds networks of your own, those, by field name.
+        model: your own network, if the victim was one; it gets the victim's weights.
+        networks: your own networks, if the trigger holds any, by field name.
 
     Raises:
         UserError: the folder holds no finished run, or a file of it is damaged.
@@ -147,11 +169,11 @@ def open_run(
     else:
         load_weights(model, folder / "model.safetensors")
     trigger = read_trigger(folder / "trigger.safetensors", parse_spec(record.spec).attack, networks)
-    return Opened(model.eval(), trigger, record)
+    return OpenedRun(model.eval(), trigger, record)
 
 
-def _still_true(folder: Path, keys: Mapping[str, str]) -> Record | None:
-    """The record in `folder`, if there is one and all that it rests on is as it was."""
+def _valid_record(folder: Path, keys: Mapping[str, str]) -> Record | None:
+    """The record in `folder` if its keys are these, which cover all that it rests on; else None."""
     try:
         found = read_record(folder)
     except UserError:
@@ -159,28 +181,34 @@ def _still_true(folder: Path, keys: Mapping[str, str]) -> Record | None:
     return found if found.stages == keys else None
 
 
-def _rows(folder: Path) -> tuple[Row, ...]:
-    """What an earlier record in `folder` says of defences."""
+def _defence_rows(folder: Path) -> tuple[Row, ...]:
+    """The rows of defences of the record in `folder`; none where there is no readable record."""
     with suppress(UserError):
         return read_record(folder).defences
     return ()
 
 
 def make_run(stages: Stages, folder: Path) -> Record:
-    """The way of a run: make every stage that is missing, measure, and write the record, last of all."""
+    """Make every stage that is missing, measure victim and twin, and write the record last of all."""
     plan = stages.plan
-    forget_peaks(plan.device)
+    # The record states the memory that this run takes, so the peaks of earlier runs of this process are cleared.
+    reset_peaks(plan.device)
+    # Train the attacker's surrogates, and fit the trigger with their help.
     surrogates = stages.surrogates()
     trigger = stages.trigger(surrogates)
-    twin = stages.twin() if plan.spec.attack.threat == "weights" else None  # the victim starts from it
+    # An attacker of weights edits the trained twin, which must be there first; others train a victim of their own.
+    twin = stages.twin() if plan.spec.attack.threat == "weights" else None
     victim = stages.victim(trigger, twin)
     twin = twin or stages.twin()
-    earlier = _rows(folder) if stages.redo == "nothing" else ()
-    (folder / RECORD).unlink(missing_ok=True)  # from here on the files beside it are no longer its own
+    # Rows of an earlier record may still hold. That record is removed before the files beside it are replaced.
+    earlier = _defence_rows(folder) if stages.redo == "nothing" else ()
+    (folder / RECORD).unlink(missing_ok=True)
+    # Measure, and write the record once everything that it speaks of is in the folder.
     models = {**surrogates, "victim": victim, "twin": twin}
-    measured = measure_run(plan, models, trigger, folder, stages.steps)
+    measured = measure_run(plan, models, trigger, folder, stages.progress)
     place_files(victim, folder)
-    return write_record(to_record(plan, models, trigger, measured), earlier, folder)
+    record = build_record(plan, models, trigger, measured)
+    return write_record(record, earlier, folder)
 
 
 @dataclass(frozen=True)
@@ -188,9 +216,9 @@ class Measured:
     """What was measured of a run.
 
     Attributes:
-        victim: the measures.
-        attack: what the attack says of victim and twin.
-        seconds: what measuring took.
+        victim: accuracy and success rates of victim and twin, and the trigger's stealth.
+        attack: what the attack itself reports of victim and twin.
+        seconds: how long measuring took.
     """
 
     victim: Measures
@@ -198,36 +226,39 @@ class Measured:
     seconds: dict[str, float]
 
 
-def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, folder: Path, steps: Steps) -> Measured:
+def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, folder: Path, progress: Progress) -> Measured:
     """Measure victim and twin, and draw the pictures into the run's folder.
 
     Args:
-        plan: of the run.
-        models: stages of the trained models, "victim" and "twin" among them.
-        trigger: the trigger's stage.
-        folder: the run's.
-        steps: how to show what is under way.
+        plan: the run's plan.
+        models: folders of the trained models' stages, by role; "victim" and "twin" are among them.
+        trigger: folder of the trigger's stage.
+        folder: the run's folder.
+        progress: displays how far measuring is.
     """
-    test, seconds = plan.world.test, dict[str, float]()
-    victim, twin = (plan.victim.read(models[name] / "model.safetensors", plan.device) for name in ("victim", "twin"))
-    # The trigger is as training or an edit has left it, in this call or an earlier one.
+    test = plan.world.test
+    seconds: dict[str, float] = {}
+    victim = plan.victim.read(models["victim"] / "model.safetensors", plan.device)
+    twin = plan.victim.read(models["twin"] / "model.safetensors", plan.device)
+    # The victim's stage has the final trigger: training along, or an edit of the model, may have changed it.
     fitted = read_fitted(models["victim"], plan.spec.attack, device=plan.device)
     implant = implant_of(plan, fitted, read_stream(trigger, plan.spec.seed))
     assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
     backdoor = Backdoor(fitted.trigger, plan.goal, implant.examine)
-    # Look at the test images, clean and triggered.
-    with timed(seconds, "measure"), steps("measure", 5 * -(-len(test) // batch_of(test))) as tick:
+    # Both models classify all test images, clean and triggered, and the attack may report numbers of its own.
+    ticks = 5 * -(-len(test) // batch_of(test))
+    with timed(seconds, "measure"), progress("measure", ticks) as tick:
         measures = measure_victim(victim, twin, test, backdoor, plan.arithmetic, tick)
         examined = examine(victim, twin, test, backdoor)
-    # Look at the poisoned training images where they carry another trigger.
+    # Where poisoned training images carry another trigger than test images, its stealth is measured, too.
     stored = stored_stealth(plan, implant) if fitted.stored else None
     folder.mkdir(exist_ok=True)
     write_bytes(folder / "pictures.png", draw_examples(test, backdoor, victim, plan.arithmetic))
     return Measured(replace(measures, stealth_stored=stored), examined, seconds)
 
 
-def to_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: Measured) -> Record:
-    """All that a record says of a run, but for its defences."""
+def build_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: Measured) -> Record:
+    """The record of a run, still without rows of defences."""
     spec, world = plan.spec, plan.world
     facts = {name: read_json(place / "facts.json") for name, place in models.items()}
     about = facts["victim"]
@@ -270,7 +301,7 @@ def to_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: M
 
 
 def stored_stealth(plan: Plan, implant: Implant) -> Stealth | None:
-    """Stealth of what the poisoned training images carry, where that is not the trigger at test time."""
+    """Stealth of the poisoned training images; None where the attack poisons none."""
     if implant.poison is None:
         return None
     train = plan.world.train
@@ -279,17 +310,19 @@ def stored_stealth(plan: Plan, implant: Implant) -> Stealth | None:
 
 
 def place_files(victim: Path, folder: Path) -> None:
-    """Put model, trigger and stream of the victim's stage into the run's folder."""
-    for name in KEPT:
+    """Put the model, the triggers and the random stream of the victim's stage into the run's folder."""
+    for name in RUN_FILES:
+        # A file of an earlier run goes, even where the new victim has none of that name.
         (folder / name).unlink(missing_ok=True)
         if (victim / name).exists():
             place_file(victim / name, folder / name)
 
 
 def write_record(record: Record, earlier: Sequence[Row], folder: Path) -> Record:
-    """Write the record, with the rows of defences of an earlier one that still hold."""
-    with locked(folder.parent, f"{folder.name}-record"):  # rows of a run of the same spec, or tried meanwhile
-        rows = [*earlier, *(row for row in _rows(folder) if row not in earlier)]
+    """Write the record, with those rows of an earlier record that still hold."""
+    with locked(folder.parent, f"{folder.name}-record"):
+        # Another process may have written a record, and rows of defences, since `earlier` was read.
+        rows = [*earlier, *(row for row in _defence_rows(folder) if row not in earlier)]
         record = replace(record, defences=still_holding(rows, record))
         record.write(folder)
     return record

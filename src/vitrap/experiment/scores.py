@@ -1,6 +1,6 @@
-"""What a screen says of each image that it was measured on, kept in the run's folder beside the record.
+"""Writes and reads a screen's score of each single image, in a file beside the record in the run's folder.
 
-From two such files screens can be combined, and differences paired image by image, without another forward pass.
+With two such files, screens can be combined, and their differences paired image by image, without a forward pass.
 """
 
 import json
@@ -22,7 +22,7 @@ from vitrap.files import write_bytes
 FOLDER = "scores"
 KINDS = ("held_out", "clean", "triggered")
 PARTS = ("victim", "twin", "index")
-OURS = re.compile(r"-[0-9a-f]{16}\.safetensors")
+SCORES_FILE = re.compile(r"-[0-9a-f]{16}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class ByKind:
     """A number for each image, by what kind of image it is.
 
     Attributes:
-        held_out: images of the training set that are kept for thresholds.
-        clean: test images as they are.
-        triggered: test images that count for the ASR, with the trigger on.
+        held_out: images held out of the training set for thresholds.
+        clean: clean test images.
+        triggered: triggered test images, of those that count for the ASR.
     """
 
     held_out: Shaped[Tensor, " h"]
@@ -42,11 +42,11 @@ class ByKind:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a screen says of each image that it was measured on; all on the CPU.
+    """A screen's score of each image that it was measured on; all tensors are on the CPU.
 
     Attributes:
         victim: scores (float32) of the screen that was fitted to the victim.
-        twin: of the one that was fitted to the clean twin, on the same images.
+        twin: scores of the screen that was fitted to the clean twin, on the same images.
         index: each image's row (int64) in the data set it comes from: in its training set for `held_out`, in its test
             set for the others.
         hits: which of the triggered images the victim gives the goal's label.
@@ -59,14 +59,14 @@ class Scores:
 
 
 def scores_file(name: str, key: str) -> str:
-    """Where a row of this defence and this key keeps its scores, from the run's folder on."""
+    """The file with the scores of a row of this defence and this key, relative to the run's folder."""
     return f"{FOLDER}/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{key}.safetensors"
 
 
 def write_scores(folder: Path, row: ScreenRow, scores: Scores, carried: Mapping[str, Any]) -> None:
     """Write the file that `row.scores` names into a run's folder, whole or not at all.
 
-    `carried` is what the file's metadata say of the run that it belongs to.
+    `carried` goes into the file's metadata: what run and backdoor it belongs to.
     """
     parts = {part: getattr(scores, part) for part in PARTS}
     tensors = {
@@ -83,11 +83,11 @@ def write_scores(folder: Path, row: ScreenRow, scores: Scores, carried: Mapping[
 
 
 def read_scores(folder: str | Path, row: Row) -> Scores:
-    """What a screen said of each image that it was measured on.
+    """Read a screen's score of each image that it was measured on.
 
     Args:
-        folder: the run's.
-        row: of the run's record: one of `record.defences`.
+        folder: the run's folder.
+        row: the screen's row of the run's record, one of `record.defences`.
 
     Raises:
         UserError: the row is not a screen's, is older than these files, or its file is missing or damaged.
@@ -109,8 +109,8 @@ def read_scores(folder: str | Path, row: Row) -> Scores:
 
 
 def drop_unnamed(folder: Path, rows: Sequence[Row]) -> None:
-    """Remove the files of scores in a run's folder that no row names any more, and drafts of them."""
+    """Remove those files of scores in a run's folder, and drafts of such files, that no row names."""
     named = {PurePath(row.scores).name for row in rows if isinstance(row, ScreenRow)}
     for file in (folder / FOLDER).glob("*"):
-        if file.name not in named and OURS.search(file.name):
+        if file.name not in named and SCORES_FILE.search(file.name):
             file.unlink(missing_ok=True)

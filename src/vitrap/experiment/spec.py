@@ -1,6 +1,7 @@
-"""A spec: what to run, as TOML, checked strictly before anything starts.
+"""Reads specs: TOML files that say what to run, checked strictly before anything starts.
 
-This file imports no torch, so that a broken spec is refused at once.
+`load_spec` reads a file and overrides, and `Spec` is the result. This module imports no torch, so that a broken spec is
+refused at once.
 """
 
 import hashlib
@@ -18,21 +19,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from vitrap import registry
 from vitrap.errors import UserError, unknown
-from vitrap.experiment.named import Named
+from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
 
 Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
 _adapter = cache(TypeAdapter)
-KEPT = {"attack": ("target",), "model": (), "surrogate": (), "test_surrogate": (), "data": ("limit",)}
-"""Tables whose name can be overridden, and the keys that a new name leaves in place."""
-UNNAMED = {"attack": "ageb", "data": "digits"}
-"""What a table without a name stands for."""
-FEWEST = 10
-"""With fewer scores a threshold says nothing."""
+KEPT_KEYS = {"attack": ("target",), "model": (), "surrogate": (), "test_surrogate": (), "data": ("limit",)}
+"""Tables with a name; if an override changes the name, the table loses its other keys except these."""
+DEFAULT_NAMES = {"attack": "ageb", "data": "digits"}
+"""The names of tables that have no name."""
+FEWEST_SCREENED = 10
+"""Least number of images of each kind that a screen scores; a threshold from fewer scores means nothing."""
 PAGE = ("page", "table", "figure")
-"""Keys of a sweep's spec that say what `vitrap table` makes of its records."""
+"""Keys of a sweep's spec that say which tables and figures `vitrap table` makes of its records."""
 
 
 @hyperparameters
@@ -40,7 +41,7 @@ class DataTable:
     """Which images."""
 
     name: str = param(
-        UNNAMED["data"],
+        DEFAULT_NAMES["data"],
         "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache, imagefolder:PATH or npy:PATH",
     )
     size: int | None = param(
@@ -85,7 +86,7 @@ class ModelTable:
     overrides: Table = param({}, "timm's arguments: patch_size, depth, embed_dim, num_heads, ...")
 
     def check_settings(self) -> None:
-        """Refuse more than one start."""
+        """Refuse weights from more than one place, and a linear probe without pretrained weights."""
         given = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "weights": self.weights}
         starts = [key for key, value in given.items() if value]
         if len(starts) > 1:
@@ -102,16 +103,16 @@ class Spec:
     """One experiment: everything that decides its result.
 
     Attributes:
-        name: what to call it; left out: attack and data set. It decides nothing.
-        seed: of the victim and its twin; every random stream derives from it.
+        name: a name for people; it does not change the result. Left out: attack and data set.
+        seed: the seed of victim and twin; every random stream derives from it.
         data: which images.
         model: the victim's network.
-        surrogate: the attacker's own network; None: like the victim's, other seed.
+        surrogate: the attacker's own network; None: one like the victim's, with another seed.
         test_surrogate: a second one, which the trigger uses at test time; None: the same as in training.
-        attack_name: what the attack is registered under.
+        attack_name: the name that the attack is registered under.
         attack: the attack itself, with its settings.
         recipe: how every model of the run is trained.
-        defences: what is tried against the victim; decides nothing about it.
+        defences: what is tried against the victim; they do not change it.
     """
 
     name: str
@@ -122,18 +123,18 @@ class Spec:
     attack_name: str
     attack: Any
     recipe: Recipe
-    defences: tuple[Named, ...] = ()
+    defences: tuple[DefenceSpec, ...] = ()
     test_surrogate: ModelTable | None = None
 
     def table(self) -> Table:
-        """The spec as the nested table that `load_spec` reads; keys left out are None's."""
+        """The spec as the nested table that `load_spec` reads; keys whose value is None are left out."""
         tables = {
             "name": self.name,
             "seed": self.seed,
             "data": asdict(self.data),
-            "model": _flat(self.model),
-            "surrogate": _flat(self.surrogate) if self.surrogate else None,
-            "test_surrogate": _flat(self.test_surrogate) if self.test_surrogate else None,
+            "model": _model_table(self.model),
+            "surrogate": _model_table(self.surrogate) if self.surrogate else None,
+            "test_surrogate": _model_table(self.test_surrogate) if self.test_surrogate else None,
             "attack": {"name": self.attack_name, **asdict(self.attack)},
             "recipe": asdict(self.recipe),
             "defences": [_without_none(defence.table()) for defence in self.defences] or None,
@@ -141,17 +142,17 @@ class Spec:
         return _without_none(tables)
 
     def hash(self) -> str:
-        """Twelve hex digits that stand for everything but the name and the defences."""
+        """Twelve hex digits that stand for the whole spec except its name and defences."""
         return digest({k: v for k, v in self.table().items() if k not in ("name", "defences")})
 
 
 def digest(thing: Any) -> str:
-    """Twelve hex digits of the SHA-256 of anything that JSON can write."""
+    """The first twelve hex digits of the SHA-256 of `thing`, which must be writable as JSON."""
     return hashlib.sha256(json.dumps(thing, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
 def load_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Spec:
-    """Read a spec, put overrides over it, and check it.
+    """Read a spec, apply overrides to it, and check it.
 
     Args:
         path: a TOML file; None for the embedded default. `base = "other.toml"` in it names a spec to start from.
@@ -164,7 +165,7 @@ def load_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> 
 
 
 def read_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Table:
-    """As `load_spec`, but the nested table as it was asked for, unchecked and without defaults.
+    """Read a spec as `load_spec` does, but return its nested table, unchecked and without defaults.
 
     Raises:
         UserError: the file is missing, not TOML or a sweep; an override is none.
@@ -176,26 +177,26 @@ def read_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> 
 
 
 def set_keys(table: Table, pairs: Sequence[tuple[list[str], Any]]) -> Table:
-    """`table`, changed in place, with each value at its place.
-
-    Names come first, since another name drops its table's other keys.
-    """
+    """Set each value at its place in `table`, in place, and return the table."""
+    # Names are set first, for a new name drops the other keys of its table.
     for keys, value in sorted(pairs, key=lambda pair: pair[0][1:] != ["name"]):
         lay_over(table, nest(keys, value))
     return table
 
 
 def parse_spec(table: Mapping[str, Any]) -> Spec:
-    """The spec that a nested table stands for, every default filled in.
+    """Check the nested table of a spec, and fill in every default.
 
     Raises:
         UserError: a key, name, type or value is wrong.
     """
+    # TOML allows values that a record, which is JSON, cannot hold.
     for key, value in _leaves(table):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} = {value} is no finite number")
         if isinstance(value, date | time):
             raise UserError(f"{key} = {value} is a date or a time; put a string in quotes")
+    # Refuse unknown keys, and values where tables belong.
     tables = ("data", "model", "surrogate", "test_surrogate", "attack", "recipe")
     for key in table:
         if key not in {"name", "seed", "defences", *tables}:
@@ -203,30 +204,32 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
             raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
+    # Build each part; the defaults of the recipe are those of the data set.
     data = build(DataTable, table.get("data", {}), "data")
     model = _model(table.get("model", {}), "model")
     surrogates = {k: _model(table[k], k) if k in table else None for k in ("surrogate", "test_surrogate")}
     recipe = build(Recipe, {**asdict(recipe_for(data.name)), **table.get("recipe", {})}, "recipe")
-    attack, params = _attack(table.get("attack", {}))  # last: its file imports torch
+    # Attack and defences come last, for their files import torch.
+    attack_name, attack = _attack(table.get("attack", {}))
     defences = _defences(table.get("defences", []))
-    named = {"name": f"{attack}-{data.short_name}"} | {k: v for k, v in table.items() if k in {"name", "seed"}}
-    head = build(_Head, named, "")
+    named = {"name": f"{attack_name}-{data.short_name}"} | {k: v for k, v in table.items() if k in {"name", "seed"}}
+    head = build(_NameAndSeed, named, "")
     return Spec(
         head.name,
         head.seed,
         data,
         model,
         surrogates["surrogate"],
+        attack_name,
         attack,
-        params,
         recipe,
         defences,
         surrogates["test_surrogate"],
     )
 
 
-def load_defence(name: str, overrides: Sequence[str] = ()) -> Named:
-    """The defence of a name with its defaults, and overrides `key=value` over them.
+def load_defence(name: str, overrides: Sequence[str] = ()) -> DefenceSpec:
+    """The defence of a name, with its defaults except for the overrides `key=value`.
 
     Raises:
         UserError: the name, a key, type or value is wrong.
@@ -238,7 +241,7 @@ def load_defence(name: str, overrides: Sequence[str] = ()) -> Named:
 
 
 @hyperparameters
-class _Head:
+class _NameAndSeed:
     name: str = field(metadata={})
     seed: int = param(0, "seed of victim and twin", low=0)
 
@@ -249,23 +252,23 @@ class _Head:
 
 def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
     """The attack's name and the attack."""
-    name = table.get("name", UNNAMED["attack"])
+    name = table.get("name", DEFAULT_NAMES["attack"])
     if not isinstance(name, str):
         raise UserError(f"attack.name = {name!r} is wrong: it must be one of {', '.join(registry.names('attacks'))}")
     settings = {k: v for k, v in table.items() if k != "name"}
     return name, build(registry.get("attacks", name), settings, "attack", ("name",))
 
 
-def _defences(tables: Any) -> tuple[Named, ...]:
-    """Each defence once, in the order of the spec."""
+def _defences(tables: Any) -> tuple[DefenceSpec, ...]:
+    """The defences of a spec in its order, each once."""
     if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
         raise UserError(f"defences = {tables!r} must be tables with a name each: [[defences]]")
     found = [parse_defence(table, f"defences[{i}]") for i, table in enumerate(tables)]
     return tuple(defence for i, defence in enumerate(found) if defence not in found[:i])
 
 
-def parse_defence(table: Mapping[str, Any], where: str = "defence") -> Named:
-    """The defence that a table of its name and settings stands for.
+def parse_defence(table: Mapping[str, Any], where: str = "defence") -> DefenceSpec:
+    """The defence of a table with its name and settings.
 
     Raises:
         UserError: the name, a key, type or value is wrong.
@@ -278,34 +281,45 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> Named:
     settings = {k: v for k, v in table.items() if k not in ("name", "screened")}
     defence = build(registry.get("defences", name), settings, where, ("name", "screened"))
     if "screened" not in table:
-        return Named(name, defence)
+        return DefenceSpec(name, defence)
     screened = table["screened"]
     if defence.kind != "screen":
         raise UserError(
             f"{where}.screened = {screened!r} means nothing for {name}, a {defence.kind}, since only a screen scores"
             " images at test time; leave it out"
         )
-    if not isinstance(screened, int) or isinstance(screened, bool) or screened < FEWEST:
-        raise UserError(f"{where}.screened = {screened!r} is wrong: it must be a whole number of {FEWEST} or more")
-    return Named(name, defence, screened)
+    if not isinstance(screened, int) or isinstance(screened, bool) or screened < FEWEST_SCREENED:
+        raise UserError(
+            f"{where}.screened = {screened!r} is wrong: it must be a whole number of {FEWEST_SCREENED} or more"
+        )
+    return DefenceSpec(name, defence, screened)
 
 
 def _model(table: Mapping[str, Any], where: str) -> ModelTable:
+    """The table of a network; keys that are not vitrap's are timm's arguments."""
     own = {f.name for f in fields(ModelTable)} - {"overrides"}
     overrides = {k: v for k, v in table.items() if k not in own}
     return build(ModelTable, {**{k: v for k, v in table.items() if k in own}, "overrides": overrides}, where)
 
 
-def _flat(model: ModelTable) -> Table:
+def _model_table(model: ModelTable) -> Table:
+    """A network's table as a spec has it, with timm's arguments beside vitrap's keys."""
     table = asdict(model)
     overrides = table.pop("overrides")
     return {**table, **overrides}
 
 
 def build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequence[str] = ()) -> Any:
-    """A record from a table: unknown keys with a hint, types by pydantic, ranges by the record itself.
+    """Make an instance of the dataclass `record` from a table, with types checked by pydantic and ranges by the class.
 
-    `more` are keys of the table that are read elsewhere.
+    Args:
+        record: the dataclass.
+        table: its values.
+        where: the table's place in the spec, for messages.
+        more: further keys that the user may give and that are read elsewhere; a hint may name them.
+
+    Raises:
+        UserError: a key, type or value is wrong.
     """
     known = [f.name for f in fields(record)]
     dot = f"{where}." if where else ""
@@ -319,6 +333,7 @@ def build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequenc
 
 
 def _sentence(error: Table, dot: str) -> str:
+    """An error of pydantic's as a sentence that names the key and the value."""
     if error["type"] == "value_error":
         return dot + str(error["ctx"]["error"])
     place = ".".join(str(p) for p in error["loc"])
@@ -326,7 +341,7 @@ def _sentence(error: Table, dot: str) -> str:
 
 
 def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
-    """A spec's file as a table, over the one that its `base` names.
+    """Read a spec's file as a table; its keys replace those of the spec that its `base` names.
 
     Raises:
         UserError: a file is missing or not TOML, or is its own base.
@@ -351,20 +366,20 @@ def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
 
 
 def lay_over(table: Table, over: Mapping[str, Any]) -> Table:
-    """Put `over` on `table` in place; a new name drops the other keys of its table."""
+    """Merge `over` into `table` in place; a new name drops the other keys of its table."""
     for key, value in over.items():
         below = table.get(key)
         if not isinstance(value, Mapping) or not isinstance(below, dict):
             table[key] = value
             continue
-        if key in KEPT and "name" in value and value["name"] != below.get("name", UNNAMED.get(key)):
-            table[key] = below = {k: v for k, v in below.items() if k in KEPT[key]}
+        if key in KEPT_KEYS and "name" in value and value["name"] != below.get("name", DEFAULT_NAMES.get(key)):
+            table[key] = below = {k: v for k, v in below.items() if k in KEPT_KEYS[key]}
         lay_over(below, value)
     return table
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """The place and the value that `table.key=value` names.
+    """The keys and the value of an override, `table.key=value`.
 
     Raises:
         UserError: it is not of that form.
@@ -380,13 +395,14 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def nest(keys: Sequence[str], value: Any) -> Table:
-    """The table with `value` at the place that `keys` lead to."""
+    """A nested table with `value` under these keys, and nothing else."""
     for key in reversed(keys):
         value = {key: value}
     return value
 
 
 def _leaves(table: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested table by its dotted key; of a list each entry."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{place}{key}.")

@@ -1,4 +1,8 @@
-"""Making the stages of a run: a clean model (surrogate or twin) and a victim, each a folder with weights and facts."""
+"""Makes each stage of a run: a clean model (surrogate or twin), a trigger, a victim, a model retrained after a filter.
+
+A stage is a folder with weights and `facts.json`. Which stages a run has is in pipeline.py, where they are kept in
+store.py.
+"""
 
 import json
 import time
@@ -17,7 +21,7 @@ from torch import nn
 from vitrap.contracts import Access, Along, Fitted, Goal, ImageSet, Implant, Keeper, Objective
 from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.predict import every_row, predict, spread, timed, triggered
-from vitrap.experiment.progress import Steps, Tick
+from vitrap.experiment.progress import Progress, Tick
 from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import STATE
 from vitrap.experiment.streams import ambient, stream, training_streams
@@ -30,47 +34,50 @@ from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
 STREAM = "stream.safetensors"
-"""In a trigger's stage: the state of the attacker's random stream after `fit`, where `implant` goes on."""
-WATCHED = 500
-"""Curves count at most so many held-out images, spread evenly."""
+"""File of a trigger's stage: the state of the attacker's random stream after `fit`, from which `implant` draws on."""
+CURVE_IMAGES = 500
+"""Curves are measured on at most so many held-out images, spread evenly."""
 
 
-def make_clean(plan: Plan, network: Network, seed: int, show: AbstractContextManager[Tick], folder: Path) -> None:
+def make_clean(plan: Plan, network: Network, seed: int, bar: AbstractContextManager[Tick], folder: Path) -> None:
     """Train a network on the clean training set into `folder`."""
     start = time.perf_counter()
     model = network.build(seed, plan.device)
     watch = _watch(plan)
     keeper = _keeper(folder, {"role": "clean"})
-    curves = _train(plan, model, plan.world.train, seed, None, show, keeper, watch)
+    curves = _train(plan, model, plan.world.train, seed, None, bar, keeper, watch)
+    # What an earlier call spent, whose training was resumed here, counts, too.
     seconds = {"train": keeper.seconds + time.perf_counter() - start}
-    _keep(model, folder, {"curves": curves, "n_curves": watch.counts(), "seconds": seconds}, {"role": "clean"})
+    _save_stage(model, folder, {"curves": curves, "n_curves": watch.counts(), "seconds": seconds}, {"role": "clean"})
 
 
-def make_retrained(plan: Plan, kept: ImageSet, show: AbstractContextManager[Tick], folder: Path) -> None:
-    """Train the victim's network on what a filter kept, with cross-entropy, as the defender would."""
+def make_retrained(plan: Plan, kept: ImageSet, bar: AbstractContextManager[Tick], folder: Path) -> None:
+    """Train the victim's network into `folder` on what a filter kept, with cross-entropy, as the defender would."""
     start = time.perf_counter()
     model = plan.victim.build(plan.spec.seed, plan.device)
-    keeper = _keeper(folder, carries(plan.spec, "retrained"))
-    curves = _train(plan, model, kept, plan.spec.seed, None, show, keeper)
+    keeper = _keeper(folder, backdoor_notice(plan.spec, "retrained"))
+    curves = _train(plan, model, kept, plan.spec.seed, None, bar, keeper)
     facts = {
         "curves": curves,
         "seconds": {"train": keeper.seconds + time.perf_counter() - start},
         "n_poisoned": int(kept.poisoned.sum()),
     }
-    _keep(model, folder, facts, carries(plan.spec, "retrained"))
+    _save_stage(model, folder, facts, backdoor_notice(plan.spec, "retrained"))
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """Trains the network of victim and twin anew, as a defender asks; keeps nothing, and knows of no attack.
+    """Trains the network of victim and twin again, on images and for an objective of the defender's.
+
+    It knows nothing of the attack, and stores nothing.
 
     Attributes:
-        network: with its first weights.
-        recipe: of the run.
-        seed: of the run.
-        device: where.
-        arithmetic: how it computes.
-        steps: how to show what is under way.
+        network: the network and where its weights start.
+        recipe: the run's recipe.
+        seed: the run's seed.
+        device: where to train.
+        arithmetic: how to compute.
+        progress: displays how far the training is.
     """
 
     network: Network
@@ -78,7 +85,7 @@ class Retraining:
     seed: int
     device: torch.device
     arithmetic: Arithmetic
-    steps: Steps
+    progress: Progress
 
     def __call__(
         self,
@@ -87,38 +94,42 @@ class Retraining:
         epochs: int | None = None,
         start: nn.Module | None = None,
     ) -> nn.Module:
-        """As `contracts.Retrain` has it."""
+        """Train and return a model; see `contracts.Retrain` for the arguments."""
         recipe = self.recipe if epochs is None else replace(self.recipe, epochs=epochs)
         model = self.network.build(self.seed, self.device) if start is None else deepcopy(start).requires_grad_(True)
-        show = self.steps("train for the defender", recipe.epochs * -(-len(images) // recipe.batch_size))
-        with show as tick, ambient(self.seed, "dropout", self.device):
+        bar = self.progress("train for the defender", recipe.epochs * -(-len(images) // recipe.batch_size))
+        with bar as tick, ambient(self.seed, "dropout", self.device):
             streams = training_streams(self.seed, self.device)
             train(model, images, recipe, streams, objective, tick, arithmetic=self.arithmetic)
         return model.eval().requires_grad_(False)
 
 
-def make_trigger(plan: Plan, access: Access, show: AbstractContextManager[Tick], folder: Path) -> None:
-    """Fit the attack into `folder`: its triggers, what it says of itself, and where its random stream ended."""
-    spec, start = plan.spec, time.perf_counter()
-    keeper = _keeper(folder, carries(spec, "trigger"), access.generator)
+def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], folder: Path) -> None:
+    """Fit the attack, and write its triggers, its report and the state of its random stream into `folder`."""
+    spec = plan.spec
+    start = time.perf_counter()
+    keeper = _keeper(folder, backdoor_notice(spec, "trigger"), access.generator)
     access = replace(access, keeper=keeper)
-    with show, ambient(spec.seed, "fit", plan.device):  # for first weights of networks, which draw from torch's state
+    # A network that the attack builds draws its first weights from torch's own random state.
+    with bar, ambient(spec.seed, "fit", plan.device):
         fitted = spec.attack.fit(access)
+    # Refuse a network that could not be built again from the trigger's file.
     for trigger in (fitted.trigger, fitted.stored):
         if trigger is not None:
             check_networks(trigger, spec.attack)
-    keep_triggers(spec, fitted, folder)
-    carried = {"vitrap": json.dumps(carries(spec, "trigger"))}
-    save_file({"state": access.generator.get_state()}, folder / STREAM, carried)
-    write_json(
-        folder / "facts.json", {"report": dict(fitted.report), "seconds": keeper.seconds + time.perf_counter() - start}
-    )
+    save_triggers(spec, fitted, folder)
+    # `implant` goes on drawing where `fit` ended.
+    notice = {"vitrap": json.dumps(backdoor_notice(spec, "trigger"))}
+    save_file({"state": access.generator.get_state()}, folder / STREAM, notice)
+    seconds = keeper.seconds + time.perf_counter() - start
+    write_json(folder / "facts.json", {"report": dict(fitted.report), "seconds": seconds})
 
 
 def read_stream(folder: Path, seed: int) -> torch.Generator:
-    """The attacker's random stream as `fit` left it: of a trigger's or a victim's stage, or of a finished run.
+    """The attacker's random stream as `fit` left it.
 
-    A run of an older vitrap has no such file: its stream begins anew.
+    `folder` is that of a trigger's or a victim's stage, or of a finished run. Older runs have no file of it; their
+    stream starts from the beginning.
     """
     generator = stream(seed, "attack")
     if (folder / STREAM).exists():
@@ -132,83 +143,99 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
     implant: Implant,
     generator: torch.Generator,
     places: Mapping[str, Path],
-    steps: Steps,
+    progress: Progress,
     folder: Path,
 ) -> None:
-    """Poison the training set, train on it, edit the result, all into `folder`.
+    """Make the victim in `folder`: poison the training set, train on it, edit the result.
 
     Args:
-        plan: of the run.
-        fitted: the attack's trigger.
-        implant: how it gets into the victim.
+        plan: the run's plan.
+        fitted: the result of the attack's `fit`.
+        implant: how the trigger gets into the victim.
         generator: the random stream that the implant draws from.
         places: folders of the stages that it starts from: "trigger", and "twin" where the attack edits weights alone.
-        steps: how to show what is under way.
-        folder: the victim's own.
+        progress: displays what is being done.
+        folder: the folder of the victim's stage.
     """
     spec, train_set = plan.spec, plan.world.train
     facts: dict[str, Any] = {}
+    # Poison the stored training set, unless the attack poisons batch by batch or not at all.
     poisoned = train_set
     if implant.poison is not None:
-        with timed(facts.setdefault("seconds", {}), "poison"), steps("poison the training set", None):
+        with timed(facts.setdefault("seconds", {}), "poison"), progress("poison the training set", None):
             poisoned = implant.poison(train_set, stream(spec.seed, "poison"))
     start = time.perf_counter()
     if spec.attack.threat == "weights":
-        # An attacker of weights starts from the model that an honest training gives: the twin.
+        # An attacker of weights starts from an honestly trained model: the twin.
         model = plan.victim.read(places["twin"] / "model.safetensors", plan.device)
         earlier = read_json(places["twin"] / "facts.json")
         facts |= {"curves": earlier["curves"], "n_curves": earlier["n_curves"]}
     else:
-        keeper = _keeper(folder, carries(spec, "victim"), generator)
-        model, learned = _train_victim(plan, poisoned, fitted, implant, keeper, steps)
+        # All others train a model of their own; the time of an earlier call that was stopped counts, too.
+        keeper = _keeper(folder, backdoor_notice(spec, "victim"), generator)
+        model, learned = _train_victim(plan, poisoned, fitted, implant, keeper, progress)
         facts |= learned
         start -= keeper.seconds
-    after, report = fitted, dict(fitted.report)
+    # Edit the trained model; that may change the trigger, too.
+    after = fitted
+    report = dict(fitted.report)
     if implant.edit is not None:
-        show = steps(f"edit the weights by {spec.attack_name}", None)
-        with show, ambient(spec.seed, "edit", plan.device):
+        bar = progress(f"edit the weights by {spec.attack_name}", None)
+        with bar, ambient(spec.seed, "edit", plan.device):
             edited = implant.edit(model, stream(spec.seed, "edit"))
         model, after = edited.model, replace(fitted, trigger=edited.trigger)
         report |= edited.report
     facts.setdefault("seconds", {})["train"] = time.perf_counter() - start
     facts |= {"n_poisoned": int(poisoned.poisoned.sum()), "n_covers": int(poisoned.covers.sum()), "report": report}
+    _save_victim_triggers(spec, implant, after, places["trigger"], folder)
+    if implant.objective and implant.objective.along:
+        _save_along(implant.objective.along, folder, backdoor_notice(spec, "trained along"))
+    _save_stage(model, folder, facts, backdoor_notice(spec, "victim"))
+
+
+def _save_victim_triggers(spec: Spec, implant: Implant, after: Fitted, trigger: Path, folder: Path) -> None:
+    """Put the triggers into the victim's folder, so that a run can be opened from there alone.
+
+    Args:
+        spec: the run's spec.
+        implant: how the trigger got into the victim.
+        after: the triggers after training and editing.
+        trigger: folder of the trigger's stage.
+        folder: folder of the victim's stage.
+    """
     for name in (TRIGGER, STORED, STREAM):
-        if (places["trigger"] / name).exists():
-            place_file(places["trigger"] / name, folder / name)
-    along = implant.objective.along if implant.objective else {}
-    if along or implant.edit is not None:
-        # The trigger is another one by now; what is stored carries the one that `fit` made.
+        if (trigger / name).exists():
+            place_file(trigger / name, folder / name)
+    # Training along, or an edit, has changed the trigger. Stored images still carry the one that `fit` made.
+    if implant.edit is not None or (implant.objective and implant.objective.along):
         if implant.poison is not None and not (folder / STORED).exists():
-            place_file(places["trigger"] / TRIGGER, folder / STORED)
-        keep_triggers(spec, replace(after, stored=None), folder)
-    if along:
-        _keep_along(along, folder, carries(spec, "trained along"))
-    _keep(model, folder, facts, carries(spec, "victim"))
+            place_file(trigger / TRIGGER, folder / STORED)
+        save_triggers(spec, replace(after, stored=None), folder)
 
 
 def _train_victim(  # noqa: PLR0913 - as `make_victim`
-    plan: Plan, poisoned: ImageSet, fitted: Fitted, implant: Implant, keeper: Keeper, steps: Steps
+    plan: Plan, poisoned: ImageSet, fitted: Fitted, implant: Implant, keeper: Keeper, progress: Progress
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A victim trained on the poisoned set, and its curves."""
+    """Train a victim on the poisoned set; returns it and, for its facts, its curves."""
     model = plan.victim.build(plan.spec.seed, plan.device)
     watch = _watch(plan, fitted, implant)
-    show = steps("train the victim", training_steps(plan.spec, len(poisoned)))
-    curves = _train(plan, model, poisoned, plan.spec.seed, implant.objective, show, keeper, watch)
+    bar = progress("train the victim", training_steps(plan.spec, len(poisoned)))
+    curves = _train(plan, model, poisoned, plan.spec.seed, implant.objective, bar, keeper, watch)
     return model, {"curves": curves, "n_curves": watch.counts()}
 
 
-def keep_triggers(spec: Spec, fitted: Fitted, folder: Path) -> None:
-    """Write what fires at test time and what poisoned images carry, each where there is such a trigger."""
-    carried = json.dumps(carries(spec, "trigger"))
+def save_triggers(spec: Spec, fitted: Fitted, folder: Path) -> None:
+    """Write the trigger at test time and the one that stored poison carries, each where there is one."""
+    notice = json.dumps(backdoor_notice(spec, "trigger"))
     for name, trigger in ((TRIGGER, fitted.trigger), (STORED, fitted.stored)):
         if trigger is not None:
-            save_trigger(trigger, spec.attack, folder / name, vitrap=carried)
+            save_trigger(trigger, spec.attack, folder / name, vitrap=notice)
 
 
-def carries(
+def backdoor_notice(
     spec: Spec, role: Literal["victim", "trigger", "trained along", "retrained", "scores", "poisoned set"]
 ) -> dict[str, Any]:
-    """What the metadata of every file that belongs to a backdoor, or may, say of it; no defence is part of that."""
+    """Metadata of every file that belongs to a backdoor, or may: role, attack, warning, and spec without defences."""
     return {
         "role": role,
         "backdoor": True,
@@ -220,46 +247,50 @@ def carries(
 
 @dataclass(frozen=True)
 class Watch:
-    """CDA and, of a victim, ASR on held-out images after each epoch, for the curves: nothing is chosen by them.
+    """Measures a model in training after each epoch: CDA and, of a victim, ASR on held-out images.
+
+    Its curves are for the record; nothing is chosen by them.
 
     Attributes:
-        held: the images.
+        held_out: the images, without the trigger.
         arithmetic: how the model computes.
-        goal: of the attack; None for a clean model, or where the trigger is not known yet.
-        fired: gives the images with the trigger as it is by then; None as for `goal`.
+        goal: the attack's goal; None for a clean model, or where the trigger is not known yet.
+        fired: returns the images with the trigger as it is by then; None as for `goal`.
     """
 
-    held: ImageSet
+    held_out: ImageSet
     arithmetic: Arithmetic
     goal: Goal | None = None
     fired: Callable[[], ImageSet] | None = None
 
     def counts(self) -> dict[str, int]:
-        """How many images each curve counts; one that would count none is left out."""
-        counting = int(self.goal.counts(self.held.labels).sum()) if self.goal else 0
-        return {name: n for name, n in {"cda": len(self.held), "asr": counting}.items() if n}
+        """How many images each curve is measured on; a curve without images is left out."""
+        counting = int(self.goal.counts(self.held_out.labels).sum()) if self.goal else 0
+        return {name: n for name, n in {"cda": len(self.held_out), "asr": counting}.items() if n}
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Each curve's next value."""
-        found, true = {}, self.held.labels
+        """The next value of each curve."""
+        found: dict[str, float] = {}
+        true = self.held_out.labels
         if len(true):
-            found["cda"] = clean_accuracy(predict(model, self.held, self.arithmetic), true).value
+            found["cda"] = clean_accuracy(predict(model, self.held_out, self.arithmetic), true).value
         if self.goal and self.fired and "asr" in self.counts():
             found["asr"] = attack_success(predict(model, self.fired(), self.arithmetic), true, self.goal).value
         return found
 
 
 def _watch(plan: Plan, fitted: Fitted | None = None, implant: Implant | None = None) -> Watch:
-    """What looks at a model in training; a trigger that is trained along is fired anew each time."""
-    held = plan.world.choose
-    held = held.take(spread(every_row(held), WATCHED))
+    """The watch over a model in training: over a clean one, or over the victim of `fitted` and `implant`."""
+    choose = plan.world.choose
+    held_out = choose.take(spread(every_row(choose), CURVE_IMAGES))
     trigger = fitted.trigger if fitted else None
-    if trigger is None or implant is None or not len(held):
-        return Watch(held, plan.arithmetic)
+    if trigger is None or implant is None or not len(held_out):
+        return Watch(held_out, plan.arithmetic)
+    # A trigger that is trained along changes, and is fired again after each epoch; any other is fired once.
     if implant.objective and implant.objective.along:
-        return Watch(held, plan.arithmetic, plan.goal, partial(triggered, held, trigger))
-    fired = triggered(held, trigger)
-    return Watch(held, plan.arithmetic, plan.goal, lambda: fired)
+        return Watch(held_out, plan.arithmetic, plan.goal, partial(triggered, held_out, trigger))
+    fired = triggered(held_out, trigger)
+    return Watch(held_out, plan.arithmetic, plan.goal, lambda: fired)
 
 
 def _train(  # noqa: PLR0913 - as `train`
@@ -268,33 +299,36 @@ def _train(  # noqa: PLR0913 - as `train`
     data: ImageSet,
     seed: int,
     objective: Objective | None,
-    show: AbstractContextManager[Tick],
+    bar: AbstractContextManager[Tick],
     keeper: Keeper,
     watch: Watch | None = None,
 ) -> dict[str, list[float]]:
-    with show as tick, ambient(seed, "dropout", plan.device):
+    """Train with the plan's recipe and arithmetic and the random streams of a seed; returns the curves."""
+    with bar as tick, ambient(seed, "dropout", plan.device):
         streams = training_streams(seed, plan.device)
         return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic, keeper)
 
 
-def _keeper(folder: Path, carried: dict[str, Any], generator: torch.Generator | None = None) -> Keeper:
-    """Keeps the state of a stage's work in its draft, with what the attack's own stream has drawn by then."""
+def _keeper(folder: Path, notice: dict[str, Any], generator: torch.Generator | None = None) -> Keeper:
+    """A keeper of the training's state in a stage's draft, and of the attack's random stream where it draws on."""
     streams = {"attack": generator} if generator is not None else {}
-    return Keeper(folder / STATE, streams, {"vitrap": json.dumps(carried)})
+    return Keeper(folder / STATE, streams, {"vitrap": json.dumps(notice)})
 
 
-def _keep_along(along: Mapping[str, Along], folder: Path, carried: dict[str, Any]) -> None:
-    """Keep what was trained with the victim, each weight under the name of its module."""
+def _save_along(along: Mapping[str, Along], folder: Path, notice: dict[str, Any]) -> None:
+    """Write the modules that were trained along with the victim, each weight under the name of its module."""
     weights = {f"{name}.{k}": v for name, each in along.items() for k, v in each.module.state_dict().items()}
     kept = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    save_file(kept, folder / "along.safetensors", {"vitrap": json.dumps(carried)})
+    save_file(kept, folder / "along.safetensors", {"vitrap": json.dumps(notice)})
 
 
-def _keep(model: nn.Module, folder: Path, facts: dict[str, Any], carried: dict[str, Any]) -> None:
+def _save_stage(model: nn.Module, folder: Path, facts: dict[str, Any], notice: dict[str, Any]) -> None:
+    """Write a model's facts and its weights, with the notice in their metadata."""
     write_json(folder / "facts.json", facts)
-    metadata = {"vitrap": json.dumps(carried)}
+    metadata = {"vitrap": json.dumps(notice)}
     if isinstance(model, Classifier):
         save_model(model, folder / "model.safetensors", **metadata)
         return
+    # A network of the user's own; each weight is copied, for safetensors refuses tensors that share memory.
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     save_file({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}, folder / "model.safetensors", metadata)

@@ -1,4 +1,7 @@
-"""One named random stream per purpose, each derived from the run's seed: adding one moves no other."""
+"""The random streams of a run: one for each purpose, each derived from the run's seed and the purpose's name.
+
+So what is drawn for one purpose never changes what is drawn for another.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,9 +12,9 @@ import torch
 from vitrap.train.loop import Streams
 
 SURROGATE_SEED = 1000
-"""The surrogate's own seed, so that no grid of seeds makes it another run's twin."""
+"""The seed of every surrogate; it is far from the seeds of runs, so that no surrogate is another run's twin."""
 TEST_SURROGATE_SEED = 1001
-"""That of the surrogate at test time, where a spec has one."""
+"""The seed of the surrogate at test time, where a spec has one."""
 
 
 def stream(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
@@ -21,7 +24,7 @@ def stream(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch
 
 
 def training_streams(seed: int, device: torch.device) -> Streams:
-    """All that is random about a training: the same for a victim and its clean twin."""
+    """The random streams of a training, which are the same for a victim and its clean twin."""
     return Streams(
         stream(seed, "order"),
         stream(seed, "augmentation", device),
@@ -32,9 +35,9 @@ def training_streams(seed: int, device: torch.device) -> Streams:
 
 @contextmanager
 def ambient(seed: int, purpose: str, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Within the block, what asks torch's own random state (initial weights, dropout) gets this stream.
+    """Within the block, torch's own random state, from which initial weights and dropout are drawn, is this stream.
 
-    Torch's state outside, on the CPU and on `device`, is as it was before.
+    After the block, torch's state on the CPU and on `device` is as it was before.
     """
     gpus = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):

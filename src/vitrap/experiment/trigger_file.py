@@ -1,9 +1,9 @@
-"""Keeping a trigger so that it can fire again: its tensors and networks as safetensors, the rest in the metadata.
+"""Writes and reads triggers: tensors and networks as safetensors, everything else as JSON in the metadata.
 
-A trigger is a frozen dataclass. Its fields may be tensors, networks, the attack's own settings, and what JSON can
-write. Which class it is stands in the metadata and is looked up in the attack's own file, nowhere else. A network is
-one of timm's, or of a class of ours with an attribute `arguments`: what its `__init__` takes, as JSON can write it. The
-file then names class and arguments, and only classes of vitrap or of the attack's own package are ever built from it.
+A trigger is a frozen dataclass. Its fields may be tensors, networks, the attack's own settings, and values that JSON
+can write. The metadata name its class, which is looked up in the attack's own file and nowhere else. A network is one
+of timm's, or of a class with an attribute `arguments`: the arguments of its `__init__`, as JSON can write them. The
+file then names class and arguments; only classes of vitrap or of the attack's own package are built from a file.
 """
 
 import importlib
@@ -26,13 +26,13 @@ from vitrap.files import write_bytes
 from vitrap.models.classifier import Architecture, Classifier, blank_model
 
 TRIGGER = "trigger.safetensors"
-"""What fires at test time."""
+"""File of the trigger that fires at test time."""
 STORED = "stored.safetensors"
-"""What poisoned training images carry, where that is not the trigger; or those images themselves."""
+"""File of the trigger of poisoned training images, where it is another one; or of those images themselves."""
 
 
 def check_networks(trigger: Trigger | Crafted, settings: Any) -> None:
-    """Refuse a trigger with a network that its file could not build again, before anybody relies on it.
+    """Refuse a trigger with a network that could not be built again from its file.
 
     Raises:
         UserError: naming the field and the network's class.
@@ -49,10 +49,10 @@ def check_networks(trigger: Trigger | Crafted, settings: Any) -> None:
 
 
 def save_trigger(trigger: Trigger | Crafted, settings: Any, path: Path, **facts: str) -> None:
-    """Write a trigger of the attack `settings`; `facts` join the file's metadata.
+    """Write a trigger of the attack `settings`; `facts` go into the file's metadata.
 
     Raises:
-        TypeError: the trigger is no dataclass, or a field of it is of a kind that cannot be kept.
+        TypeError: the trigger is no dataclass, or a field of it cannot be written.
     """
     if not is_dataclass(trigger):
         raise TypeError(f"a trigger of type {type(trigger).__name__} cannot be kept; make it a frozen dataclass")
@@ -77,12 +77,12 @@ def read_trigger(
     networks: Mapping[str, nn.Module] | None = None,
     device: torch.device | str = "cpu",
 ) -> Trigger:
-    """The trigger in a file that `save_trigger` wrote for the attack `settings`.
+    """Read a trigger that `save_trigger` wrote for the attack `settings`.
 
     Args:
         path: the file.
-        settings: the attack, as the spec of the run has it.
-        networks: networks of the trigger that the file cannot build, by field name, with their weights.
+        settings: the attack with its settings, as in the run's spec.
+        networks: networks of the trigger that cannot be built from the file, by field name, with their weights.
         device: where the trigger is to work.
 
     Raises:
@@ -94,7 +94,7 @@ def read_trigger(
 def _read(
     path: Path, settings: Any, networks: Mapping[str, nn.Module], device: torch.device | str
 ) -> Trigger | Crafted:
-    """What a file holds."""
+    """Read a file's tensors and metadata, and build the trigger of them."""
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
@@ -128,10 +128,10 @@ def read_fitted(
     networks: Mapping[str, nn.Module] | None = None,
     device: torch.device | str = "cpu",
 ) -> Fitted:
-    """The triggers that a folder holds: of a stage or of a finished run.
+    """Read the triggers in the folder of a stage or of a finished run.
 
     Args:
-        folder: with `trigger.safetensors`, unless the trigger is known only after training, and perhaps
+        folder: it has `trigger.safetensors`, unless the trigger is known only after training, and may have
             `stored.safetensors`.
         settings: as for `read_trigger`.
         networks: as for `read_trigger`.
@@ -153,12 +153,12 @@ def _networks(trigger: Trigger | Crafted) -> dict[str, nn.Module]:
 
 
 def weights_of(network: nn.Module) -> Mapping[str, Tensor]:
-    """A network's weights, by their own names."""
+    """A network's weights by name, without the normalisation around a timm network."""
     return (network.body if isinstance(network, Classifier) else network).state_dict()
 
 
 def how_built(network: nn.Module) -> dict[str, Any]:
-    """What a file says of a network: how to build it again, as far as that is known."""
+    """What a file says of a network so that it can be built again; {"network": None} where it cannot."""
     if isinstance(network, Classifier):
         return {"network": asdict(network.architecture)}
     arguments = getattr(network, "arguments", None)
@@ -171,7 +171,7 @@ def how_built(network: nn.Module) -> dict[str, Any]:
 def _network(
     name: str, built: Mapping[str, Any], settings: Any, tensors: Mapping[str, Tensor], given: Mapping[str, nn.Module]
 ) -> nn.Module:
-    """The network of a field, with its weights."""
+    """Build the network of a field, or take it from `given`, with its weights."""
     if built.get("network") is None and "module" not in built:
         if name not in given:
             raise UserError(
@@ -179,7 +179,7 @@ def _network(
             )
         return given[name]
     if "module" in built:
-        with torch.random.fork_rng(devices=[]):  # what it draws for its first weights moves nothing
+        with torch.random.fork_rng(devices=[]):  # its first weights are replaced, and must change no random state
             network = module = _own_class(built["module"], settings)(**built["arguments"])
     else:
         network = blank_model(Architecture(**built["network"]))
@@ -193,10 +193,10 @@ def _network(
 
 
 def _own_class(named: str, settings: Any) -> type[nn.Module]:
-    """A module class of vitrap, or of the attack's own package; whatever else a file names is never imported.
+    """The module class of this name, from vitrap or the attack's own package; nothing else is ever imported.
 
     Raises:
-        UserError: it is neither, or not there.
+        UserError: it is of another package, or not there.
     """
     place, _, name = named.partition(":")
     home = type(settings).__module__.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Which arithmetic trains a network fastest on this machine: timed, and said in a spec's recipe."""
+"""`tune`: times a spec's training in each arithmetic on this machine, and writes the fastest into the spec's recipe."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from vitrap.errors import UserError
 from vitrap.experiment.plan import make_plan, training_steps
-from vitrap.experiment.progress import Steps, silent
+from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.spec import load_spec
 from vitrap.files import write_bytes
 from vitrap.train.arithmetic import Arithmetic, compiled
@@ -23,26 +23,26 @@ from vitrap.train.arithmetic import Arithmetic, compiled
 PLAIN = (
     Arithmetic("fp32", "fused"), Arithmetic("fp32", "eager"), Arithmetic("bf16", "fused"), Arithmetic("bf16", "eager"),
 )  # fmt: skip
-"""What is tried, the plainest first."""
+"""The ways to compute that are timed, the plainest first."""
 COMPILED = (Arithmetic("bf16", "fused", compiled=True),)
-"""Tried on a GPU, too. On a CPU a compilation takes longer than it saves in a training of minutes:
+"""Timed on a GPU only. On a CPU a compilation takes longer than it saves in a training of minutes:
 `python -m benchmarks arithmetic`."""
 CLEARLY = 1.1
-"""A plainer way is taken unless another is so many times as fast: near ties shall not be decided by noise."""
+"""A plainer way is chosen unless another is so many times as fast, so that noise does not decide between equals."""
 GOAL, PATIENCE = 0.1, 0.3
-"""Seconds that a step should take in plain arithmetic, and that each way is timed for."""
+"""Seconds that a step should take in plain arithmetic, and for which each way is timed."""
 FEW = 2
-"""Images that the batch of a step is estimated from, and its least."""
+"""Least images in a timed batch; with so many, the size of the batch is estimated."""
 Seconds = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured, and what it comes to.
+    """The times that were measured, and the arithmetic to use.
 
     Attributes:
-        seconds: of a training step, by `name_of` each way; of the compiled one also of its first, with " first" at the
-            end of the name.
+        seconds: duration of a training step, by `name_of` the way. Of the compiled way there is also the duration of
+            the first step, under its name with " first" at the end.
         arithmetic: the plainest way that is not clearly slower than the fastest.
     """
 
@@ -55,7 +55,7 @@ def tune(
     overrides: Sequence[str] = (),
     *,
     device: str = "auto",
-    steps: Steps = silent,
+    progress: Progress = no_progress,
     write: bool = True,
 ) -> Tuned:
     """Time the training of a spec's victim in each arithmetic, and write the choice into the spec's `[recipe]`.
@@ -64,18 +64,19 @@ def tune(
         path: the spec's TOML file; its comments and all else stay as they are.
         overrides: `key=value`, for the measuring alone.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        steps: how to show what is under way.
-        write: False: measure only.
+        progress: displays that steps are being timed.
+        write: False to measure only.
 
     Raises:
         UserError: the spec is wrong, or no training step fits the device's memory.
     """
     spec = load_spec(path, overrides)
-    plan = make_plan(spec, device, steps=steps, attacking=False)
+    plan = make_plan(spec, device, progress=progress, attacking=False)
     train = plan.world.train
     size = (train.pixels.shape[1], train.size, train.n_classes)
-    network = replace(plan.victim, checkpoint=None, weights=None, pretrained=False)  # whatever its weights are
-    with steps("time a training step in each arithmetic", None):
+    # How fast a network trains does not depend on its weights.
+    network = replace(plan.victim, checkpoint=None, weights=None, pretrained=False)
+    with progress("time a training step in each arithmetic", None):
         seconds = time_ways(network.build(spec.seed, plan.device), size, spec.recipe.batch_size, plan.device)
     found = Tuned(seconds, fastest(seconds, training_steps(spec, len(train))))
     if write:
@@ -98,13 +99,14 @@ def fastest(seconds: Seconds, steps: int) -> Arithmetic:
     """The plainest arithmetic that is not clearly slower than the fastest, over a training of so many steps.
 
     Args:
-        seconds: as `Tuned` has them.
-        steps: of the training. It compiles twice: for whole batches, and for an epoch's last one.
+        seconds: as in `Tuned`.
+        steps: the number of steps of the training.
 
     Raises:
-        UserError: no way could be tried.
+        UserError: no way could be timed.
     """
     whole = {way: seconds[name_of(way)] * steps for way in (*PLAIN, *COMPILED) if name_of(way) in seconds}
+    # A training compiles twice: for whole batches, and for the last batch of an epoch.
     whole |= {way: took + 2 * seconds.get(f"{name_of(way)} first", 0.0) for way, took in whole.items() if way.compiled}
     if not whole:
         raise UserError("not one training step fits the device's memory; lower recipe.batch_size")
@@ -122,15 +124,15 @@ def name_of(way: Arithmetic) -> str:
 
 
 def time_ways(model: nn.Module, size: tuple[int, int, int], batch: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a step of training in each arithmetic that can be tried, on images without content.
+    """Time a step of training in each arithmetic, on random images; returns seconds by `name_of` the way.
 
     On a CPU the batch is cut so that a step takes about `GOAL`; on a GPU it is the training's own.
 
     Args:
         model: the network, any weights; it stays as it is.
         size: channels and side of its images in pixels, and number of its classes.
-        batch: images a step.
-        device: where.
+        batch: images in a batch of the training.
+        device: where to compute.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = deepcopy(model).to(device).train().requires_grad_(True)
@@ -141,7 +143,7 @@ def time_ways(model: nn.Module, size: tuple[int, int, int], batch: int, device: 
         images, labels = _blank(size, batch, device)
         found: dict[str, float] = {}
         for way in (*PLAIN, *(COMPILED if device.type == "cuda" else ())):
-            with suppress(RuntimeError):  # out of memory, or no compiler: not a way to go here
+            with suppress(RuntimeError):  # out of memory, or no compiler: this way is left out
                 step = _step(model, way, images, labels)
                 if way.compiled:
                     found[f"{name_of(way)} first"] = _once(step, device)
@@ -160,11 +162,11 @@ def _step(
     model: nn.Module, way: Arithmetic, images: Float[Tensor, "b c h w"], labels: Int64[Tensor, " b"]
 ) -> Callable[[], None]:
     """Forward and backward; the optimiser's part is the same in every arithmetic."""
-    seen: Any = compiled(model) if way.compiled else model
+    forward: Any = compiled(model) if way.compiled else model
 
     def step() -> None:
         with way(model, images.device):
-            loss = functional.cross_entropy(seen(images), labels)
+            loss = functional.cross_entropy(forward(images), labels)
         model.zero_grad(set_to_none=True)
         loss.backward()
 
@@ -172,9 +174,10 @@ def _step(
 
 
 def _pace(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of a call: the fastest of those that fit into `PATIENCE`, at least two, after one that does not count."""
+    """Seconds of the fastest of all calls within `PATIENCE`, of at least two; one call before them warms up."""
     step()
-    end, times = time.perf_counter() + PATIENCE, [_once(step, device), _once(step, device)]
+    end = time.perf_counter() + PATIENCE
+    times = [_once(step, device), _once(step, device)]
     while time.perf_counter() < end:
         times.append(_once(step, device))
     return min(times)

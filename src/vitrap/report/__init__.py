@@ -1,1 +1,1 @@
-"""From records to what people look at; knows JSON, never torch."""
+"""Makes reports, tables and figures from records; it never imports torch."""

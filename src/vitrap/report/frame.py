@@ -1,4 +1,4 @@
-"""Records as one table: a row for each run and measure."""
+"""`load_records`: reads records into one pandas DataFrame, with a row for each run and measure."""
 
 import json
 import warnings
@@ -15,20 +15,24 @@ from vitrap.experiment.rows import Row, row_settings
 from vitrap.metrics.values import Auroc, Centre, Rate
 
 ABOUT_ROW = ("name", "kind", "version", "params", "screened", "key", "layer", "scores")
-"""Keys of a row of `defences` that are no measures."""
+"""Keys of a row of `defences` that are not measures."""
 Measured = tuple[str, float, float | None, float | None, int | None]
-"""A measure's name, its value, and of a rate the interval and n."""
+"""A measure's name and value and, where it has them, the ends of its interval and n."""
 
 
 def load_records(place: str | Path = "runs") -> pandas.DataFrame:
-    """Every record of a folder of runs as a pandas DataFrame, one row a run and measure.
+    """Read all records in a folder of runs into a pandas DataFrame, with a row for each run and measure.
 
-    Columns: `run` (the run's folder), `name`, `hash`, `seed`; every setting of the spec by its dotted key
-    (`attack.poison_rate`, `recipe.lr`, ...; missing where a run has no such setting); `defence`, `defence.kind` and
-    `defence.params` (its settings as JSON, with `screened` where it is not the usual 1,000), which are "" for what is
-    measured of the victim itself; `measure` (the key of docs/record.md below `victim`, `attack`, `seconds`, `memory` or
-    a row of `defences`, such as `asr`, `asr_clean_model`, `stealth.psnr_db`, `tpr_at_fpr.0.05`); `value` (of a centre,
-    the mean), and of rates `low`, `high`, `n`.
+    Columns:
+
+    - `run` (the run's folder), `name`, `hash`, `seed`;
+    - every setting of the spec by its dotted key (`attack.poison_rate`, `recipe.lr`, ...), missing where a run has no
+      such setting;
+    - `defence`, `defence.kind` and `defence.params` (its settings as JSON, with `screened` where it is not 1,000); all
+      are "" for measures of the victim itself;
+    - `measure`: the key of docs/record.md below `victim`, `attack`, `seconds`, `memory` or a row of `defences`, such as
+      `asr`, `asr_clean_model`, `stealth.psnr_db`, `tpr_at_fpr.0.05`;
+    - `value` and, of rates, `low`, `high` and `n`; where the record has mean and median, the value is the mean.
 
     Args:
         place: a folder of runs, one run's folder, or a `.json` or `.jsonl` file of records.
@@ -49,7 +53,8 @@ def load_records(place: str | Path = "runs") -> pandas.DataFrame:
 
 
 def to_frame(records: Sequence[Found]) -> pandas.DataFrame:
-    """The table of some records; see `load_records`."""
+    """The DataFrame of some records; see `load_records` for its columns."""
+    # One row for each run with its settings, and one for each measure, which are then joined.
     runs = pandas.DataFrame([_run(found) for found in records])
     lines = [(i, *line) for i, found in enumerate(records) for line in _lines(found.record)]
     columns = ["run", "defence", "defence.kind", "defence.params", "measure", "value", "low", "high", "n"]
@@ -62,13 +67,14 @@ def to_frame(records: Sequence[Found]) -> pandas.DataFrame:
 
 
 def _run(found: Found) -> dict[str, Any]:
+    """The columns of a run: folder, name, hash, seed and settings."""
     record = found.record
     head = {"run": found.place.name, "name": record.name, "hash": record.hash, "seed": record.seed}
     return {**head, **dict(settings({k: v for k, v in record.spec.items() if k not in head}))}
 
 
 def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting of a spec's table by its dotted key; its defences are no settings of the run."""
+    """Every setting of a spec's table by its dotted key, without the defences."""
     for key, value in spec.items():
         if isinstance(value, Mapping):
             yield from settings(value, f"{place}{key}.")
@@ -77,6 +83,7 @@ def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, An
 
 
 def _lines(record: Record) -> Iterator[tuple[Any, ...]]:
+    """A line for each measure of a record: defence, its kind and settings, and the measure."""
     yield from (("", "", "", *line) for line in of_run(record))
     for row in record.defences:
         how = json.dumps(row_settings(row))
@@ -84,18 +91,18 @@ def _lines(record: Record) -> Iterator[tuple[Any, ...]]:
 
 
 def of_run(record: Record) -> Iterator[Measured]:
-    """What a record says of the run itself."""
+    """The measures of a run itself, without those of defences."""
     yield from measured(record.victim)
     yield from measured({"attack": record.attack, "seconds": record.seconds, "memory": record.memory})
 
 
 def of_row(row: Row) -> Iterator[Measured]:
-    """What a row of a record's `defences` says."""
+    """The measures of a row of defences."""
     return measured({key: value for key, value in vars(row).items() if key not in ABOUT_ROW})
 
 
 def measured(thing: Any, place: str = "") -> Iterator[Measured]:
-    """Every number in a part of a record by its dotted key, with the intervals of those that have one."""
+    """Every number in a part of a record by its dotted key, with its interval where it has one."""
     match thing:
         case Rate():
             yield place, thing.value, thing.low, thing.high, thing.n

@@ -1,4 +1,4 @@
-"""Records as lines of text."""
+"""Turns a record's measures into lines of text, for the command line and the report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from vitrap.experiment.rows import FilterRow, JudgementRow, RepairRow, Row, Scre
 from vitrap.metrics.values import Auroc, Centre, Measures, Rate
 
 Line = tuple[str, str, str, str]
-"""Measure, victim, clean twin, number of images."""
+"""A line: the measure, its value for victim and clean twin, and the number of images."""
 
 
 def percent(rate: Rate) -> str:
@@ -30,7 +30,7 @@ def centred(centre: Centre) -> str:
 
 
 def measures(victim: Measures) -> list[Line]:
-    """Lines for what is measured of a victim and its clean twin."""
+    """The lines for the measures of a victim and its clean twin."""
     stealth = victim.stealth
     lines = [
         ("clean accuracy (CDA)", percent(victim.cda), percent(victim.cda_clean_model), str(victim.cda.n)),
@@ -52,7 +52,7 @@ def measures(victim: Measures) -> list[Line]:
 
 
 def measured_on(spec: Mapping[str, Any]) -> str:
-    """Which images a record's figures are of: those of the test set, or some that were held out to choose settings."""
+    """On which images a record is measured: "test", or "held-out" where settings are chosen."""
     return "held-out" if spec.get("data", {}).get("measured") == "choose" else "test"
 
 
@@ -67,7 +67,7 @@ def adapted(models: Mapping[str, BuiltNetwork | OwnNetwork | None]) -> list[str]
 
 
 def defence_measures(row: Row) -> list[Line]:
-    """Lines for what a defence makes of victim and clean twin."""
+    """The lines for the measures of a row of defences."""
     match row:
         case ScreenRow():
             return _screen(row)

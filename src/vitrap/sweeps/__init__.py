@@ -1,1 +1,1 @@
-"""Many runs: the grid that names them, what is ahead, and workers that do them, here or on Ray."""
+"""Sweeps: many runs from one spec with a grid, done by workers on this machine or on a Ray cluster."""

@@ -1,4 +1,4 @@
-"""A sweep's spec: a spec with a `[grid]` of what varies, and the runs that it stands for.
+"""`load_sweep`: reads a sweep's spec, a spec with a `[grid]` of settings that vary, and makes a spec of each run.
 
 Each key of `[grid]` leads to a list of values, quoted or bare (`"attack.poison_rate" = [0.05, 0.1]`, `seed = [0, 1]`);
 `[[grid.case]]` tables hold settings that belong together, and may have a `title` for tables and figures; a list in one
@@ -19,18 +19,19 @@ from vitrap.errors import UserError
 from vitrap.experiment.spec import PAGE, Spec, Table, parse_override, parse_spec, read_table, set_keys
 
 MOST = 10_000
-"""A sweep of more runs asks for confirmation."""
+"""A sweep of more runs needs `--yes`."""
 DEFENCES, BASE, TITLE = "defences", "base", "title"
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
+    """A point of the grid: one run of a sweep.
 
     Attributes:
-        settings: what sets it apart: each key of the grid and of its case, with its value; a case's `title`, too.
-        spec: the whole spec.
+        settings: the settings by which it differs from other runs: each key of the grid and of its case with its value,
+            and the case's `title`.
+        spec: the run's whole spec.
     """
 
     settings: Settings
@@ -38,7 +39,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """What sets it apart, in a line."""
+        """The settings by which it differs from other runs, in a line."""
         shown = {k: v for k, v in self.settings.items() if k not in (DEFENCES, TITLE)}
         return ", ".join(f"{k} = {_short(v)}" for k, v in shown.items()) or self.spec.name
 
@@ -48,9 +49,9 @@ class Sweep:
     """The runs of a sweep's spec.
 
     Attributes:
-        name: of the spec's file.
+        name: the name of the spec's file.
         points: each run once, in the order of the grid.
-        page: the `page`, `table` and `figure` keys, as they stand there.
+        page: the `page`, `table` and `figure` keys, as they are in the file.
     """
 
     name: str
@@ -63,7 +64,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
 
     Args:
         path: a TOML file with a `[grid]`; paths in it (`base`, also as a grid's key) are relative to it.
-        overrides: `key=value`; a key of the grid then has this value alone.
+        overrides: `key=value`; for a key of the grid, this value replaces its list.
         any_number: allow more than 10,000 runs.
 
     Raises:
@@ -76,12 +77,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
         raise UserError(f"spec {str(path)!r} has no [grid] of lists: it is a single run; start it with vitrap run")
     if not isinstance(grid := table.pop("grid"), Mapping):
         raise UserError(f"grid = {grid!r} in spec {str(path)!r} must be a table of lists: [grid]")
+    # Read what varies, apply overrides, and refuse contradictions.
     axes = dict(_axes(grid))
     cases = _cases(grid.get("case", []))
     _override(table, axes, cases, overrides)
     _check(str(path), axes, cases)
     if (count := prod(map(len, axes.values())) * max(1, len(cases))) > MOST and not any_number:
         raise UserError(f"the grid of {str(path)!r} has {count} runs, more than {MOST}; say --yes if you mean it")
+    # The runs are all combinations of a case with a value of each axis.
     combinations = (
         {**case, **dict(zip(axes, values, strict=True))} for case in cases or [{}] for values in product(*axes.values())
     )
@@ -90,7 +93,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
 
 
 def _axes(grid: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Each key of the grid by its dotted name, and its values."""
+    """Each key of the grid, dotted, with its list of values."""
     seen: set[str] = set()
     for key, values in grid.items():
         if not place and key == "case":
@@ -107,13 +110,14 @@ def _axes(grid: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, list[
 
 
 def _cases(cases: Any) -> list[Settings]:
+    """The cases of the grid, each with its settings by dotted key."""
     if not isinstance(cases, list) or not all(isinstance(case, Mapping) and case for case in cases):
         raise UserError(f"grid.case = {cases!r} must be tables of settings that belong together: [[grid.case]]")
     return [settings for case in cases for settings in _each_case(dict(_leaves(case)))]
 
 
 def _each_case(case: Settings) -> Iterator[Settings]:
-    """A case for each combination of its lists; a list of defences is one setting."""
+    """One case for each combination of its lists; a list of defences is one value."""
     lists = {key: value if isinstance(value, list) and key != DEFENCES else [value] for key, value in case.items()}
     for key, values in lists.items():
         if not values or any(value in values[:i] for i, value in enumerate(values)):
@@ -122,6 +126,7 @@ def _each_case(case: Settings) -> Iterator[Settings]:
 
 
 def _leaves(case: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested table by its dotted key."""
     for key, value in case.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{place}{key}.")
@@ -130,7 +135,7 @@ def _leaves(case: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any
 
 
 def _override(table: Table, axes: dict[str, list[Any]], cases: Sequence[Settings], overrides: Sequence[str]) -> None:
-    """Put each override over the grid where it is one of its keys, else over all runs."""
+    """Apply overrides, in place: to the grid where it has the key, else to the spec of all runs."""
     pairs = []
     for text in overrides:
         keys, value = parse_override(text)
@@ -145,7 +150,7 @@ def _override(table: Table, axes: dict[str, list[Any]], cases: Sequence[Settings
 
 
 def _check(where: str, axes: Mapping[str, list[Any]], cases: Sequence[Settings]) -> None:
-    """Refuse a grid that is empty, or in which two keys say something of the same setting."""
+    """Refuse a grid that is empty, or in which two keys set the same setting."""
     if not axes and not cases:
         raise UserError(f"the [grid] of {where!r} is empty; give it a key with a list of values, or [[grid.case]]")
     if twice := [case for i, case in enumerate(cases) if case in cases[:i]]:
@@ -159,12 +164,14 @@ def _check(where: str, axes: Mapping[str, list[Any]], cases: Sequence[Settings])
 
 
 def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one is a table that has the other."""
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _spec(table: Table, settings: Settings, folder: Path) -> Spec:
     """The spec of one combination."""
     start = deepcopy(table)
+    # Where the grid varies the base, the sweep's own settings go over each base.
     if BASE in settings:
         own = [([key], value) for key, value in start.items()]
         start = set_keys(read_table(folder / str(settings[BASE])), own)
@@ -181,13 +188,13 @@ def _spec(table: Table, settings: Settings, folder: Path) -> Spec:
 
 
 def _listed(defences: Any) -> list[Any]:
-    """One defence or several, by name or as tables, as `[[defences]]` has them."""
+    """One defence or several, each a name or a table, as a list of tables like `[[defences]]`."""
     several = defences if isinstance(defences, list) else [defences]
     return [{"name": defence} if isinstance(defence, str) else defence for defence in several]
 
 
 def _each_once(points: Sequence[Point]) -> Iterator[Point]:
-    """Runs that differ by their defences alone are one run with all of these."""
+    """Each run once: points that differ by their defences alone become one run with all these defences."""
     found: dict[str, Point] = {}
     for point in points:
         key = point.spec.hash()
@@ -203,5 +210,5 @@ def _each_once(points: Sequence[Point]) -> Iterator[Point]:
 
 
 def _short(value: Any) -> str:
-    """A value as a TOML file has it."""
+    """A value as a TOML file has it; a string without quotes."""
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,4 +1,4 @@
-"""One run of a sweep as a worker does it, on this machine or another, and the news of it."""
+"""One run of a sweep as a worker does it, on this machine or another, and the events that tell the driver about it."""
 
 import time
 import traceback
@@ -9,27 +9,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from vitrap.experiment.progress import Steps, silent
+from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import SCHEMA, Failure, Table, to_table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.files import write_json
 
 OFTEN = 0.25
-"""Seconds between two ticks that a worker reports."""
+"""Least seconds between two reports of a worker on the same step."""
 TRIES = 3
-"""A run whose worker is killed so many times has failed."""
+"""A run counts as failed when its worker has been killed so many times."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to do.
+    """A run to do, as it is sent to a worker.
 
     Attributes:
         number: its place in the sweep.
-        label: what sets it apart from the others.
+        label: the settings by which it differs from the other runs.
         spec: its spec as a table.
-        hash: of the spec.
+        hash: the spec's hash.
         out: the folder of runs.
         device: where to compute.
     """
@@ -43,21 +43,21 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The run's own."""
+        """The run's folder."""
         return Path(self.out) / f"{self.spec['name']}-{self.hash}"
 
 
 @dataclass(frozen=True)
 class Started:
-    """A worker has taken a run."""
+    """A worker has begun a run."""
 
     number: int
     worker: int
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a worker is at: so many ticks of so many (None: unknown) are done."""
+class StepProgress:
+    """A worker has come so far in a step of its run: `done` of `total` ticks (None: unknown)."""
 
     number: int
     worker: int
@@ -68,7 +68,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run has ended: made, found finished, or failed; `said` is what came out, or the error, in a line."""
+    """A run has ended.
+
+    Attributes:
+        number: the run's place in the sweep.
+        how: "done", "kept" (its record still holds, and nothing was measured) or "failed".
+        said: its result, or its error, in a line.
+        seconds: how long it took.
+    """
 
     number: int
     how: Literal["done", "kept", "failed"]
@@ -76,36 +83,38 @@ class Ended:
     seconds: float
 
 
-News = Started | Step | Ended
-Listener = Callable[[News], None]
+Event = Started | StepProgress | Ended
+Listener = Callable[[Event], None]
 
 
 def job(number: int, label: str, spec: Spec, out: Path) -> Job:
-    """The job that does a spec."""
+    """The job of a spec."""
     return Job(number, label, spec.table(), spec.hash(), str(out))
 
 
-def work(job: Job, steps: Steps = silent) -> Ended:
-    """Do a run, or find it done; an error becomes a failure record beside where its record would be."""
+def work(job: Job, progress: Progress = no_progress) -> Ended:
+    """Do a run; an error becomes a failure record in the run's folder."""
     from vitrap.experiment.run import run
 
-    start, measured = time.perf_counter(), False
+    start = time.perf_counter()
+    measured = False
 
     def noting(name: str, total: int | None) -> AbstractContextManager[Callable[[], None]]:
+        """Note whether anything is measured: if not, the record was there already."""
         nonlocal measured
         measured = measured or name == "measure" or name.startswith("defend ")
-        return steps(name, total)
+        return progress(name, total)
 
     try:
-        record = run(parse_spec(job.spec), job.out, device=job.device, steps=noting)
-    except Exception as error:  # a failed run does not stop the others
+        record = run(parse_spec(job.spec), job.out, device=job.device, progress=noting)
+    except Exception as error:  # whatever it is, a failed run does not stop the others
         return fail(job, error, time.perf_counter() - start)
     said = f"CDA {100 * record.victim.cda.value:.1f} %, ASR {100 * record.victim.asr.value:.1f} %"
     return Ended(job.number, "done" if measured else "kept", said, time.perf_counter() - start)
 
 
 def fail(job: Job, error: BaseException, seconds: float) -> Ended:
-    """Leave a failure record, where the disk still takes one; the next call tries the run again."""
+    """Write a failure record, if the disk still takes one; the next call of the sweep tries the run again."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     failure = Failure(
         schema=SCHEMA,
@@ -125,26 +134,31 @@ def fail(job: Job, error: BaseException, seconds: float) -> Ended:
 
 
 def interleaved(jobs: Sequence[Job], needs: Callable[[Job], object]) -> list[Job]:
-    """First a job for each of the things that jobs `need` and share, so that workers make them side by side."""
+    """Sort jobs so that one job for each distinct `needs(job)` comes first, then all others.
+
+    Jobs with the same need share a stage, such as the twin. So workers make different stages side by side, and do not
+    wait for each other to make the same one.
+    """
     first = set({needs(job): job.number for job in reversed(jobs)}.values())
     return sorted(jobs, key=lambda job: (job.number not in first, job.number))
 
 
-def reporting(run: int, worker: int, send: Callable[[Step], object]) -> "Steps":
-    """Steps that are told to the driver."""
+def reporting(run: int, worker: int, send: Callable[[StepProgress], object]) -> Progress:
+    """A display of progress that sends it to the driver."""
 
     @contextmanager
-    def steps(name: str, total: int | None) -> Iterator[Callable[[], None]]:
-        done, last = 0, time.monotonic()
-        send(Step(run, worker, name, done, total))
+    def show(name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        done = 0
+        last = time.monotonic()
+        send(StepProgress(run, worker, name, done, total))
 
         def tick() -> None:
             nonlocal done, last
             done += 1
             if time.monotonic() - last > OFTEN:
                 last = time.monotonic()
-                send(Step(run, worker, name, done, total))
+                send(StepProgress(run, worker, name, done, total))
 
         yield tick
 
-    return steps
+    return show

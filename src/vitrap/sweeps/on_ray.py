@@ -1,4 +1,7 @@
-"""Runs as tasks of a Ray cluster, for more than one machine. Ray does a task again whose worker was killed."""
+"""Does the runs of a sweep as tasks of a Ray cluster, on more than one machine.
+
+If a worker is killed, Ray does its task again.
+"""
 
 import os
 import socket
@@ -12,11 +15,11 @@ from typing import Any
 
 from vitrap.errors import UserError
 from vitrap.experiment.code import running_code
-from vitrap.sweeps.jobs import TRIES, Ended, Job, Listener, Started, Step, fail, reporting, work
+from vitrap.sweeps.jobs import TRIES, Ended, Job, Listener, Started, StepProgress, fail, reporting, work
 
 CHOSEN = ("VITRAP_MEMORY", "VITRAP_STATE_SECONDS")
-"""Variables of the driver's environment that its tasks get."""
-REACH = 5.0
+"""Variables of the driver's environment that are set for its tasks, too."""
+ANSWER_SECONDS = 5.0
 """Seconds within which a cluster's head must answer."""
 
 
@@ -24,76 +27,90 @@ def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Listener) 
     """Do jobs as tasks of a cluster whose nodes all see the folder of runs.
 
     Args:
-        jobs: in the order in which they are begun.
-        address: of the running cluster's head, "auto" for the one of this machine.
-        threads: a task's share of CPU cores.
-        hear: is told what happens.
+        jobs: the jobs, in the order in which they are begun.
+        address: address of the running cluster's head; "auto" for a cluster on this machine.
+        threads: CPU cores of each task.
+        hear: called with each event.
 
     Raises:
-        UserError: Ray is not installed, or the address does not answer or lets nobody in.
+        UserError: Ray is not installed, or the address does not answer or refuses the connection.
     """
     ray = load_ray()
     with _cluster(ray, address):
         Path(jobs[0].out).mkdir(parents=True, exist_ok=True)
         gpus = 1 if ray.cluster_resources().get("GPU") and jobs[0].device != "cpu" else 0
-        task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(do)
+        task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(run_task)
         mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         waiting, running = deque(jobs), {}
         chosen = {name: os.environ[name] for name in CHOSEN if name in os.environ}
         while waiting or running:
-            room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) // threads  # nodes come and go
+            # Submit as many tasks as the cluster has room for; nodes may come and go.
+            room = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)) // threads
             while waiting and len(running) < max(1, room):
-                job, taken = waiting.popleft(), {place for _, place in running.values()}
+                job = waiting.popleft()
+                # The lowest number that no running task has: by it the display tells tasks apart.
+                taken = {place for _, place in running.values()}
                 place = min(set(range(len(taken) + 1)) - taken)
-                told = asdict(replace(job, device=job.device.partition(":")[0]))  # which of its GPUs, Ray decides
-                running[task.remote(told, os.getcwd(), threads, running_code(), (mailbox, place, chosen))] = job, place
+                # Ray decides which GPU of a node a task gets.
+                sent = asdict(replace(job, device=job.device.partition(":")[0]))
+                reference = task.remote(sent, os.getcwd(), threads, running_code(), (mailbox, place, chosen))
+                running[reference] = job, place
+            # Wait for tasks to end, and pass on what the others report meanwhile.
             done = ray.wait(list(running), timeout=1.0)[0]
-            with suppress(ray.exceptions.RayError):  # a mailbox that went with its node: the runs go on unwatched
-                for news in ray.get(mailbox.take.remote(), timeout=REACH):
+            with suppress(ray.exceptions.RayError):  # the mailbox was lost with its node: the runs go on without it
+                for news in ray.get(mailbox.take.remote(), timeout=ANSWER_SECONDS):
                     hear(news)
             for one in done:
                 hear(_ended(ray, one, running.pop(one)[0]))
 
 
 class Mailbox:
-    """Where tasks tell what they are at, and the driver reads it."""
+    """A Ray actor to which tasks send events, and from which the driver takes them."""
 
     def __init__(self) -> None:
-        self.news: dict[int, Started | Step] = {}
+        self.news: dict[int, Started | StepProgress] = {}
 
-    def tell(self, news: Started | Step) -> None:
-        """Keep the latest of each worker."""
+    def tell(self, news: Started | StepProgress) -> None:
+        """Keep the latest event of each worker."""
         self.news[news.worker] = news
 
-    def take(self) -> list[Started | Step]:
-        """What is new."""
-        taken, self.news = list(self.news.values()), {}
+    def take(self) -> list[Started | StepProgress]:
+        """The events since the last call."""
+        taken = list(self.news.values())
+        self.news = {}
         return taken
 
 
 def load_ray() -> Any:
-    """Ray, with its tokens asked for.
+    """Import Ray with its authentication by tokens switched on.
 
     Raises:
         UserError: it is not installed.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is there: without it anybody can run code on a node
+    # Ray reads these when it is imported. Without tokens, anybody on the network could run code on a node.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU is no reason for a warning
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no warning about tasks without a GPU
     try:
         return import_module("ray")
     except ImportError as error:
         raise UserError("--ray-address asks for Ray, which is not installed; pip install 'vitrap[ray]'") from error
 
 
-def do(
-    job: dict[str, Any], folder: str, threads: int, code: str, told: tuple[Any, int, dict[str, str]]
+def run_task(
+    job: dict[str, Any], folder: str, threads: int, code: str, task_context: tuple[Any, int, dict[str, str]]
 ) -> dict[str, Any]:
-    """A task: a run, on whatever node; paths are as seen from the driver's folder.
+    """A task: does a run on a node of the cluster.
 
-    `told` is mailbox, place and the driver's own `CHOSEN` variables; where it has none, each node keeps its own.
+    Args:
+        job: the fields of the `Job`.
+        folder: the driver's working folder, from which paths of the job are seen.
+        threads: threads of the task.
+        code: digest of the driver's code; a node with other code refuses the run.
+        task_context: the mailbox, the task's number for display, and the `CHOSEN` variables that the driver has set.
     """
-    found, (mailbox, place, chosen) = Job(**job), told
+    found = Job(**job)
+    mailbox, place, chosen = task_context
     mailbox.tell.remote(Started(found.number, place))
     if code != running_code():
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
@@ -108,11 +125,12 @@ def do(
 
 
 def _refuse(job: Job, why: str) -> Ended:
+    """The end of a run that this node cannot do."""
     return Ended(job.number, "failed", f"UserError: {why}", 0.0)
 
 
 def _ended(ray: Any, reference: Any, job: Job) -> Ended:
-    """How a task ended; a run whose record did not come to the driver's folder has failed."""
+    """How a task ended; a run whose record is not in the driver's folder has failed."""
     try:
         ended = Ended(**ray.get(reference))
     except (ray.exceptions.RayError, OSError) as error:
@@ -127,10 +145,10 @@ def _ended(ray: Any, reference: Any, job: Job) -> Ended:
 
 @contextmanager
 def _cluster(ray: Any, address: str) -> Iterator[None]:
-    """A connection to the cluster at `address`, for as long as the block lasts."""
-    _reach(address)
+    """Connect to the cluster at `address` for as long as the block lasts."""
+    _check_address(address)
     try:
-        with _mute():
+        with _silenced_stderr():
             ray.init(address=address, log_to_driver=False, logging_level="error")
     except Exception as error:
         said = " ".join(str(error).split()).partition(". ")[0]
@@ -142,8 +160,8 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _mute() -> Iterator[None]:
-    """Keep what Ray's own libraries say past Python off stderr: a refusal is one line, and ours."""
+def _silenced_stderr() -> Iterator[None]:
+    """Silence stderr at the level of the system: Ray's C++ libraries print there, and an error is to be one line."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -154,15 +172,15 @@ def _mute() -> Iterator[None]:
         os.close(kept)
 
 
-def _reach(address: str) -> None:
-    """Refuse an address that nobody answers at: Ray itself would go on trying."""
+def _check_address(address: str) -> None:
+    """Refuse an address that does not answer; Ray itself would go on trying."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
     if not colon or not port.isdigit():
         raise UserError(f"--ray-address {address!r} is wrong; give HOST:PORT, as ray start --head printed it, or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=REACH).close()
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         why = f"nobody answers at --ray-address {address!r} ({error})"
         raise UserError(f"{why}; start the head there: see README, more than one machine") from error

@@ -1,4 +1,4 @@
-"""A sweep: the runs of a grid, side by side, each with a record or a failure record at its end."""
+"""`sweep`: does the runs of a grid side by side; each leaves a record, or a failure record."""
 
 import os
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from vitrap.errors import UserError
 from vitrap.experiment.store import Store
-from vitrap.sweeps.ahead import twin
+from vitrap.sweeps.ahead import twin_key
 from vitrap.sweeps.grid import Point, Sweep
-from vitrap.sweeps.jobs import Ended, Listener, News, interleaved, job
+from vitrap.sweeps.jobs import Ended, Event, Listener, interleaved, job
 
 
-def ignore(news: News) -> None:
-    """Hears nothing."""
+def ignore(news: Event) -> None:
+    """Do nothing about an event."""
 
 
 def sweep(
@@ -25,20 +25,20 @@ def sweep(
     ray: str | None = None,
     hear: Listener = ignore,
 ) -> list[Ended]:
-    """Do every run of a sweep, each at most once; what has a record that still holds is kept.
+    """Do every run of a sweep; a run whose record still holds is not made again.
 
-    A failed run leaves `failure.json` in its folder and does not stop the others. The same call again goes on from
-    what is there, and tries failed runs again. From a script, call it below `if __name__ == "__main__":`, since worker
-    processes import the script.
+    A failed run leaves `failure.json` in its folder and does not stop the others. If the same call is made again, it
+    does the runs that are missing or have failed. From a script, call it below `if __name__ == "__main__":`, since
+    worker processes import the script.
 
     Args:
         grid: the runs: `load_sweep(path)`.
         out: folder of runs and stages; with Ray one that all nodes see.
-        workers: how many runs at once on this machine; None for one a GPU, or one a core. On Ray the cluster decides:
-            a run gets a GPU where there are any, or a core.
-        device: "auto" or "cuda" (GPUs shared out), "cpu" or "cuda:N".
+        workers: how many runs at once on this machine; None for one on each GPU or, without GPUs, on each core. On Ray
+            the cluster decides: a run gets a GPU where there are any, else a core.
+        device: "auto" or "cuda" (all GPUs), "cpu" or "cuda:N".
         ray: address of a running Ray cluster, HOST:PORT or "auto"; None for worker processes of this machine.
-        hear: is told what happens.
+        hear: called with each event: a run has started, come further, or ended.
 
     Returns:
         How each run ended, in the order of the grid.
@@ -50,50 +50,54 @@ def sweep(
     Store(Path(out)).check()
     ended: dict[int, Ended] = {}
 
-    def heard(news: News) -> None:
+    def note(news: Event) -> None:
         if isinstance(news, Ended):
             ended[news.number] = news
         hear(news)
 
+    # Runs that need different twins come first, so that workers train the twins side by side.
     jobs = [replace(job(i, point.label, point.spec, Path(out)), device=device) for i, point in enumerate(grid.points)]
-    jobs = interleaved(jobs, lambda one: twin(one.spec))
+    jobs = interleaved(jobs, lambda one: twin_key(one.spec))
     if ray is not None:
         from vitrap.sweeps.on_ray import run_on_ray
 
-        run_on_ray(jobs, ray, 1, heard)
+        run_on_ray(jobs, ray, 1, note)
     else:
+        # On this machine all workers read the same data: missing data are found before any of them starts.
         _try_data(grid.points, device)
         devices, threads = share(workers, device, len(jobs))
         from vitrap.sweeps.workers import run_local
 
-        run_local(jobs, devices, threads, heard)
+        run_local(jobs, devices, threads, note)
     return [ended[i] for i in sorted(ended)]
 
 
 def share(workers: int | None, device: str, runs: int) -> tuple[list[str], int]:
-    """What each worker computes on, and how many threads it has: GPUs and cores shared out, none used twice over.
+    """Divide GPUs and cores among workers: the device of each worker, and the number of its threads.
 
     Raises:
-        UserError: no worker is asked for.
+        UserError: `workers` is less than 1.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers} is too few; give 1 or more")
     import torch
 
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
-    own = gpus or (1 if device.startswith("cuda:") else cores())
-    crew = min(workers or own, runs)
-    devices = [f"cuda:{i % gpus}" if gpus else device if device != "auto" else "cpu" for i in range(crew)]
+    # By default a worker for each GPU, for the one GPU that is named, or for each core.
+    default = gpus or (1 if device.startswith("cuda:") else cores())
+    crew = min(workers or default, runs)
+    single = "cpu" if device == "auto" else device
+    devices = [f"cuda:{i % gpus}" if gpus else single for i in range(crew)]
     return devices, max(1, cores() // max(1, crew))
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _try_data(points: Sequence[Point], device: str) -> None:
-    """Open each data set once before any worker starts, so that a missing one is a refusal, not a row of failures."""
+    """Open each data set once before any worker starts: a missing one is an error of the call, not of every run."""
     from vitrap.data.sources import open_data
     from vitrap.experiment.plan import choose_device
 

@@ -1,4 +1,7 @@
-"""Runs in worker processes of this machine. A worker that is killed is replaced, and its run done again."""
+"""Does the runs of a sweep in worker processes of this machine.
+
+A worker that is killed is replaced, and its run is tried again.
+"""
 
 import os
 import signal
@@ -17,12 +20,12 @@ from multiprocessing.process import BaseProcess
 from vitrap.sweeps.jobs import TRIES, Ended, Job, Listener, Started, fail, reporting, work
 
 PATIENCE = 2.0
-"""Seconds that a worker has to clear its drafts away when it is to stop."""
+"""Seconds that a worker has to remove its drafts when it is told to stop."""
 
 
 @dataclass
 class Worker:
-    """A process, and the run that it is at."""
+    """A worker process, the connection to it, and its present job; None: it is idle."""
 
     number: int
     process: BaseProcess
@@ -31,13 +34,13 @@ class Worker:
 
 
 def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: Listener) -> None:
-    """Do jobs side by side, one worker a device.
+    """Do jobs side by side, with a worker for each device.
 
     Args:
-        jobs: in the order in which they are begun.
-        devices: what each worker computes on.
-        threads: of each worker, so that all together have the machine's cores.
-        hear: is told what happens.
+        jobs: the jobs, in the order in which they are begun.
+        devices: where each worker computes.
+        threads: threads of each worker, so that all together have the machine's cores.
+        hear: called with each event.
     """
     context = get_context("spawn")
     waiting = deque(jobs)
@@ -46,11 +49,14 @@ def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: L
     try:
         crew += [_hire(context, number, threads) for number in range(min(len(devices), len(jobs)))]
         while waiting or any(worker.job for worker in crew):
+            # Give each idle worker the next job.
             for worker in crew:
                 if worker.job is None and waiting:
                     _give(worker, replace(waiting.popleft(), device=devices[worker.number]), hear)
+            # Wait until busy workers send something, or die, which ends their connection.
             busy = [worker for worker in crew if worker.job]
-            for worker in (w for c in wait([w.connection for w in busy]) for w in busy if w.connection is c):
+            for connection in wait([worker.connection for worker in busy]):
+                worker = next(worker for worker in busy if worker.connection is connection)
                 _listen(worker, waiting, tries, hear)
                 if worker.job is None and not worker.process.is_alive():
                     crew[worker.number] = _hire(context, worker.number, threads)
@@ -59,6 +65,7 @@ def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: L
 
 
 def _hire(context: SpawnContext, number: int, threads: int) -> Worker:
+    """Start a worker process."""
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, number, threads), daemon=True)
     process.start()
@@ -67,14 +74,15 @@ def _hire(context: SpawnContext, number: int, threads: int) -> Worker:
 
 
 def _give(worker: Worker, job: Job, hear: Listener) -> None:
+    """Send a job to a worker."""
     worker.job = job
-    with suppress(BrokenPipeError):  # it has died, which the next look at it will show
+    with suppress(BrokenPipeError):  # it has died: `_listen` finds its connection ended
         worker.connection.send(job)
     hear(Started(job.number, worker.number))
 
 
 def _listen(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: Listener) -> None:
-    """Take what a worker says; where it has died, its run waits again, or has failed."""
+    """Receive an event from a worker; if it has died, its job is tried again or has failed."""
     job = worker.job
     assert job is not None
     try:
@@ -93,7 +101,7 @@ def _listen(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: List
 
 
 def _dismiss(crew: Sequence[Worker]) -> None:
-    """End all workers: idle ones are told, others may clear away what they were making."""
+    """End all workers: idle ones are told to, others get time to remove their drafts."""
     for worker in crew:
         if worker.job:
             worker.process.terminate()
@@ -108,11 +116,11 @@ def _dismiss(crew: Sequence[Worker]) -> None:
 
 
 def _serve(connection: Connection, number: int, threads: int) -> None:
-    """A worker's life: take a job, do it, say how it ended; until there is none, or nobody to say it to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the driver's business
+    """What a worker process does: receive a job, do it, report how it ended, until the driver sends None or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the driver tells workers to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # drafts are cleared on the way out
     threading.Thread(target=_stop_with_driver, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is there
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
     import torch
 
     torch.set_num_threads(threads)
@@ -122,9 +130,10 @@ def _serve(connection: Connection, number: int, threads: int) -> None:
 
 
 def _stop_with_driver() -> None:
+    """Wait for the driver's end, and then end this worker."""
     driver = parent_process()
     assert driver is not None
     driver.join()
-    signal.alarm(round(PATIENCE))  # by the system, however busy the main thread is by then
+    signal.alarm(round(PATIENCE))  # the system ends the process even if the main thread is busy outside of Python
     with suppress(ProcessLookupError):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""Training: one loop for every attack, and its recipe."""
+"""Training: one loop for every attack and repair, its recipe, optimiser and arithmetic."""

@@ -1,4 +1,4 @@
-"""Arithmetic: how a network's matrix products are computed. It decides how fast a run is, and its last digits."""
+"""`Arithmetic`: precision, attention kernel and compilation of a network; they decide speed and the last digits."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,13 +20,13 @@ WIDE = 64
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """One way to compute: in training, measuring and defences of a run alike.
+    """How a network computes; training, measuring and defences of a run all use the same.
 
     Attributes:
         precision: of the matrix products.
         attention: by torch's fused kernel, or step by step ("eager"), which on a CPU may be faster.
-        compiled: whether training goes through `torch.compile`; only where the objective is cross-entropy alone, since
-            looking at attention breaks a compiled graph up. Measuring never does.
+        compiled: whether training goes through `torch.compile`. It does only where the objective is cross-entropy
+            alone, since hooks on attention break a compiled graph up; measuring never does.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -35,58 +35,61 @@ class Arithmetic:
 
     @contextmanager
     def __call__(self, model: nn.Module, device: torch.device) -> Iterator[None]:
-        """Within the block, `model` computes so on `device`."""
+        """Within the block, `model` computes in this way on `device`."""
         with self.attending(model), self.autocast(device):
             yield
 
     def attending(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Its half for a whole epoch: to look for a model's attention in every step would take as long as a layer."""
+        """The attention part alone; entered once an epoch, since finding a model's attention layers takes time."""
         return eager_attention(model, self.attention == "eager")
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Its half for one step: what it has cast to bf16 is forgotten at the end, since weights change between steps.
+        """The precision part alone; entered once a step.
 
-        Within another autocast it would be remembered until that one ends.
+        At its end autocast drops the weights that it has cast to bf16, which change between steps. Within another
+        autocast it would not drop them, and later steps would use old weights.
         """
         return torch.autocast(device.type, torch.bfloat16, self.precision == "bf16")
 
 
 def uncompiled(compute: Compute, device: torch.device) -> Arithmetic:
-    """The arithmetic of a training that is to compute as a suspect does, and is too short to be compiled."""
+    """The arithmetic of a suspect for a short training, which is not worth compiling."""
     if isinstance(compute, Arithmetic):
         return replace(compute, compiled=False)
-    return usual(compute.precision, device)
+    return default_arithmetic(compute.precision, device)
 
 
 @lru_cache(maxsize=1)
 def compiled(model: nn.Module) -> Any:
-    """`model` through `torch.compile`, once for each shape of a batch; asked for again, the same.
+    """`model` through `torch.compile`, which compiles once for each shape of a batch; the last one is cached.
 
-    Torch compiles a line of code eight times and then no more, without an error: what was compiled of other models is
-    forgotten here.
+    Torch compiles the same code at most eight times, and after that silently runs it uncompiled. So what was compiled
+    of other models is dropped first.
     """
     torch.compiler.reset()
     return torch.compile(model, dynamic=False)
 
 
 def arithmetic_of(recipe: Recipe, model: nn.Module, device: torch.device) -> Arithmetic:
-    """How a recipe has a network computed on a device: what it says, and for the rest what is usual there."""
-    way = usual(recipe.precision, device, width_of(model))
-    attention = way.attention if recipe.attention is None else recipe.attention
-    return Arithmetic(way.precision, attention, bool(recipe.compiled))
+    """The arithmetic of a recipe for a network on a device; what the recipe leaves open is the default there."""
+    default = default_arithmetic(recipe.precision, device, width_of(model))
+    attention = default.attention if recipe.attention is None else recipe.attention
+    return Arithmetic(default.precision, attention, bool(recipe.compiled))
 
 
-def usual(precision: Literal["auto", "fp32", "bf16"], device: torch.device, width: int | None = None) -> Arithmetic:
-    """What a precision stands for: a written rule, so that machines of one kind compute alike.
+def default_arithmetic(
+    precision: Literal["auto", "fp32", "bf16"], device: torch.device, width: int | None = None
+) -> Arithmetic:
+    """The default arithmetic for a precision: a fixed rule, so that machines of one kind compute alike.
 
     "auto" is bf16 where the device has units for it; on a CPU only for networks at least `WIDE` wide, since narrower
     ones do not gain by it. Attention is torch's fused kernel, but step by step for bf16 on a CPU, where that kernel is
     slow. Nothing is compiled. The figures behind it: `python -m benchmarks arithmetic`, docs/speed.md.
 
     Args:
-        precision: of a recipe.
-        device: where.
-        width: of the network; None where that is not known.
+        precision: the recipe's precision.
+        device: where to compute.
+        width: width of the network; None where it is not known.
     """
     gains = device.type == "cuda" or (width or 0) >= WIDE
     bf16 = precision == "bf16" or (precision == "auto" and gains and has_bf16(device))
@@ -97,11 +100,11 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a device multiplies matrices of bf16 in units of its own: a GPU, or a CPU's AMX or AVX-512."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not say
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not have this function
     return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
 
 
 def width_of(model: nn.Module) -> int | None:
-    """How many features the last layer reads; None of a network that does not say."""
+    """The number of features that the head reads, as timm's networks state it; None where a network does not."""
     width = getattr(model.body if isinstance(model, Classifier) else model, "num_features", None)
     return width if isinstance(width, int) else None

@@ -1,4 +1,4 @@
-"""Making one step of several loss terms: by fixed weights, by learned ones, or by projecting conflicting gradients."""
+"""Combines several loss terms into one gradient: by fixed weights, learned weights, or projection (PCGrad)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,17 +11,18 @@ from vitrap.tensors.projection import project_conflicts
 
 
 class Combination:
-    """How the terms of an objective become gradients; one for each training.
+    """Turns the loss terms of an objective into gradients; each training has one.
 
     "fixed": the terms are added with the objective's weights w.
     "learned": a weighted term becomes `exp(-s) w L + s`, s learned along with the model from 0 (Kendall, Gal, Cipolla:
     "Multi-Task Learning Using Uncertainty", CVPR 2018, https://arxiv.org/abs/1705.07115). For L > 0 this has its
     minimum 1 + ln(w L) at s = ln(w L): no weight falls below 0, and none grows beyond 1 / L. How far s comes is up to
     the recipe: it learns at the model's own rate, a few units over some thousand steps at 1e-3.
-    "projected": weighted terms' gradients lose what conflicts with another's (PCGrad); the order is drawn.
+    "projected": of each weighted term's gradient, the part that conflicts with another term's is removed (PCGrad);
+    the order of the others is drawn.
 
     Attributes:
-        weights: what is trained of the model.
+        weights: the trained weights of the model.
         scales: the parameters s, for the optimiser.
     """
 
@@ -34,15 +35,15 @@ class Combination:
 
     @property
     def scales(self) -> list[nn.Parameter]:
-        """What is learned beside the model."""
+        """The parameters s, which are learned along with the model; none unless weights are learned."""
         return list(self._scale.values())
 
     def learned(self) -> dict[str, float]:
-        """The factor `exp(-s)` that each term has by now."""
+        """The present factor `exp(-s)` of each term, for the curves."""
         return {f"weight of {name}": scale.detach().neg().exp().item() for name, scale in self._scale.items()}
 
     def backward(self, terms: Mapping[str, Float[Tensor, ""]]) -> None:
-        """Leave in each parameter's `grad` what the terms together ask of it."""
+        """Write the gradient of all terms together into each parameter's `grad`."""
         parts = [self._part(name, term) for name, term in terms.items()]
         if self._objective.combine == "projected" and len(parts) > 1:
             self._project(parts)
@@ -50,17 +51,21 @@ class Combination:
             (parts[0] if len(parts) == 1 else torch.stack(parts).sum()).backward()
 
     def _part(self, name: str, term: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """A term with its fixed and its learned weight."""
         weights = self._objective.weights
         weighted = weights[name] * term if name in weights else term
         scale = self._scale.get(name)
         return weighted if scale is None else (-scale).exp() * weighted + scale
 
     def _project(self, parts: Sequence[Float[Tensor, ""]]) -> None:
+        """Write the sum of the projected gradients into each weight's `grad`."""
         weights = self.weights
+        # One row for each term: its gradient by all weights, flattened.
         rows = [
             torch.cat([g.flatten() for g in torch.autograd.grad(p, weights, retain_graph=True, materialize_grads=True)])
             for p in parts
         ]
+        # In which order each row meets the others, drawn again in every step.
         order = torch.stack([torch.randperm(len(parts), generator=self._order) for _ in parts])
         flat = project_conflicts(torch.stack(rows), order)
         for weight, gradient in zip(weights, flat.split([w.numel() for w in weights]), strict=True):

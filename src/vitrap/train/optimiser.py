@@ -1,4 +1,4 @@
-"""The optimiser of a training: which weights decay, how fast each layer learns, and how the rate rises and falls."""
+"""Makes the optimiser of a training: which weights decay, each layer's learning rate, and the schedule over steps."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +12,16 @@ from vitrap.errors import UserError
 from vitrap.models.classifier import Classifier
 from vitrap.train.recipe import Recipe
 
-Rate = Callable[[float], float]
-"""How much of a training is done, in [0, 1), to the model's learning rate."""
+Schedule = Callable[[float], float]
+"""Maps the share of a training that is done, in [0, 1), to the model's learning rate."""
 Group = dict[str, Any]
-"""A parameter group as torch's optimisers take it. With a "peak" it has a learning rate of its own."""
+"""A parameter group as torch's optimisers take it; one with a "peak" has a peak learning rate of its own."""
 MOMENTUM = 0.9
-"""Of SGD."""
+"""Momentum of SGD."""
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe, more: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the weights that require a gradient, and `more`, which never decay.
+    """The recipe's optimiser over all weights that require a gradient, and over `more`, which never decay.
 
     Raises:
         UserError: layers are to learn at different rates, and the network does not say what its layers are.
@@ -35,7 +35,7 @@ def make_optimiser(model: nn.Module, recipe: Recipe, more: Sequence[nn.Parameter
 
 
 def groups_of(body: nn.Module, recipe: Recipe) -> list[Group]:
-    """Each layer learns at `layer_decay` times the rate of the one above it, and the head at its own, if it has one.
+    """Parameter groups: a layer's rate is `layer_decay` times that of the layer above; the head may have its own.
 
     Raises:
         UserError: the network has no layers that timm knows, or no layer that it calls its head.
@@ -43,6 +43,7 @@ def groups_of(body: nn.Module, recipe: Recipe) -> list[Group]:
     groups = _by_decay(body, recipe) if recipe.layer_decay == 1 else _by_layer(body, recipe)
     if recipe.head_lr is None:
         return groups
+    # Take the head's weights out of each group, and give them a group with their own rate.
     head = {id(weight) for weight in head_weights(body, "recipe.head_lr")}
     found: list[Group] = []
     for group in groups:
@@ -53,11 +54,12 @@ def groups_of(body: nn.Module, recipe: Recipe) -> list[Group]:
 
 
 def decays(weight: nn.Parameter) -> bool:
-    """Whether weight decay acts on it: on matrices, as ViTs are trained, not on biases, norms and tokens."""
+    """Whether weight decay acts on a weight: on matrices, as usual for ViTs, but not on biases, norms and tokens."""
     return weight.ndim >= 2 and weight.shape[0] > 1
 
 
 def _by_decay(body: nn.Module, recipe: Recipe) -> list[Group]:
+    """Two groups: the weights that decay, and those that do not."""
     weights = [w for w in body.parameters() if w.requires_grad]
     return [
         {"params": [w for w in weights if decays(w)], "weight_decay": recipe.weight_decay},
@@ -66,7 +68,7 @@ def _by_decay(body: nn.Module, recipe: Recipe) -> list[Group]:
 
 
 def _by_layer(body: nn.Module, recipe: Recipe) -> list[Group]:
-    """As BEiT was fine-tuned, in timm's groups: the scale of a layer becomes its own peak."""
+    """Groups by layer, as BEiT is fine-tuned; timm's learning rate scale of a layer becomes the group's peak."""
     if not hasattr(body, "group_matcher"):
         raise UserError(
             f"recipe.layer_decay = {recipe.layer_decay:g} needs a network whose layers timm knows, and"
@@ -82,11 +84,11 @@ def _by_layer(body: nn.Module, recipe: Recipe) -> list[Group]:
 
 
 def head_weights(body: nn.Module, asked: str) -> Iterator[nn.Parameter]:
-    """The weights of a network's head, which gives the logits; a distilled ViT has two.
+    """The weights of a network's head, which computes the logits; a distilled ViT has two heads.
 
     Args:
         body: a network.
-        asked: the key of a spec that asks for the head, for a refusal.
+        asked: the key of the spec that needs the head, for the error message.
 
     Raises:
         UserError: the network does not name its head, as timm's do.
@@ -102,15 +104,15 @@ def head_weights(body: nn.Module, asked: str) -> Iterator[nn.Parameter]:
         yield from layer.parameters()
 
 
-def falling(recipe: Recipe) -> Rate:
-    """The recipe's own schedule."""
+def recipe_schedule(recipe: Recipe) -> Schedule:
+    """The recipe's schedule of the learning rate: warm-up, then half a cosine."""
     return lambda progress: recipe.lr * warmup_cosine(progress, recipe.warmup)
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:
     """The learning rate over its peak at `progress` in [0, 1): a line up to `warmup`, then half a cosine down.
 
-    Never exactly 0 at the first step, which would be wasted.
+    At the first step it is a little above 0, so that this step is not wasted.
     """
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)

@@ -1,4 +1,4 @@
-"""Gathering the pixels of the batches to come while the model learns from this one, for sets mapped from a file."""
+"""Reads the pixels of the next batches in a thread while the model trains, for data sets mapped from a file."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,21 +11,21 @@ from torch import Tensor
 from vitrap.images import Gathered, ImageSet
 
 AHEAD = 2
-"""Batches gathered before they are asked for."""
+"""Number of batches that are gathered in advance."""
 
 Rows = Int64[Tensor, " _"]
 
 
 @contextmanager
 def prefetched(data: ImageSet, order: Sequence[Rows]) -> Iterator[Iterable[tuple[Rows, Gathered]]]:
-    """The batches of `order`, each with its pixels; from memory they are gathered when they are asked for.
+    """Iterate over the batches of `order`, each as its row numbers and pixels.
 
-    From a file, one thread gathers, by itself, what comes next. An error of its own is raised where its batch is asked
-    for, and at the end of the block it is gone, however the block ends.
+    Pixels in memory are gathered when a batch is requested. Those of a mapped set are gathered in advance by a thread,
+    which ends with the block; an error in it is raised when its batch is requested.
 
     Args:
         data: the set.
-        order: row numbers, batch by batch, on the CPU.
+        order: row numbers of each batch, on the CPU.
     """
     if data.place is None:
         yield ((rows, data.gather(rows)) for rows in order)
@@ -35,6 +35,7 @@ def prefetched(data: ImageSet, order: Sequence[Rows]) -> Iterator[Iterable[tuple
 
 
 def _gathered(data: ImageSet, order: Sequence[Rows], thread: ThreadPoolExecutor) -> Iterator[tuple[Rows, Gathered]]:
+    """The batches of `order`, with at most `AHEAD` gathered in advance."""
     coming: deque[tuple[Rows, Future[Gathered]]] = deque()
     for rows in order:
         coming.append((rows, thread.submit(data.gather, rows)))

@@ -1,11 +1,11 @@
-"""The recipe of a training: everything about it but model, data and seed."""
+"""`Recipe`: the hyper-parameters of a training, and the defaults for each data set."""
 
 from typing import Literal
 
 from vitrap.params import hyperparameters, param
 
 ARITHMETIC = ("precision", "attention", "compiled")
-"""Fields of a recipe that say how it is computed."""
+"""Fields of a recipe that make up its arithmetic."""
 
 
 @hyperparameters
@@ -53,10 +53,10 @@ RECIPES = {
     "cifar100": Recipe(epochs=20, batch_size=64, flip=True),
     "tiny-imagenet": Recipe(epochs=20, batch_size=64, flip=True),
 }
-"""Defaults by data set; any other set starts from `Recipe()`.
+"""Defaults by data set; the defaults of any other set are `Recipe()`.
 
-None crops: trained this briefly, small ViTs lean on the black border of shifted images (on held-out GTSRB tracks the
-study model, 8 epochs, fell from 0.88 to 0.56 with crops of 2 px; exploratory, without a record).
+None crops: when trained this briefly, small ViTs come to depend on the black border of shifted images (on held-out
+GTSRB tracks the study model, 8 epochs, fell from 0.88 to 0.56 with crops of 2 px; exploratory, without a record).
 """
 
 

@@ -1,7 +1,7 @@
-"""Fine-tuning: what repairs share. A copy of the suspect's model is trained on, mostly on the few clean images.
+"""`tune`: fine-tunes a copy of the suspect's model, by default on the few clean images; repairs share it.
 
-A repair says what differs: its objective, its step (a sharpness-aware one, an adversarial one, one that keeps pruned
-channels at 0), which weights learn, a learning rate that follows what the clean images say.
+A repair states what is special about it: its objective, its step (a sharpness-aware one, an adversarial one, one that
+keeps pruned channels at 0), which weights learn, or how the learning rate follows the losses.
 """
 
 import copy
@@ -15,11 +15,11 @@ from torch import nn
 from vitrap.contracts import ImageSet, Objective, Suspect
 from vitrap.errors import UserError
 from vitrap.train.arithmetic import uncompiled
-from vitrap.train.loop import Curves, Epoch, Step, Streams, epochs, falling, keep, make_learner
+from vitrap.train.loop import Curves, Epoch, Step, Streams, add_to_curves, epochs, make_learner, recipe_schedule
 from vitrap.train.recipe import ARITHMETIC, Recipe
 
 Control = Callable[[nn.Module, Epoch, float], float]
-"""The model after an epoch, in evaluation mode, the epoch's losses and its learning rate to the next epoch's."""
+"""Returns the next epoch's learning rate, given the model in evaluation mode, an epoch's losses, and its rate."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Tuning:
     """One fine-tuning, as a repair wants it.
 
     Attributes:
-        defence: the repair's name, for a refusal.
-        recipe: how. Its precision says nothing here: the copy computes as the suspect does.
-        streams: what is random about it, from the defender's own generator.
-        objective: what for; None for cross-entropy.
-        step: what a step does; None for going down the objective.
-        control: the learning rate from epoch to epoch, starting with the recipe's; None for the recipe's schedule.
-        model: what is trained, in place: a copy that the repair has changed already, or a model that it retrained;
-            None for a copy of the suspect's.
-        weights: which weights of that model learn; None for all.
-        images: what it is trained on; None for the clean images.
-        training: whether the copy is in training mode: dropout drops, and batch norm follows the images.
+        defence: the repair's name, for error messages.
+        recipe: hyper-parameters. Its arithmetic is ignored: the copy computes as the suspect does.
+        streams: random streams, drawn from the defender's own generator.
+        objective: the loss terms to minimise; None for cross-entropy.
+        step: what a step does; None for a plain step.
+        control: sets the learning rate from epoch to epoch, from the recipe's on; None for the recipe's schedule.
+        model: the model to train, in place: a copy that the repair has changed already, or one that it retrained; None
+            for a copy of the suspect's.
+        weights: returns the weights of that model that learn; None: all do.
+        images: the training set; None for the clean images.
+        training: whether the copy is in training mode, in which dropout is on and batch norm updates its statistics.
     """
 
     defence: str
@@ -54,7 +54,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model after fine-tuning: ready, frozen, apart from the suspect's; and the mean of each loss by epoch."""
+    """A fine-tuned model, frozen and in evaluation mode, and the mean of each loss by epoch."""
 
     model: nn.Module
     curves: Curves
@@ -66,14 +66,14 @@ class Tuned:
 
 @torch.enable_grad()
 def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
-    """Train a copy of the suspect's model, in evaluation mode unless the repair asks for training mode.
+    """Fine-tune a copy of the suspect's model, in evaluation mode unless the repair asks for training mode.
 
     Raises:
         UserError: the training diverges.
     """
     model = copy.deepcopy(suspect.model) if tuning.model is None else tuning.model
     images = suspect.clean if tuning.images is None else tuning.images
-    # All weights learn, or those that the repair names.
+    # All weights learn, or those that the repair selects.
     model.requires_grad_(tuning.weights is None)
     for weight in tuning.weights(model) if tuning.weights else ():
         weight.requires_grad_(True)
@@ -82,17 +82,17 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
     learner = make_learner(model, recipe, tuning.objective, streams, arithmetic)
     lr = recipe.lr
 
-    def held(progress: float) -> float:
-        """What the control has said last."""
+    def held_rate(progress: float) -> float:
+        """The learning rate that the control has set last."""
         return lr
 
     curves: Curves = {}
-    # Dropout draws from torch's own state, which is the defender's meanwhile, and afterwards as it was.
+    # Dropout draws from torch's own random state, which is set from the defender's stream here and restored at the end.
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         torch.set_rng_state(streams.preparation.get_state())
         model.train(tuning.training)
-        for epoch in epochs(learner, images, held if tuning.control else falling(recipe), tuning.step):
-            if wrong := keep(curves, {**epoch.means(), **learner.combination.learned()}):
+        for epoch in epochs(learner, images, held_rate if tuning.control else recipe_schedule(recipe), tuning.step):
+            if wrong := add_to_curves(curves, {**epoch.means(), **learner.combination.learned()}):
                 raise UserError(f"{tuning.defence} diverged ({wrong}); lower its lr = {recipe.lr:g}")
             if tuning.control is not None:
                 lr = tuning.control(model.eval(), epoch, lr)
@@ -102,9 +102,10 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
 
 
 def recipe_of(settings: Any, images: int) -> Recipe:
-    """The recipe that a repair's settings of the same names stand for; a batch has at most all images.
+    """A recipe with those settings of a repair that have the names of a recipe's fields.
 
-    How it is computed is the suspect's business: a setting called `attention`, say, means something else.
+    A batch has at most `images` images. Fields of the arithmetic are left out, since the copy computes as the suspect
+    does; a repair's setting called `attention`, say, means something else.
     """
     names = [f.name for f in fields(Recipe) if f.name not in ARITHMETIC and hasattr(settings, f.name)]
     named = {name: getattr(settings, name) for name in names}
@@ -112,7 +113,7 @@ def recipe_of(settings: Any, images: int) -> Recipe:
 
 
 def streams_of(generator: torch.Generator, device: torch.device) -> Streams:
-    """The streams of a training, each with a seed drawn from the defender's own."""
+    """The random streams of a training, with seeds drawn from the defender's generator."""
     order, augmentation, projection = torch.randint(2**62, (3,), generator=generator).tolist()
     preparation = int(torch.randint(2**62, (), generator=generator))
     return Streams(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.report.made import found, record, to_record
 from vitrap import registry
-from vitrap.report.page.claims import Claim, beside, model_of, read_papers, unlike
+from vitrap.report.page.claims import Claim, comparable_runs, model_of, read_papers, unlike
 from vitrap.report.page.summary import to_runs
 
 CLAIM = Claim("asr", 99.85, "%", "CIFAR-10", "ViT-b", "all of it", "paper", "table 1", "")
@@ -24,14 +24,14 @@ def test_every_attack_has_its_paper() -> None:
     [("ageb", "cifar10", 1), ("ageb", "cifar100", 0), ("badnets", "cifar10", 0), ("ageb", "npy:CIFAR-10", 0)],
 )
 def test_beside_a_claim_stands_the_same_attack_on_the_same_data(attack: str, data: str, stands: int) -> None:
-    assert len(beside(CLAIM, "ageb", to_runs([found(record(attack=attack, data=data))]))) == stands
+    assert len(comparable_runs(CLAIM, "ageb", to_runs([found(record(attack=attack, data=data))]))) == stands
 
 
 def test_a_claim_for_one_of_several_data_sets_says_so() -> None:
     claim = Claim(
         "asr", 100, "%", "CIFAR-10, GTSRB: which of them, not known here", "not known here", "x", "paper", "", ""
     )
-    (ours,) = beside(claim, "ageb", to_runs([found(record(attack="ageb", data="gtsrb"))]))
+    (ours,) = comparable_runs(claim, "ageb", to_runs([found(record(attack="ageb", data="gtsrb"))]))
     assert "which data the claim is for is not known" in ours.unlike
     assert "the claim's model is not known" in ours.unlike
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from tests.report.made import judgement, record, repair, screen
-from tests.report.study.test_make import HEAD, at, study
+from tests.report.study.test_fill_page import HEAD, at, study
 from vitrap.errors import UserError
 from vitrap.report.study.drawings import figure_data
-from vitrap.report.study.make import Study, make, open_study
+from vitrap.report.study.fill_page import Study, fill_page, open_study
 
 HEAT = """
 [[figure]]
@@ -87,24 +87,26 @@ def test_marks_are_runs_with_their_intervals_and_a_missing_run_has_none(tmp_path
 def test_a_picture_is_current_until_its_figures_or_its_lines_change(tmp_path: Path, figure: str, there: int) -> None:
     found = [record(seed=i, number=i, asr=0.5 + i / 10, defences=[screen(), repair()]) for i in range(there)]
     one = opened(tmp_path, found, figure, DEFENDED)
-    assert [change.outdated for change in make(one)] == [True]
+    assert [change.outdated for change in fill_page(one)] == [True]
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["Software"] == "vitrap"
         assert min(image.size) > 100
-    assert [change.outdated for change in make(one)] == [False]
+    assert [change.outdated for change in fill_page(one)] == [False]
     retitled = opened(tmp_path, [], figure.replace("title = ", 'title = "New" # '), DEFENDED)
-    assert [change.outdated for change in make(retitled, write=False)] == [True]
+    assert [change.outdated for change in fill_page(retitled, write=False)] == [True]
     changed = record(seed=0, number=0, asr=0.51, defences=[screen(value=0.91), repair()])
-    assert [change.outdated for change in make(opened(tmp_path, [changed], figure, DEFENDED), write=False)] == [True]
+    assert [change.outdated for change in fill_page(opened(tmp_path, [changed], figure, DEFENDED), write=False)] == [
+        True
+    ]
 
 
 def test_a_picture_that_is_none_is_outdated(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    assert [change.outdated for change in make(opened(tmp_path, at((0.5,)), LINES), write=False)] == [True]
+    assert [change.outdated for change in fill_page(opened(tmp_path, at((0.5,)), LINES), write=False)] == [True]
 
 
 def test_a_new_folder_is_made_for_a_picture(tmp_path: Path) -> None:
-    make(opened(tmp_path, at((0.5,)), LINES.replace("a.png", "pictures/a.png")))
+    fill_page(opened(tmp_path, at((0.5,)), LINES.replace("a.png", "pictures/a.png")))
     assert (tmp_path / "pictures" / "a.png").exists()
 
 
@@ -128,6 +130,6 @@ def test_a_new_folder_is_made_for_a_picture(tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_line(tmp_path: Path, figure: str, said: str) -> None:
     with pytest.raises(UserError) as refused:
-        make(opened(tmp_path, [record(defences=[screen(), repair()])], figure, DEFENDED))
+        fill_page(opened(tmp_path, [record(defences=[screen(), repair()])], figure, DEFENDED))
     assert said in str(refused.value)
     assert not (tmp_path / "a.png").exists()

@@ -1,4 +1,7 @@
-"""Figures as published, and the runs that may be set beside them. A claim and a run are never merged."""
+"""Reads published figures (`claims/*.toml`), and finds the runs that may be compared with each.
+
+A claim and a run are never merged into one figure.
+"""
 
 import re
 import tomllib
@@ -17,7 +20,7 @@ UNKNOWN = "not known here"
 
 @dataclass(frozen=True)
 class Claim:
-    """A published figure; the keys stand in the header of ageb.toml."""
+    """A published figure; the header of claims/ageb.toml explains the keys."""
 
     measure: str
     value: float
@@ -32,7 +35,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Paper:
-    """What is published of an attack."""
+    """A paper on an attack, and the figures that it published."""
 
     attack: str
     paper: str
@@ -42,8 +45,8 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A run beside a claim: its model, and what is not the claim's."""
+class ComparableRun:
+    """A run that may be compared with a claim: its rate and model, and in what it differs from the claim."""
 
     run: Run
     rate: Rate
@@ -52,7 +55,7 @@ class Beside:
 
 
 def read_papers(folder: Path = FOLDER) -> tuple[Paper, ...]:
-    """Every file of claims, by the attack's name."""
+    """The papers of all files of claims, sorted by the file's name."""
     tables = [tomllib.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.toml"))]
     return tuple(
         Paper(t["attack"], t["paper"], t["arxiv"], t["code"], tuple(Claim(**claim) for claim in t["claim"]))
@@ -60,20 +63,20 @@ def read_papers(folder: Path = FOLDER) -> tuple[Paper, ...]:
     )
 
 
-def beside(claim: Claim, attack: str, runs: Sequence[Run]) -> tuple[Beside, ...]:
-    """Runs of the same attack on the same data that have the claim's measure."""
-    names = {plain(part) for part in re.split("[,:]", claim.data)}
+def comparable_runs(claim: Claim, attack: str, runs: Sequence[Run]) -> tuple[ComparableRun, ...]:
+    """The runs of the same attack on the same data that have the claim's measure."""
+    names = {normalised(part) for part in re.split("[,:]", claim.data)}
     return tuple(
-        Beside(run, rate, model_of(run.record), "; ".join(unlike(claim, run.record)))
+        ComparableRun(run, rate, model_of(run.record), "; ".join(unlike(claim, run.record)))
         for run in runs
         if run.record.spec["attack"]["name"] == attack
-        and plain(run.data) in names
+        and normalised(run.data) in names
         and isinstance(rate := getattr(run.victim, claim.measure, None), Rate)
     )
 
 
-def plain(name: str) -> str:
-    """A name by which data sets and models are compared.
+def normalised(name: str) -> str:
+    """The name of a data set or a model in lower case without punctuation, for comparison.
 
     >>> plain("CIFAR-10"), plain("ViT-b")
     ('cifar10', 'vitb')
@@ -82,11 +85,11 @@ def plain(name: str) -> str:
 
 
 def unlike(claim: Claim, record: Record) -> list[str]:
-    """What of a run is not the claim's, or cannot be compared."""
+    """In what a run differs from a claim, or cannot be compared with it."""
     found = []
     if UNKNOWN in claim.model:
         found.append("the claim's model is not known")
-    elif plain(claim.model) != _class(record):
+    elif normalised(claim.model) != _class(record):
         found.append("model differs")
     setting = record.spec["attack"].get("setting")
     if isinstance(setting, str) and setting not in claim.setting:
@@ -95,7 +98,7 @@ def unlike(claim: Claim, record: Record) -> list[str]:
         found.append("the claim's setting is not known")
     else:
         found.append("settings not compared further")
-    if plain(claim.data) != plain(record.spec["data"]["name"]):
+    if normalised(claim.data) != normalised(record.spec["data"]["name"]):
         found.append("which data the claim is for is not known")
     if limit := record.spec["data"].get("limit"):
         found.append(f"trained on {text(limit)} images")
@@ -103,7 +106,7 @@ def unlike(claim: Claim, record: Record) -> list[str]:
 
 
 def _class(record: Record) -> str:
-    """The model as a paper would call it, "" where it is changed or of no such name."""
+    """The model's name as papers have it, such as "vitb"; "" where the model is changed or has no such name."""
     network = _network(record)
     if isinstance(network, OwnNetwork) or network.overrides:
         return ""
@@ -112,7 +115,7 @@ def _class(record: Record) -> str:
 
 
 def _network(record: Record) -> BuiltNetwork | OwnNetwork:
-    """The victim's network as it was built, or where the record has not kept that, as the spec asks for it."""
+    """The victim's network as it was built or, where an older record does not say, as the spec describes it."""
     built = record.models.get("victim")
     if built is not None:
         return built
@@ -128,7 +131,7 @@ def _network(record: Record) -> BuiltNetwork | OwnNetwork:
 
 
 def model_of(record: Record) -> str:
-    """The victim's network in a line: name, what is changed of it, where its weights started."""
+    """The victim's network in a line: name, overrides, where its weights started."""
     network = _network(record)
     if isinstance(network, OwnNetwork):
         return network.module

@@ -1,4 +1,4 @@
-"""All that a run's own section shows, from its record as far as it is there."""
+"""Makes the content of a run's section of the report, from its record; what the record lacks is left out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,16 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Tried:
-    """A defence on this run: its name, settings, what it comes to, and all its measures.
+    """A defence on this run, as the section shows it.
 
     Attributes:
-        own: the settings that tell it from the same defence tried another time.
+        name: the defence's name.
+        own: the settings by which it differs from other tries of the same defence.
+        settings: all its settings.
+        kind: its kind.
+        outcome: its main measure, with notes.
+        seconds: how long each step took.
+        rows: all its measures, and what it reports.
     """
 
     name: str
@@ -36,10 +42,15 @@ class Tried:
 
 @dataclass(frozen=True)
 class Detail:
-    """A run's section.
+    """The content of a run's section.
 
     Attributes:
-        parts: tables of names and values, by their headings.
+        run: the run.
+        model: its network, in a line.
+        measures: the measures of victim and twin.
+        tried: its defences.
+        charts: its curves.
+        parts: tables of names and values, by heading.
     """
 
     run: Run
@@ -51,7 +62,7 @@ class Detail:
 
 
 def to_detail(run: Run, curves: bool = True) -> Detail:
-    """What the section of a run shows."""
+    """The section of a run; without `curves` its charts are left out."""
     record = run.record
     asked = {key: value for key, value in record.spec.items() if key != "defences"}
     arithmetic = {"precision": record.precision, "schema": record.schema, "stages": record.stages}
@@ -80,7 +91,7 @@ def pairs(table: Mapping[str, Any]) -> tuple[Pair, ...]:
 
 
 def to_tried(row: Row, own: str) -> Tried:
-    """What a run's section says of a defence."""
+    """A row of defences as the section shows it."""
     report = [(f"reports: {key}", said, "", "") for key, said in pairs(row.report)]
     return Tried(
         row.name,
@@ -94,8 +105,12 @@ def to_tried(row: Row, own: str) -> Tried:
 
 
 def _seconds(took: float) -> str:
-    return "under 0.1 s" if took < 0.1 else f"{took:.1f} s" if took < 600 else f"{took / 60:.0f} min"
+    """A time in words."""
+    if took < 0.1:
+        return "under 0.1 s"
+    return f"{took:.1f} s" if took < 600 else f"{took / 60:.0f} min"
 
 
 def _bytes(size: int | None) -> str:
+    """An amount of memory in words."""
     return text(size) if size is None else f"{size / 2**20:,.0f} MiB"

@@ -1,4 +1,4 @@
-"""A run's pictures as part of the page."""
+"""`embed`: turns a run's `pictures.png` into a data address, so that the page needs no other file."""
 
 import base64
 import io
@@ -9,12 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 PIXELS = 20_000_000
-"""More than any run draws: what is larger is no picture of ours."""
+"""Greatest number of pixels of a picture; a larger one is refused, for no run draws such a picture."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that the page holds."""
+    """An image as part of the page: its data address and its size in pixels."""
 
     address: str
     width: int
@@ -22,7 +22,7 @@ class Picture:
 
 
 def embed(file: Path) -> Picture:
-    """A PNG as a data address, without loss: in WebP where that is smaller.
+    """A PNG as a data address; losslessly compressed as WebP where that is smaller.
 
     Raises:
         ValueError: it cannot be read as a picture; the message says why.
@@ -30,7 +30,7 @@ def embed(file: Path) -> Picture:
     try:
         content = file.read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size is looked at below
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures, which are refused below
             image = Image.open(io.BytesIO(content), formats=["PNG"])
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
@@ -44,4 +44,5 @@ def embed(file: Path) -> Picture:
 
 
 def _opaque(image: Image.Image) -> bool:
+    """Whether no pixel is transparent."""
     return "A" not in image.getbands() or image.getchannel("A").getextrema() == (255, 255)

@@ -1,4 +1,4 @@
-"""Where lines and marks of the charts stand; the template draws them."""
+"""Computes the positions of marks, lines and ticks in the report's charts; the templates draw them as SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
 CHART_WIDTH, CHART_HEIGHT = 220, 90
 NARROW = 2.0
-"""Least span of the PSNR axis, dB."""
+"""Least range of the PSNR axis, dB."""
 KINDS = 6
-"""Colours, and shapes, that marks have."""
+"""Number of colours, and of shapes, of marks."""
 ROLES = ("victim", "twin", "surrogate")
 RATES = {"cda": "clean accuracy (CDA)", "asr": "attack success (ASR)"}
 """Curves that are rates on held-out images."""
@@ -21,7 +21,7 @@ RATES = {"cda": "clean accuracy (CDA)", "asr": "attack success (ASR)"}
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark of an axis: where, and its number."""
+    """A tick of an axis: its position and its label."""
 
     at: float
     text: str
@@ -29,7 +29,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A run in the scatter chart."""
+    """A run in the scatter chart: its position, the ends of its interval, and its style."""
 
     run: Run
     x: float
@@ -42,7 +42,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scatter:
-    """ASR over PSNR."""
+    """The chart of ASR over PSNR: marks, ticks of both axes, and the legend."""
 
     marks: tuple[Mark, ...]
     across: tuple[Tick, ...]
@@ -52,7 +52,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Line:
-    """A model's curve: its points, and what it ends at."""
+    """A model's curve: its points, and its last value."""
 
     role: str
     points: str
@@ -61,7 +61,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One term of some models by epoch."""
+    """A chart of one term by epoch, with a line for each model."""
 
     title: str
     epochs: int
@@ -71,7 +71,7 @@ class Chart:
 
 
 def ticks(low: float, high: float, wanted: int = 6) -> tuple[float, ...]:
-    """Round numbers that span a range, the outer ones at or beyond its ends.
+    """Round numbers for the ticks of an axis, about `wanted` of them; the outer ones are at or beyond the range's ends.
 
     >>> ticks(18.3, 31.0, 4)
     (15.0, 20.0, 25.0, 30.0, 35.0)
@@ -85,7 +85,7 @@ def ticks(low: float, high: float, wanted: int = 6) -> tuple[float, ...]:
 
 
 def styles(names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """A pair of shape and colour for each name, all different as long as there are pairs.
+    """A shape and a colour for each name; pairs repeat only after all of them are used.
 
     >>> styles(["b", "a"])
     {'a': (0, 0), 'b': (1, 1)}
@@ -94,9 +94,10 @@ def styles(names: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def to_scatter(runs: Sequence[Run]) -> Scatter | None:
-    """A mark for each run, None without any."""
+    """The scatter chart, with a mark for each run; None without runs."""
     if not runs:
         return None
+    # The axis of PSNR spans all runs, and is at least `NARROW` wide.
     values = [run.psnr for run in runs]
     spare = max(0.0, NARROW - (max(values) - min(values))) / 2
     axis = ticks(min(values) - spare, max(values) + spare)
@@ -121,7 +122,7 @@ def to_scatter(runs: Sequence[Run]) -> Scatter | None:
 
 
 def to_charts(record: Record) -> tuple[Chart, ...]:
-    """A chart for each term of a record's curves, the models of the run together; rates first."""
+    """A chart for each term of a record's curves, with a line for each model of the run; charts of rates come first."""
     found: dict[str, dict[str, list[float]]] = {}
     for role, terms in record.curves.items():
         for term, values in terms.items():
@@ -132,6 +133,7 @@ def to_charts(record: Record) -> tuple[Chart, ...]:
 
 
 def _chart(term: str, curves: Mapping[str, Sequence[float]], counts: Mapping[str, int]) -> Chart:
+    """The chart of a term, given each model's curve, and on how many images rates are measured."""
     rate = term in RATES
     low, high = (0.0, 1.0) if rate else span([value for curve in curves.values() for value in curve])
     lines = tuple(
@@ -146,7 +148,7 @@ def _chart(term: str, curves: Mapping[str, Sequence[float]], counts: Mapping[str
 
 
 def span(values: Sequence[float]) -> tuple[float, float]:
-    """The range of a loss chart: from 0 where nothing is below it.
+    """The range of a loss chart, which includes 0.
 
     >>> span([2.0, 0.5]), span([-1.0, -1.0])
     ((0.0, 2.0), (-1.0, 0.0))

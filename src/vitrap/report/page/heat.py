@@ -1,4 +1,4 @@
-"""The map of attacks and defences: what each defence comes to, by its kind's own measure."""
+"""Makes the heat map of attacks and defences; each cell has the main measure of the defence's kind."""
 
 import statistics
 from collections import defaultdict
@@ -12,19 +12,20 @@ from vitrap.report.page.summary import Run, text
 KINDS = {"screen": "AUROC", "filter": "AUROC", "repair": "DER", "judgement": "score"}
 SCREENED = "screened"
 STEPS = 4
-"""Colours on either side of the middle."""
+"""Number of colours on either side of the middle."""
 BROKEN = 0.1
-"""A repair that costs more clean accuracy than this is marked."""
+"""A repair gets a warning sign if it loses more clean accuracy than this."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The mean over some runs.
+    """A cell: the mean over the runs of an attack.
 
     Attributes:
-        n: runs that the mean is over.
+        value: the mean, as text.
+        n: number of runs.
         step: colour, from -4 over 0 (chance, no effect) to 4.
-        notes: what else to know of it.
+        notes: further measures, a line each.
     """
 
     value: str
@@ -35,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A defence with its settings; a cell of an attack that it was not tried on is None."""
+    """A line: a defence with its settings; the cell is None for an attack that it was not tried on."""
 
     defence: str
     settings: str
@@ -46,14 +47,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Heat:
-    """Columns are attacks, each on one data set."""
+    """The heat map; each column is an attack on a data set."""
 
     columns: tuple[tuple[str, str], ...]
     lines: tuple[Line, ...]
 
 
 def to_heat(runs: Sequence[Run]) -> Heat:
-    """Means over all runs of an attack on a data set."""
+    """The heat map of all runs, with means over the runs of an attack on a data set."""
     tried = [(run, row) for run in runs for row in run.defences]
     columns = tuple(sorted({(run.attack, run.data) for run, _ in tried}))
     named = setting_names([row for _, row in tried])
@@ -73,7 +74,7 @@ def to_heat(runs: Sequence[Run]) -> Heat:
 
 
 def setting_names(rows: Sequence[Row]) -> Mapping[str, tuple[str, ...]]:
-    """Of each defence the settings that differ between rows; an unusual number of images is always one of them."""
+    """For each defence, the settings that differ between rows; `screened` is always one where a row states it."""
     values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
         for key, value in row_settings(row).items():
@@ -84,17 +85,18 @@ def setting_names(rows: Sequence[Row]) -> Mapping[str, tuple[str, ...]]:
 
 
 def describe(row: Row, named: Mapping[str, tuple[str, ...]]) -> str:
-    """The settings of a row that differ between rows of its defence."""
+    """Those settings of a row that are named for its defence, as text."""
     how = row_settings(row)
     return ", ".join(f"{k} {text(how[k])}" for k in named.get(row.name, ()) if k in how)
 
 
 def to_cell(rows: Sequence[Row]) -> Cell | None:
-    """The mean of their kind's measure over some rows, None without any."""
+    """The cell of some rows of one kind; None without rows."""
     if not rows:
         return None
     values = [measure_of(row) for row in rows]
     middle = statistics.fmean(values)
+    # A judgement's score has no fixed range, so its colour is the share of models that are judged backdoored.
     judged = [row.backdoored for row in rows if isinstance(row, JudgementRow)]
     digits = 3 if judged else 2
     share = statistics.fmean(judged) if judged else 2 * middle - 1
@@ -105,7 +107,7 @@ def to_cell(rows: Sequence[Row]) -> Cell | None:
 
 
 def measure_of(row: Row) -> float:
-    """The measure of the row's kind."""
+    """The main measure of the row's kind."""
     match row:
         case ScreenRow() | FilterRow():
             return row.auroc.value
@@ -116,7 +118,7 @@ def measure_of(row: Row) -> float:
 
 
 def notes_of(rows: Sequence[Row]) -> list[str]:
-    """What else to know of rows of one kind: their means."""
+    """Notes on rows of one kind: means of their other measures."""
     if screens := [row for row in rows if isinstance(row, ScreenRow)]:
         return _of_screens(screens)
     if filters := [row for row in rows if isinstance(row, FilterRow)]:

@@ -1,4 +1,4 @@
-"""Runs as the report speaks of them: a line each, and the spread over seeds."""
+"""Makes the report's summary: a line for each run, and means over runs that differ by seed alone."""
 
 import json
 import math
@@ -24,15 +24,19 @@ HEADED = ("name", "seed", "data.name", "attack.name", "attack.setting", "attack.
 
 @dataclass(frozen=True)
 class Run:
-    """A line of the summary.
+    """A run as a line of the summary.
 
     Attributes:
-        anchor: where on the page its section stands.
+        record: the run's record.
+        place: where the record was found.
+        anchor: the name by which the page links to its section.
         attack: the attack's name, and its setting where it has one.
-        differs: settings that not all runs share (of the attack's: not all of the same attack).
-        effect: ASR less the twin's, in points.
+        data: the data set's name.
+        differs: settings that differ between runs; those of the attack, between runs of this attack.
+        effect: ASR minus that of the twin, in percentage points.
         psnr: mean over images, dB.
-        faults: what the verdict finds, in short; empty where the backdoor is in.
+        verdict: the diagnosis in a line.
+        faults: the diagnosis in keywords; empty where the backdoor works.
     """
 
     record: Record
@@ -48,23 +52,23 @@ class Run:
 
     @property
     def victim(self) -> Measures:
-        """What was measured of victim and twin."""
+        """The measures of victim and twin."""
         return self.record.victim
 
     @property
     def poison_rate(self) -> float | None:
-        """The share of the training set, or of the target class where labels are clean."""
+        """The poison rate: a share of the training set or, with clean labels, of the target class."""
         return number(self.record.spec["attack"].get("poison_rate"))
 
     @property
     def defences(self) -> Sequence[Row]:
-        """A row for each defence that was tried."""
+        """The rows of defences."""
         return self.record.defences
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Runs that differ by seed alone: of each measure mean and standard deviation over the seeds."""
+    """Runs that differ by seed alone: one of them, the seeds, and mean and standard deviation of each measure."""
 
     first: Run
     seeds: tuple[int, ...]
@@ -72,7 +76,7 @@ class Spread:
 
 
 def text(value: Any) -> str:
-    """A setting's value in few characters.
+    """A setting's value as short text.
 
     >>> text(0.1), text(None), text(True), text([1, 2])
     ('0.1', 'none', 'true', '1, 2')
@@ -87,13 +91,13 @@ def text(value: Any) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else that a record may hold."""
+    """The value as a float if it is a finite number, else None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None
 
 
 def to_runs(records: Sequence[Found]) -> tuple[Run, ...]:
-    """A line for each record, by attack, data, name and seed."""
+    """A line for each record, sorted by attack, data, name and seed."""
     records = sorted(records, key=_order)
     specs = [dict(settings(found.record.spec)) for found in records]
     named = _differences(specs)
@@ -104,11 +108,13 @@ def to_runs(records: Sequence[Found]) -> tuple[Run, ...]:
 
 
 def _order(found: Found) -> tuple[str, str, str, int]:
+    """The key by which records are sorted."""
     record = found.record
     return attack_label(record), record.spec["data"]["name"], record.name, record.seed
 
 
 def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
+    """The line of a record."""
     record = found.record
     victim = record.victim
     faults = diagnose(victim)
@@ -127,7 +133,7 @@ def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
 
 
 def data_label(spec: Mapping[str, Any]) -> str:
-    """The data set's name; where settings are chosen, that figures are not of its test set."""
+    """The data set's name and, where figures are not of its test set, of which images they are."""
     name = text(spec["data"]["name"])
     images = measured_on(spec)
     return name if images == "test" else f"{name}, {images} images"
@@ -140,6 +146,7 @@ def attack_label(record: Record) -> str:
 
 
 def _anchors(hashes: Sequence[str]) -> list[str]:
+    """A distinct name of a section for each hash; a hash that is none, in a damaged record, is not used."""
     seen: dict[str, int] = defaultdict(int)
     anchors = []
     for i, digits in enumerate(hashes):
@@ -150,7 +157,7 @@ def _anchors(hashes: Sequence[str]) -> list[str]:
 
 
 def _differences(specs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Settings that differ between runs, by dotted key, and how the report calls them."""
+    """The settings that differ between runs, by dotted key, each with the name that the report gives it."""
     by_attack: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for spec in specs:
         by_attack[text(spec.get("attack.name"))].append(spec)
@@ -164,11 +171,12 @@ def _differences(specs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _differs(spec: Mapping[str, Any], named: Mapping[str, str]) -> tuple[str, ...]:
+    """A spec's values of the named settings, as text."""
     return tuple(f"{name} {text(spec[key])}" for key, name in named.items() if key in spec)
 
 
 def over_seeds(runs: Sequence[Run]) -> tuple[Spread, ...]:
-    """Groups of runs whose specs differ by seed (and name) alone; of two runs with one seed, the first counts."""
+    """Groups of runs whose specs differ by seed, name and defences alone; of two with one seed, the first counts."""
     groups: dict[str, dict[int, Run]] = defaultdict(dict)
     for run in runs:
         rest = {k: v for k, v in run.record.spec.items() if k not in ("name", "seed", "defences")}
@@ -177,6 +185,8 @@ def over_seeds(runs: Sequence[Run]) -> tuple[Spread, ...]:
 
 
 def _spread(group: Mapping[int, Run]) -> Spread:
+    """The means of a group of runs, by seed."""
+
     def rates(key: str) -> list[float]:
         return [100 * getattr(run.victim, key).value for run in group.values()]
 
@@ -187,7 +197,7 @@ def _spread(group: Mapping[int, Run]) -> Spread:
 
 
 def centre(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """Mean and standard deviation (of a sample: n - 1), None where a value is missing.
+    """Mean and standard deviation (of a sample: n - 1); None where a value is missing or there is only one.
 
     >>> centre([1.0, 3.0])
     (2.0, 1.4142135623730951)

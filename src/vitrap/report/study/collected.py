@@ -1,4 +1,4 @@
-"""The records that a page's tables are made from: abridged, one a line, kept beside the documentation."""
+"""`collect`: copies the records of a sweep, abridged, from a folder of runs to the file that a page is made from."""
 
 import json
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ FILE = "records.jsonl"
 
 @dataclass(frozen=True)
 class Collected:
-    """What was taken from a folder of runs.
+    """What `collect` has done.
 
     Attributes:
-        file: where the records are kept.
-        new: runs that were not there.
-        superseded: runs whose record is another now.
-        missing: runs that the sweep names and that are neither there nor in the folder.
+        file: the file of abridged records.
+        new: number of runs that were added to it.
+        superseded: number of runs whose record was replaced.
+        missing: number of runs of the sweep that are neither in the file nor in the folder.
         skipped: one line for each record that could not be read.
     """
 
@@ -35,7 +35,7 @@ class Collected:
 
 
 def abridge(record: Record) -> Record:
-    """A record without memory, machine and the history of its curves; `last` has where the victim's ended."""
+    """A record without memory, machine and curves; `last` has the last values of the victim's curves."""
     versions = replace(record.environment, system="", device="", cores=0)
     curves = record.curves.get("victim", {})
     last = {name: curve[-1] for name, curve in curves.items() if curve} or record.last
@@ -43,9 +43,9 @@ def abridge(record: Record) -> Record:
 
 
 def collect(spec: str | Path, runs: str | Path) -> Collected:
-    """Take the records that a sweep names from a folder of runs to where its page's lie, abridged.
+    """Copy the records of a sweep's runs, abridged, from a folder of runs to the file that its page is made from.
 
-    A run that is there already is superseded where its record in `runs` is another; everything else stays.
+    A record that is in the file already is replaced if that in `runs` is another; all other lines stay as they are.
 
     Raises:
         UserError: the spec is wrong or does not say where the records lie, or there is no folder of runs.
@@ -56,10 +56,12 @@ def collect(spec: str | Path, runs: str | Path) -> Collected:
         raise UserError(f"the spec of sweep {sweep.name!r} has no page.records: it does not say where to keep them")
     loaded = read_records(runs)
     known = find(loaded)
+    # The lines of the file, and on which line each run's record is.
     file = records / FILE
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     kept = [_record(line) for line in lines]
     place = {today(record): i for i, record in enumerate(kept) if record is not None}
+    # Of the runs that the sweep names, those that are new, and those whose record has changed.
     wanted = list(dict.fromkeys(point.spec.hash() for point in sweep.points))
     taken = {key: abridge(known[key]) for key in wanted if key in known}
     new = [key for key in taken if key not in place]
@@ -75,7 +77,7 @@ def collect(spec: str | Path, runs: str | Path) -> Collected:
 
 
 def _record(line: str) -> Record | None:
-    """The record in a line; None where it cannot be read: it stays as it is."""
+    """The record in a line; None where it cannot be read, and the line stays as it is."""
     try:
         return parse(line.encode(), Record)
     except ValueError:
@@ -83,4 +85,5 @@ def _record(line: str) -> Record | None:
 
 
 def _line(record: Record) -> str:
+    """A record as a line of JSON."""
     return json.dumps(to_table(record))

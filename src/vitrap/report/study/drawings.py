@@ -1,4 +1,7 @@
-"""The figures of a sweep: heat map, scatter, lines. Each file says in its metadata what it was drawn from."""
+"""Draws the figures of a sweep: heat map, scatter, lines.
+
+The metadata of each PNG have a digest of what was drawn, so that a figure can be checked without drawing it again.
+"""
 
 import hashlib
 import io
@@ -19,13 +22,14 @@ from vitrap.report.study.entries import Entry, Wanted, check_alike, choose, grou
 from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
 
 DIGEST = "vitrap"
-"""The key of the PNG's text that holds the digest."""
+"""The key of the PNG's metadata under which the digest stands."""
 MARKS = "os^Dv*"
+"""Shapes of the marks of a scatter, one for each series."""
 Data = list[dict[str, Any]]
 
 
 def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
-    """A figure as PNG."""
+    """Draw a figure as PNG."""
     data = figure_data(figure, found)
     canvas = Canvas(figsize=_size(figure, data), layout="constrained", dpi=120)
     axis = canvas.subplots()
@@ -42,7 +46,7 @@ def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
 
 
 def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
-    """Whether the file was drawn from the same figures, by the same lines of the spec."""
+    """Whether the figure's file was drawn from the same values, by the same lines of the spec."""
     try:
         with Image.open(figure.file) as image:
             return image.info.get(DIGEST) == digest(figure, figure_data(figure, found))
@@ -51,17 +55,17 @@ def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
 
 
 def digest(figure: Figure, data: Data) -> str:
-    """Sixteen hex digits that change with what is drawn; the figures count to nine digits."""
+    """Sixteen hex digits that change with the spec of the figure and its values, which are rounded to nine digits."""
     about = {**asdict(figure), "file": Path(figure.file).name}
     text = json.dumps([about, data], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def figure_data(figure: Figure, found: Sequence[Entry]) -> Data:
-    """What is drawn: one table a cell of a heat map, or a run.
+    """The values that are drawn: a dictionary for each cell of a heat map, or for each run.
 
     Raises:
-        UserError: the figure names a key or a measure that there is not.
+        UserError: the figure names an unknown key or measure.
     """
     if isinstance(figure, Heat):
         return _heat_data(figure, found)
@@ -83,7 +87,7 @@ def figure_data(figure: Figure, found: Sequence[Entry]) -> Data:
 
 
 def _check_lines(figure: Lines, chosen: Sequence[Entry]) -> None:
-    """Refuse what has no place on a logarithmic axis or one of rates, and means over more than seeds."""
+    """Refuse values that a logarithmic axis or an axis of rates cannot show, and means over more than seeds."""
     keys = (figure.series, figure.x)
     for seeds in grouped((tuple(label(entry.keys.get(key)) for key in keys), entry) for entry in chosen).values():
         check_alike(seeds)
@@ -110,16 +114,18 @@ def _heat_data(figure: Heat, found: Sequence[Entry]) -> Data:
 
 
 def _rounded(value: float | None) -> float | None:
+    """A value to nine digits, so that the last bits of a mean do not make a figure outdated."""
     return None if value is None else float(f"{value:.9g}")
 
 
 def _size(figure: Figure, data: Data) -> tuple[float, float]:
+    """Width and height in inches; a heat map grows with its rows."""
     rows = len({(cell["row"], cell["measure"]) for cell in data}) if isinstance(figure, Heat) else 0
     return (8.2, 0.42 * rows + 1.5) if isinstance(figure, Heat) else (7.0, 3.8)
 
 
 def _heat(axis: Axes, figure: Heat, data: Data) -> None:
-    """A row a line of a block, from 0 to 1, green where the defence wins."""
+    """Draw a heat map with a row for each line of each block, from 0 to 1; green where the defence wins."""
     rows = list(dict.fromkeys((cell["row"], cell["measure"]) for cell in data))
     columns = list(dict.fromkeys(cell["column"] for cell in data))
     cells = {(cell["row"], cell["measure"], cell["column"]): cell for cell in data}
@@ -127,10 +133,12 @@ def _heat(axis: Axes, figure: Heat, data: Data) -> None:
     shown = axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axis.set_xticks(range(len(columns)), [name.replace(", ", ",\n") for name in columns])
     axis.set_yticks(range(len(rows)), [f"{name} ({of}; {_seeds(data, name, of)})" for name, of in rows])
+    # Write each value into its cell, or why there is none.
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             missing = cells.get((*rows[y], columns[x]), {}).get("missing", "not run")
             axis.text(x, y, f"{value:.2f}" if value == value else missing, ha="center", va="center", fontsize=9)
+    # A line between blocks, whose measures differ.
     for y, ((_, above), (_, below)) in enumerate(pairwise(rows)):
         if above != below:
             axis.axhline(y + 0.5, color="black", linewidth=1.5)
@@ -139,20 +147,23 @@ def _heat(axis: Axes, figure: Heat, data: Data) -> None:
 
 
 def _value(cell: dict[str, Any] | None) -> float:
+    """A cell's value; NaN, which is drawn blank, where there is none."""
     return float("nan") if cell is None or cell["value"] is None else cell["value"]
 
 
 def _seeds(data: Data, row: str, of: str) -> str:
+    """Over how many seeds the cells of a row are means."""
     return _count(cell["seeds"] for cell in data if (cell["row"], cell["measure"]) == (row, of) and cell["seeds"])
 
 
 def _count(numbers: Iterable[int]) -> str:
-    """How many seeds means are over: "3 seeds", "1 to 3 seeds"."""
+    """A number of seeds, or their least and greatest number, in words: "3 seeds", "1 to 3 seeds"."""
     counts = sorted(set(numbers)) or [0]
     return f"{' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} seed{'s' * (counts[-1] != 1)}"
 
 
 def _scatter(axis: Axes, figure: Scatter, data: Data) -> None:
+    """Draw a scatter: a mark with its interval for each run, and its note beside it."""
     there = [point for point in data if point["y"] and point["x"] is not None]
     places = [point["x"] for point in there]
     width = 0.04 * (max(places) - min(places)) if there else 0
@@ -162,8 +173,10 @@ def _scatter(axis: Axes, figure: Scatter, data: Data) -> None:
         spread = [[at - (low if low is not None else at) for at, low, _ in (p["y"] for p in points)],
                   [(high if high is not None else at) - at for at, _, high in (p["y"] for p in points)]]  # fmt: skip
         axis.errorbar(x, y, spread, fmt=MARKS[i % len(MARKS)], capsize=2, label=name)
-        up = -10 if i else 3  # so that the notes of two series, and below those of neighbours, can be read
+        # Notes of the first series are above their marks, and those of others below, so that they do not overlap.
+        up = -10 if i else 3
         for at, point in zip(zip(x, y, strict=True), points, strict=True):
+            # A note goes to the left of its mark if there is a mark close by on the right.
             near = any(0 < a - at[0] < width and abs(b - at[1]) < 0.05 for a, b in zip(x, y, strict=True))
             axis.annotate(
                 point[figure.note],
@@ -180,6 +193,7 @@ def _scatter(axis: Axes, figure: Scatter, data: Data) -> None:
 
 
 def _lines(axis: Axes, figure: Lines, data: Data) -> None:
+    """Draw lines: for each series a mark for each seed, and a line through the means over seeds."""
     there = [point for point in data if point["y"]]
     for name in dict.fromkeys(point[figure.series] for point in there):
         seeds: dict[float, list[float]] = {}
@@ -199,5 +213,6 @@ def _lines(axis: Axes, figure: Lines, data: Data) -> None:
 
 
 def _with_missing(text: str, data: Data, there: Data) -> str:
+    """An axis label that also says how many runs are missing."""
     missing = len(data) - len(there)
     return f"{text} ({missing} of {len(data)} missing)" if missing else text

@@ -1,7 +1,7 @@
-"""The runs that a sweep names, met with the records that are there.
+"""Matches the runs of a sweep with records: an `Entry` is a run, or a defence on it, with what was measured.
 
-A record is a run's if its spec, read by today's vitrap, is the run's: a setting that the spec's day did not know has
-its default. A row of a record's `defences` is met likewise, by name and settings.
+A record belongs to a run if its spec, as today's vitrap reads it, is the run's; a setting that is newer than the record
+has its default. A row of a record's `defences` is matched in the same way, by name and settings.
 """
 
 import re
@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
-from vitrap.experiment.named import SCREENED, Named
+from vitrap.experiment.defence_spec import SCREENED, DefenceSpec
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Loaded
 from vitrap.experiment.rows import Row, row_settings
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Value:
-    """A measure: of a rate with its interval and the images counted, of an AUROC with its interval."""
+    """A measure: its value and, where it has them, its interval and the number of images."""
 
     value: float
     low: float | None = None
@@ -37,14 +37,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Entry:
-    """A run that the sweep names, or a defence on it.
+    """A run of the sweep, or a defence on it, with its measures.
 
     Attributes:
-        keys: what it is: the case's title, the defence, every setting by its dotted key.
-        kind: of the defence; "" for the run itself.
+        keys: the case's title, the defence, and every setting by its dotted key.
+        kind: the defence's kind; "" for the run itself.
         state: "found", "not run" or "failed".
-        values: what was measured, by the names of docs/record.md.
-        reference: the run of equal seed that this one is held against; None where there is none.
+        values: the measures, by the names of docs/record.md.
+        reference: the entry of equal seed that this one is compared with; None where there is none.
     """
 
     keys: Mapping[str, Any]
@@ -55,11 +55,9 @@ class Entry:
 
 
 def today(record: Record | Failure) -> str:
-    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own.
-
-    Where a record does not say how attention was computed, nothing was measured: "auto" stood for its precision.
-    """
+    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own hash."""
     spec = record.spec
+    # When records did not yet name the attention, "auto" meant one precision: the one that the record states.
     if isinstance(record, Record) and not record.attention and spec["recipe"].get("precision") == "auto":
         spec = {**spec, "recipe": {**spec["recipe"], "precision": record.precision}}
     try:
@@ -69,7 +67,7 @@ def today(record: Record | Failure) -> str:
 
 
 def find(loaded: Loaded) -> dict[str, Record]:
-    """Each record by the hash of its spec today; of several, the one that was written with it."""
+    """Each record by the hash of its spec today; of several with one hash, the one that was written with this hash."""
     found: dict[str, Record] = {}
     for record in (each.record for each in loaded.records):
         key = today(record)
@@ -90,7 +88,10 @@ def entries(sweep: Sweep, loaded: Loaded) -> tuple[Entry, ...]:
     )
 
 
-def _of_point(point: Point, record: Record | None, failed: bool, named: Sequence[tuple[Named, str]]) -> Iterator[Entry]:
+def _of_point(
+    point: Point, record: Record | None, failed: bool, named: Sequence[tuple[DefenceSpec, str]]
+) -> Iterator[Entry]:
+    """The entry of a run, and those of its defences."""
     keys = {**point.settings, **dict(settings(point.spec.table()))}
     keys.pop(DEFENCES, None)
     missing = "failed" if failed else "not run"
@@ -108,7 +109,8 @@ def _of_point(point: Point, record: Record | None, failed: bool, named: Sequence
         yield Entry(own, defence.method.kind, state if record else missing, _values(of_row(row)) if row else {})
 
 
-def _defence(row: Row) -> Named | None:
+def _defence(row: Row) -> DefenceSpec | None:
+    """The defence of a row, with its settings; None where today's vitrap does not know it."""
     try:
         return parse_defence({**{k: v for k, v in row_settings(row).items() if v is not None}, "name": row.name})
     except UserError:
@@ -116,12 +118,13 @@ def _defence(row: Row) -> Named | None:
 
 
 def _values(lines: Iterable[Measured]) -> dict[str, Value]:
+    """Measures by name."""
     return {name: Value(value, low, high, n) for name, value, low, high, n in lines}
 
 
-def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
-    """Each defence once, with its name and the settings that tell it from others of that name."""
-    each: list[Named] = []
+def _labels(defences: Iterable[DefenceSpec]) -> list[tuple[DefenceSpec, str]]:
+    """Each defence once, with a label: its name and the settings by which it differs from others of that name."""
+    each: list[DefenceSpec] = []
     for defence in defences:
         each += [] if defence in each else [defence]
     labels = []
@@ -129,7 +132,7 @@ def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
         tables = [asdict(other.method) for other in each if other.name == defence.name]
         apart = [key for key in tables[0] if any(table[key] != tables[0][key] for table in tables)]
         own = asdict(defence.method)
-        # an optimiser brings its own rate: the word alone says which
+        # Where settings that are words differ, such as the optimiser, numbers that differ with them are not shown.
         words = [key for key in apart if isinstance(own[key], str)]
         shown = [str(own[key]) for key in words] or [f"{key} {own[key]}" for key in apart]
         shown += [f"screened {defence.screened}"] if defence.screened != SCREENED else []
@@ -139,19 +142,20 @@ def _labels(defences: Iterable[Named]) -> list[tuple[Named, str]]:
     return labels
 
 
-def _settings(defence: Named) -> str:
+def _settings(defence: DefenceSpec) -> str:
+    """All settings of a defence as text."""
     return ", ".join(f"{key} {value}" for key, value in defence.table().items() if key != NAME)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a table or a figure asks for.
+    """Which entries and measures a table or a figure shows.
 
     Attributes:
-        keys: that its rows, columns or marks are made of.
-        measures: "a", "a - b" or "a / b".
-        where: keys, and the value or the values that they must have.
-        kind: of defences; "" where `keys` have none: the runs themselves.
+        keys: the keys that make its rows, columns or marks.
+        measures: its measures: "a", "a - b" or "a / b".
+        where: for some keys, the value or the values that they must have.
+        kind: the kind of its defences; "" where `keys` have no defence, and the runs themselves are shown.
     """
 
     keys: Sequence[str]
@@ -187,7 +191,7 @@ def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
 
 
 def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mapping[str, Any]) -> list[Entry]:
-    """Each entry with the one that it is held against: of equal seed and `keys`, but with the values of `against`.
+    """Each entry with its reference: the entry of equal seed and `keys`, except for the values of `against`.
 
     Raises:
         UserError: there is no such entry, or more than one.
@@ -199,6 +203,7 @@ def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mappi
 
 
 def _reference(entry: Entry, chosen: Sequence[Entry], keys: Sequence[str], against: Mapping[str, Any]) -> Entry | None:
+    """The reference of an entry; None for the reference itself."""
     wanted = {key: entry.keys.get(key) for key in (*keys, SEED)} | dict(against)
     found = [other for other in chosen if all(other.keys.get(key) == value for key, value in wanted.items())]
     if len(found) != 1:
@@ -208,10 +213,10 @@ def _reference(entry: Entry, chosen: Sequence[Entry], keys: Sequence[str], again
 
 
 def check_alike(seeds: Sequence[Entry]) -> None:
-    """Refuse to take runs for seeds of one that differ by more.
+    """Refuse to average over runs that differ by more than their seed.
 
     Raises:
-        UserError: naming what they differ by.
+        UserError: naming a key by which they differ.
     """
     for entry in seeds[1:]:
         one, other = seeds[0].keys, entry.keys
@@ -221,7 +226,7 @@ def check_alike(seeds: Sequence[Entry]) -> None:
 
 
 def measure(entry: Entry, name: str) -> Value | None:
-    """A measure of an entry, or the difference of two, "a - b", with Newcombe's interval where they are rates."""
+    """A measure of an entry or, for "a - b", a difference of two, with Newcombe's interval where they are rates."""
     one, minus, other = name.partition(" - ")
     left = entry.values.get(one)
     right = entry.values.get(other)
@@ -231,22 +236,20 @@ def measure(entry: Entry, name: str) -> Value | None:
 
 
 def change(entry: Entry, name: str) -> Value | None:
-    """A measure of an entry less that of its reference."""
+    """A measure of an entry minus that of its reference."""
     ours = measure(entry, name)
     theirs = measure(entry.reference, name) if entry.reference else None
     return difference(ours, theirs) if ours and theirs else None
 
 
 def mean_change(changes: Sequence[float]) -> Value:
-    """The mean of differences that are paired by seed, and its 95 % interval by Student's t.
-
-    Two seeds or more.
+    """The mean of two or more differences that are paired by seed, and its 95 % interval by Student's t.
 
     >>> change = mean_change([1.0, 2.0, 3.0])  # 2 -+ 4.3027 / sqrt(3)
     >>> round(change.low, 3), change.value, round(change.high, 3)
     (-0.484, 2.0, 4.484)
     """
-    from scipy.stats import t  # here: it takes a second
+    from scipy.stats import t  # imported here, since importing it takes a second
 
     centre = mean(changes)
     n = len(changes)
@@ -255,9 +258,9 @@ def mean_change(changes: Sequence[float]) -> Value:
 
 
 def difference(one: Value, other: Value) -> Value:
-    """`one` less `other`; of two rates with its 95 % interval, from their intervals (Newcombe 1998, method 10).
+    """`one` minus `other`; for two rates with a 95 % interval, made of their intervals (Newcombe 1998, method 10).
 
-    It takes the two samples for independent. Rates on the same images rise and fall together, for which it is wide.
+    The method assumes independent samples. Rates on the same images are correlated, and for them the interval is wide.
 
     >>> apart = difference(Value(0.8, 0.6918, 0.8772, 70), Value(0.6, 0.4904, 0.7004, 80))
     >>> round(apart.value, 2), round(apart.low, 2), round(apart.high, 2)
@@ -272,7 +275,7 @@ def difference(one: Value, other: Value) -> Value:
 
 
 def label(value: Any, percent: bool = False) -> str:
-    """A setting as a table shows it."""
+    """A setting's value as a table shows it."""
     if value is None:
         return "–"
     if percent and isinstance(value, int | float):
@@ -281,7 +284,7 @@ def label(value: Any, percent: bool = False) -> str:
 
 
 def grouped(found: Iterable[tuple[tuple[str, ...], T]]) -> dict[tuple[str, ...], list[T]]:
-    """What has the same labels; sorted by the first label, then the second, each in the order in which they came.
+    """Group things by their labels; sorted by the first label, then the second, each in order of first appearance.
 
     >>> list(grouped([(("b", "x"), 1), (("a", "x"), 2), (("b", "y"), 3)]))
     [('b', 'x'), ('b', 'y'), ('a', 'x')]

@@ -1,6 +1,6 @@
-"""What a sweep's spec says of the tables and figures that its records become: `page`, `[[table]]`, `[[figure]]`.
+"""Reads which tables and figures a sweep's spec asks for: its keys `page`, `[[table]]` and `[[figure]]`.
 
-docs/tables.md describes the keys. Every one is checked before a record is read.
+docs/tables.md explains the keys. All are checked before any record is read.
 """
 
 import os
@@ -14,24 +14,25 @@ from vitrap.experiment.spec import build
 from vitrap.sweeps.grid import Sweep
 
 MEASURE, DEFENCE = "measure", "defence"
-"""Keys of rows and columns beside those of the grid and of the spec."""
+"""Keys that rows and columns may have besides those of the grid and of the spec."""
 Kind = Literal["", "screen", "repair", "filter", "judgement"]
 Show = Literal["interval", "mean", "each", "count", "n", "against"]
-"""How a measure stands in its cell.
+"""How a cell shows a measure.
 
-"interval" and "mean": one seed's value with its interval, or without. "each": every seed's value. "count": how many
-seeds it is true of. "n": images counted. "against": less what the table's reference has, seed by seed.
+"interval" and "mean": the mean over seeds; for a single seed its value with or without its interval. "each": the value
+of each seed. "count": for how many seeds it is true. "n": the number of images. "against": the difference from the
+table's reference, paired by seed.
 """
 
 
 @dataclass(frozen=True)
 class Column:
-    """A measure, as a table shows it.
+    """How a table shows a measure.
 
     Attributes:
         measure: its name in docs/record.md; "a - b" is a difference, "a / b" are two measures in one cell.
-        heading: what stands above it.
-        digits: after the point.
+        heading: the heading of its column or row.
+        digits: digits after the decimal point.
         show: see `Show`.
     """
 
@@ -46,19 +47,19 @@ class Layout:
     """A table.
 
     Attributes:
-        part: the marks in the page that it stands between.
-        rows: what makes a row: keys of the grid or of the spec, "defence", "measure".
-        columns: what makes a column, likewise.
-        measures: what is shown.
-        kind: of the defences shown; "" without "defence" among rows and columns: the runs themselves.
+        part: the name of the page's marks between which the table is written.
+        rows: the keys that make a row: keys of the grid or of the spec, "defence", "measure".
+        columns: the key that makes a column, likewise.
+        measures: the measures shown.
+        kind: the kind of the defences shown; "" where neither rows nor columns have "defence", and runs are shown.
         where: values that keys must have.
-        against: values by which columns shown "against" find their reference; all else of the row, and the seed, is
-            the same.
-        headings: of keys and measures, over those that `page.headings` has for all tables.
+        against: the values that distinguish the reference of an entry, for measures shown "against"; the other keys of
+            the row, and the seed, are the same.
+        headings: headings of keys and measures; they replace those that `page.headings` has for all tables.
         percent: keys whose values are shares, shown in %; left out: those of `page.percent`.
         sort: a measure by which rows are sorted; with "-" before it, greatest first.
-        digits: of measures that do not say.
-        show: of measures that do not say.
+        digits: the default for measures.
+        show: the default for measures.
     """
 
     part: str
@@ -77,7 +78,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Block:
-    """Lines of a heat map: the defences of a kind, and their measure."""
+    """A block of lines in a heat map: the defences of one kind, with one measure."""
 
     measure: str
     heading: str
@@ -89,12 +90,12 @@ class Heat:
     """A heat map of means over seeds, from 0 to 1.
 
     Attributes:
-        file: the picture.
-        title: above it.
-        rows: what makes a row, a key.
-        columns: what makes a column.
-        scale: what the colours mean.
-        blocks: what is shown, from top to bottom.
+        file: the picture's file.
+        title: its title.
+        rows: the key that makes a row.
+        columns: the key that makes a column.
+        scale: label of the colour scale.
+        blocks: the blocks of lines, from top to bottom.
         where: values that keys must have.
     """
 
@@ -109,17 +110,17 @@ class Heat:
 
 @dataclass(frozen=True)
 class Scatter:
-    """A measure over another, a mark a run, with intervals.
+    """A measure over another, with a mark and an interval for each run.
 
     Attributes:
-        file: the picture.
-        title: above it.
+        file: the picture's file.
+        title: its title.
         x: a measure.
         y: a measure that has intervals.
-        series: the key that tells the kinds of marks apart.
-        note: a key whose value stands beside each mark.
-        xlabel: beside the axis.
-        ylabel: beside the axis.
+        series: the key whose values have marks of their own.
+        note: a key whose value is written beside each mark.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
         percent: keys whose values are shares, shown in %.
         where: values that keys must have.
     """
@@ -138,16 +139,16 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Lines:
-    """A measure over a setting on a logarithmic scale: marks are seeds, lines means.
+    """A measure over a setting on a logarithmic scale, with marks for seeds and lines for means.
 
     Attributes:
-        file: the picture.
-        title: above it.
+        file: the picture's file.
+        title: its title.
         x: a key.
         y: a rate, shown in %.
-        series: the key that tells lines apart.
-        xlabel: beside the axis.
-        ylabel: beside the axis.
+        series: the key whose values have lines of their own.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
         percent: keys whose values are shares, shown in %.
         where: values that keys must have.
     """
@@ -177,13 +178,13 @@ class _Place:
 
 @dataclass(frozen=True)
 class Page:
-    """Where a sweep's tables and figures go.
+    """The page of a sweep: its file, its records, its tables and its figures.
 
     Attributes:
-        file: the page whose marked parts the tables are; None: there is no page.
-        records: where the page's records lie; None: nowhere.
-        tables: of the page.
-        figures: of the page; their files are paths.
+        file: the page into which tables are written; None: there is no page.
+        records: the folder of the page's records; None: there is none.
+        tables: the tables.
+        figures: the figures; their files are paths.
     """
 
     file: Path | None
@@ -193,7 +194,7 @@ class Page:
 
 
 def read_page(sweep: Sweep, folder: Path) -> Page:
-    """What a sweep's spec says of its page; paths are relative to `folder`.
+    """Read the page of a sweep's spec; paths in the spec are relative to `folder`.
 
     Raises:
         UserError: a key, type or value is wrong, or there is nothing to make.
@@ -211,11 +212,12 @@ def read_page(sweep: Sweep, folder: Path) -> Page:
 
 
 def _place(folder: Path, name: str) -> Path:
-    """A path of the spec, as short as it can be said."""
+    """A path of the spec, relative to the spec's folder, without `..` where possible."""
     return Path(os.path.normpath(folder / name))
 
 
 def _entries(sweep: Sweep, key: str) -> Sequence[Mapping[str, Any]]:
+    """The tables under `[[key]]` in the spec."""
     entries = sweep.page.get(key, [])
     if not isinstance(entries, list):
         raise UserError(f"{key} = {entries!r} must be tables: [[{key}]]")
@@ -229,7 +231,7 @@ def _mapping(entry: Any, where: str) -> dict[str, Any]:
 
 
 def _layout(entry: Mapping[str, Any], where: str, place: _Place) -> Layout:
-    """A table, its measures with what the table says for all of them."""
+    """A table; its measures get the table's defaults."""
     own = {key: _listed(value) if key == "rows" else value for key, value in entry.items() if key != "measures"}
     table = build(Layout, own, where, ("measures",))
     headings = {**place.headings, **table.headings}
@@ -248,7 +250,9 @@ def _layout(entry: Mapping[str, Any], where: str, place: _Place) -> Layout:
 
 
 def _figure(entry: Mapping[str, Any], where: str, folder: Path) -> Figure:
-    kind, own = entry.get("kind"), {key: value for key, value in entry.items() if key != "kind"}
+    """A figure of the kind that the spec names."""
+    kind = entry.get("kind")
+    own = {key: value for key, value in entry.items() if key != "kind"}
     if kind not in FIGURES:
         raise unknown(f"{where}.kind", kind, FIGURES)
     figure = build(FIGURES[kind], {key: value for key, value in own.items() if key != "blocks"}, where, ("blocks",))

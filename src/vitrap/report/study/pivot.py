@@ -1,7 +1,7 @@
-"""A table of a sweep's records, in Markdown.
+"""`table`: makes a table of a sweep's records in Markdown.
 
-A figure of one seed stands with its interval over test images, one of several as mean and standard deviation; a line
-below the table says over how many. What is missing is shown as missing.
+A cell of one seed has its value with the interval over test images, a cell of several seeds mean and standard
+deviation. A line below the table says over how many seeds. Runs that are missing are shown as missing.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,23 +25,23 @@ from vitrap.report.study.entries import (
 from vitrap.report.study.layout import MEASURE, Column, Layout
 
 NOTHING = "–"
-"""Of a measure that a run does not have."""
+"""Shown for a measure that a run does not have."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell.
+    """A cell, and the facts that the line below the table is made of.
 
     Attributes:
-        text: without the seeds that it is of.
-        meant: seeds that the sweep names.
-        found: seeds that have the measure; where none has it, those that have been run.
-        summed: whether the text is a mean over them.
-        number: whether it is one seed's figure.
-        interval: whether that has an interval.
-        images: how many each of the rates counts.
-        paired: of a mean difference from a reference, how many seeds it is over.
-        reach: of a mean, how far the intervals of its seeds reach at most, as shown.
+        text: the cell's text, without the number of seeds.
+        meant: number of seeds that the sweep names.
+        found: number of seeds that have the measure; where none has it, of those that have been run.
+        summed: whether the text is a mean over seeds.
+        number: whether the text is the value of a single seed.
+        interval: whether that value has an interval.
+        images: the number of images of each rate.
+        paired: number of seeds of a mean difference from a reference; 0 where it is none.
+        reach: the greatest half-width of the intervals of a mean's seeds, as text; "" where it is no mean.
     """
 
     text: str
@@ -59,16 +59,18 @@ MISSING = Cell("not run")
 
 
 def table(layout: Layout, found: Sequence[Entry]) -> str:
-    """A table in Markdown, and below it what its figures are over.
+    """A table in Markdown, with a line below it that says over how many seeds and images.
 
     Raises:
-        UserError: it names a key or a measure that there is not, or mixes runs that differ by more than seeds.
+        UserError: it names an unknown key or measure, or mixes runs that differ by more than their seed.
     """
+    # Choose the entries.
     places = (*layout.rows, layout.columns)
     measures = [*(column.measure for column in layout.measures), *filter(None, [layout.sort.lstrip("-")])]
     keys = [key for key in places if key != MEASURE]
     chosen = choose(found, Wanted(keys, measures, layout.where, layout.kind))
     chosen = with_references(chosen, keys, layout.against) if layout.against else chosen
+    # Group them by the names of row and column: the entries of a group are the seeds of a cell.
     pairs = [
         (tuple(_name(key, entry, column, layout) for key in places), (column, entry))
         for entry in chosen
@@ -76,6 +78,7 @@ def table(layout: Layout, found: Sequence[Entry]) -> str:
     ]
     groups = grouped(pairs)
     cells = {names: _cell(group) for names, group in groups.items()}
+    # Write the table.
     heads = list(dict.fromkeys(names[-1] for names, _ in pairs))
     rows = _sorted(groups, layout.sort)
     most = max((cell.found for cell in cells.values() if cell.summed), default=0)
@@ -86,13 +89,14 @@ def table(layout: Layout, found: Sequence[Entry]) -> str:
 
 
 def _name(key: str, entry: Entry, column: Column, layout: Layout) -> str:
+    """An entry's label in the row or column of a key."""
     if key == MEASURE:
         return column.heading
     return label(entry.keys.get(key), key in layout.percent).replace("|", "\\|")
 
 
 def _sorted(groups: Mapping[tuple[str, ...], Sequence[tuple[Column, Entry]]], by: str) -> list[tuple[str, ...]]:
-    """The rows, by the mean of a measure where one is given; those without it last."""
+    """The rows, sorted by the mean of a measure if one is given; rows without it come last."""
     rows: dict[tuple[str, ...], list[Entry]] = {}
     for names, group in groups.items():
         rows.setdefault(names[:-1], []).extend(entry for _, entry in group)
@@ -104,17 +108,20 @@ def _sorted(groups: Mapping[tuple[str, ...], Sequence[tuple[Column, Entry]]], by
 
 
 def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
-    """The seeds of one cell."""
-    column, seeds = group[0][0], [entry for _, entry in group]
+    """The cell of a group of entries, which differ by seed alone."""
+    column = group[0][0]
+    seeds = [entry for _, entry in group]
     if any(other != column for other, _ in group):
         raise UserError(f"two measures have the heading {column.heading!r}; give each its own")
     check_alike(seeds)
     there = [entry for entry in seeds if entry.state == "found"]
     if not there:
         return Cell("failed") if any(entry.state == "failed" for entry in seeds) else MISSING
+    # The values of all seeds, for each of the cell's measures.
     of = change if column.show == "against" else measure
     each = [[v for entry in there if (v := of(entry, name))] for name in column.measure.split(" / ")]
-    shown, several = column.show in ("interval", "mean"), max(map(len, each)) > 1
+    shown = column.show in ("interval", "mean")
+    several = max(map(len, each)) > 1
     return Cell(
         text=" / ".join(_figure(column, values) for values in each),
         meant=len(seeds),
@@ -131,18 +138,18 @@ def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
 
 
 def _reach(column: Column, values: Sequence[Value]) -> str:
-    """How far a seed's own interval over images reaches at most, to either side."""
+    """The greatest half-width of the seeds' intervals over images, as text."""
     ends = [max(v.high - v.value, v.value - v.low) for v in values if v.low is not None and v.high is not None]
     return f"{_unit(values) * max(ends):.{column.digits}f}" if ends else ""
 
 
 def _unit(values: Sequence[Value]) -> int:
-    """Rates are shown in %."""
+    """The factor of values that are shown: 100 for rates, which are shown in %."""
     return 1 if values[0].n is None else 100
 
 
 def _figure(column: Column, values: Sequence[Value]) -> str:
-    """One measure of some seeds; a rate is shown in %."""
+    """The text of one measure of some seeds; a rate is shown in %."""
     if not values or (column.show == "n" and values[0].n is None):
         return NOTHING
     if column.show == "n":
@@ -167,14 +174,14 @@ def _figure(column: Column, values: Sequence[Value]) -> str:
 
 
 def _text(cell: Cell, most: int) -> str:
-    """A cell with its number of seeds, where it is not that of the table."""
+    """A cell's text, with its number of seeds where that differs from the table's."""
     if cell.found < cell.meant:
         return f"{cell.text} ({cell.found} of {cell.meant} seeds)"
     return f"{cell.text} ({cell.found} seeds)" if cell.summed and cell.found != most else cell.text
 
 
 def _note(cells: Collection[Cell], most: int) -> list[str]:
-    """What figures of the table are over."""
+    """The line below the table: over how many seeds and images its values are."""
     single = any(cell.number for cell in cells)
     paired = {cell.paired for cell in cells if cell.paired}
     counts = sorted({n for cell in cells for n in cell.images})

@@ -17,7 +17,7 @@ from vitrap.experiment.spec import parse_spec
 from vitrap.metrics.interval import wilson
 from vitrap.report.study.collected import abridge, collect
 from vitrap.report.study.entries import Value, difference, entries, grouped, today
-from vitrap.report.study.make import fill, make, open_study
+from vitrap.report.study.fill_page import fill, fill_page, open_study
 from vitrap.sweeps.grid import load_sweep
 
 HEAD = """
@@ -276,7 +276,7 @@ def made_of(path: Path) -> None:
     """Print, then make the page."""
     one = open_study(path.name, "runs")
     one.tables()
-    make(one)
+    fill_page(one)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_nothing_is_written_where_a_part_has_no_marks(tmp_path: Path) -> None:
     path = study(tmp_path, at((0.5,)), PAGE + ASR + ASR.replace('"asr"\nrows', '"more"\nrows'))
     (tmp_path / "page.md").write_text("<!-- asr -->\n<!-- /asr -->\n", "utf-8")
     with pytest.raises(UserError, match="0 parts 'more'"):
-        make(open_study(path, tmp_path / "runs"))
+        fill_page(open_study(path, tmp_path / "runs"))
     assert (tmp_path / "page.md").read_text("utf-8") == "<!-- asr -->\n<!-- /asr -->\n"
 
 

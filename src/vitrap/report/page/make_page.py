@@ -1,4 +1,4 @@
-"""The report: one page that holds all it needs, and asks no network for anything."""
+"""`make_page`: makes the report, one HTML page that contains all it needs and loads nothing from a network."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from vitrap.experiment.records import Loaded
 from vitrap.report.page import figures
-from vitrap.report.page.claims import UNKNOWN, beside, read_papers
+from vitrap.report.page.claims import UNKNOWN, comparable_runs, read_papers
 from vitrap.report.page.details import to_detail
 from vitrap.report.page.embed import Picture, embed
 from vitrap.report.page.heat import to_heat
@@ -25,13 +25,13 @@ from vitrap.report.page.summary import Run, over_seeds, text, to_runs
 TEMPLATES = Path(__file__).with_name("templates")
 PICTURES = "pictures.png"
 BYTES = 3_000_000
-"""What the page is kept under, but for its pictures."""
+"""Greatest size of the page in bytes, without its pictures."""
 PICTURED = 60
-"""Runs up to which their pictures are part of the page."""
+"""Greatest number of runs whose pictures are part of the page."""
 PACK = 25
-"""Sections that are packed together."""
+"""Number of sections that are compressed together."""
 BESIDE = 12
-"""Runs that are listed beside a claim."""
+"""Greatest number of runs that are listed beside a claim."""
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Progress = Callable[[int, int], None]
@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Page:
-    """The report, and what it leaves out."""
+    """The report as HTML, and notes on what it leaves out."""
 
     content: bytes
     notes: tuple[str, ...]
@@ -47,11 +47,12 @@ class Page:
 
 @dataclass(frozen=True)
 class Sections:
-    """The inside of each run's section, and how it goes into the page.
+    """The sections of all runs.
 
     Attributes:
-        bodies: HTML, one a run.
-        packed: the same in packs, as base64 of zlib; empty where the page holds the bodies as they are.
+        bodies: the HTML of each run's section.
+        packed: the same in packs, zlib in base64, which the page unpacks when a section is opened; empty where the page
+            contains the bodies as they are.
     """
 
     bodies: tuple[str, ...]
@@ -59,20 +60,22 @@ class Sections:
 
 
 def make_page(loaded: Loaded, title: str, pictures: bool = True, progress: Progress = lambda done, whole: None) -> Page:
-    """The report of all records that were found.
+    """Make the report of all records that were read.
 
     Args:
-        loaded: records, failures, and what was passed over.
-        title: what the page calls the place that they were found in.
-        pictures: whether runs' pictures are part of it.
-        progress: told how many of the runs are done.
+        loaded: records, failures, and files that could not be read.
+        title: the title of the page: the name of the folder.
+        pictures: whether pictures of runs are part of the page.
+        progress: called with how many pictures are done, and of how many.
     """
     runs = to_runs(loaded.records)
+    # Embed the pictures, unless there are too many runs.
     drawn = [run for run in runs if pictures and run.place.is_dir() and (run.place / PICTURES).exists()]
     found, notes = _pictures(drawn, progress) if len(runs) <= PICTURED else ({}, [])
     if drawn and len(runs) > PICTURED:
         notes = [f"pictures are left out: there are {len(runs)} runs, and they are shown for up to {PICTURED}"]
     held = sum(len(picture.address) for picture in found.values())
+    # Make the page in the plainest form that is small enough: sections as they are, packed, or packed without curves.
     content, kept = b"", notes
     for packed, curves in ((False, True), (True, True), (True, False)):
         sections = _sections(runs, found, packed, curves)
@@ -87,7 +90,9 @@ def make_page(loaded: Loaded, title: str, pictures: bool = True, progress: Progr
 
 
 def _pictures(runs: Sequence[Run], progress: Progress) -> tuple[dict[str, Picture], list[str]]:
-    found, notes = {}, []
+    """The picture of each run by its anchor, and a note on each that cannot be read."""
+    found: dict[str, Picture] = {}
+    notes: list[str] = []
     for done, run in enumerate(runs, 1):
         file = run.place / PICTURES
         try:
@@ -99,6 +104,7 @@ def _pictures(runs: Sequence[Run], progress: Progress) -> tuple[dict[str, Pictur
 
 
 def _sections(runs: Sequence[Run], pictures: Mapping[str, Picture], packed: bool, curves: bool) -> Sections:
+    """Render the section of each run."""
     template = _template("run.html")
     bodies = tuple(
         _clean(template.render(detail=to_detail(run, curves), picture=pictures.get(run.anchor))) for run in runs
@@ -107,13 +113,16 @@ def _sections(runs: Sequence[Run], pictures: Mapping[str, Picture], packed: bool
 
 
 def _packs(bodies: Sequence[str]) -> Iterator[str]:
+    """Compress sections, `PACK` at a time."""
     for start in range(0, len(bodies), PACK):
         content = json.dumps(bodies[start : start + PACK], ensure_ascii=False).encode()
         yield base64.b64encode(zlib.compress(content, 9)).decode()
 
 
 def _draw(loaded: Loaded, runs: Sequence[Run], sections: Sections, title: str, notes: Sequence[str]) -> bytes:
-    style, script = (_source(name) for name in ("page.css", "page.js"))
+    """Render the page."""
+    style = _source("page.css")
+    script = _source("page.js")
     html = _template("page.html").render(
         title=title,
         notes=notes,
@@ -126,7 +135,8 @@ def _draw(loaded: Loaded, runs: Sequence[Run], sections: Sections, title: str, n
         spreads=over_seeds(runs),
         scatter=figures.to_scatter(runs),
         papers=[
-            (paper, [(claim, beside(claim, paper.attack, runs)) for claim in paper.claims]) for paper in read_papers()
+            (paper, [(claim, comparable_runs(claim, paper.attack, runs)) for claim in paper.claims])
+            for paper in read_papers()
         ],
         heat=to_heat(runs),
         sections=sections,
@@ -140,7 +150,7 @@ def _draw(loaded: Loaded, runs: Sequence[Run], sections: Sections, title: str, n
 
 
 def _count(runs: Sequence[Run], key: str) -> str:
-    """Of how many images a rate is, over all runs."""
+    """On how many images a rate is measured, over all runs: a number, or the least and the greatest."""
     counts = [getattr(run.victim, key).n for run in runs]
     if not counts:
         return "0"
@@ -151,33 +161,35 @@ def _count(runs: Sequence[Run], key: str) -> str:
 
 @cache
 def _template(name: str) -> Template:
-    room = Environment(
+    """A template, with the filters and constants that templates use."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    room.filters |= {"text": text}
-    room.globals |= {
+    environment.filters |= {"text": text}
+    environment.globals |= {
         "BESIDE": BESIDE,
         "UNKNOWN": UNKNOWN,
         "CHART": (figures.CHART_WIDTH, figures.CHART_HEIGHT),
         "PLOT": (figures.WIDTH, figures.HEIGHT, figures.LEFT, figures.RIGHT, figures.TOP, figures.BOTTOM),
         "ROLES": figures.ROLES,
     }
-    return room.get_template(name)
+    return environment.get_template(name)
 
 
 def _source(name: str) -> str:
+    """The text of a file of the templates' folder."""
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _hash(source: str) -> str:
-    """What the page's policy knows its own style and script by."""
+    """The hash of a style or a script, by which the page's content security policy allows it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
 def _clean(html: str) -> str:
-    """HTML without characters that no page can hold; a record may have them."""
+    """HTML without control characters, which a record may have, and a page may not."""
     return CONTROLS.sub("\ufffd", html)

@@ -1,4 +1,4 @@
-"""The page of a sweep: its tables between the page's marks, its figures beside it."""
+"""`fill_page`: writes a sweep's tables into a documentation page, between its marks, and draws its figures."""
 
 import re
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from vitrap.sweeps.grid import load_sweep
 
 @dataclass(frozen=True)
 class Study:
-    """A sweep, where its tables go, and its records.
+    """A sweep with its records, ready to be made into a page.
 
     Attributes:
-        page: what the spec says of it.
-        entries: every run that the sweep names, and every defence on it.
+        page: which page, tables and figures the spec asks for.
+        entries: every run of the sweep, and every defence on it.
         skipped: one line for each record that could not be read.
     """
 
@@ -30,18 +30,18 @@ class Study:
     skipped: tuple[str, ...]
 
     def tables(self) -> dict[str, str]:
-        """Each table in Markdown, by its part."""
+        """Each table in Markdown, by the part of the page that it fills."""
         return {layout.part: table(layout, self.entries) for layout in self.page.tables}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A page or a figure, and what of it is out of date.
+    """A page or a figure, and whether it was out of date.
 
     Attributes:
         file: the page or the picture.
-        parts: tables of the page that were out of date.
-        outdated: whether anything was.
+        parts: the tables of the page that were out of date.
+        outdated: whether the file was out of date.
     """
 
     file: Path
@@ -54,7 +54,7 @@ def open_study(spec: str | Path, records: str | Path | None = None) -> Study:
 
     Args:
         spec: a TOML file with a `[grid]` and `[[table]]` or `[[figure]]`.
-        records: where its records lie; None: where `page.records` says.
+        records: folder or file of its records; None for that of the spec's `page.records`.
 
     Raises:
         UserError: the spec is wrong, or there is no such place.
@@ -68,12 +68,12 @@ def open_study(spec: str | Path, records: str | Path | None = None) -> Study:
     return Study(page, entries(sweep, loaded), loaded.skipped)
 
 
-def make(study: Study, write: bool = True) -> list[Change]:
-    """Fill the page and draw the figures, each whole or not at all.
+def fill_page(study: Study, write: bool = True) -> list[Change]:
+    """Fill the page and draw the figures; each file is written whole or not at all.
 
     Args:
         study: a sweep with a page.
-        write: False: only compare.
+        write: False to compare only.
 
     Returns:
         The page, then the figures.
@@ -81,6 +81,7 @@ def make(study: Study, write: bool = True) -> list[Change]:
     Raises:
         UserError: the page is not there or has no such part, or a table or figure cannot be made as the spec says.
     """
+    # Make everything first, so that a mistake in the spec leaves all files as they are.
     drafts: list[tuple[Change, bytes]] = []
     if study.page.file is not None and study.page.tables:
         drafts.append(_filled(study.page.file, study.tables()))
@@ -96,6 +97,7 @@ def make(study: Study, write: bool = True) -> list[Change]:
 
 
 def _filled(page: Path, tables: Mapping[str, str]) -> tuple[Change, bytes]:
+    """A page with its tables, and which of them were out of date."""
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as error:
@@ -107,10 +109,10 @@ def _filled(page: Path, tables: Mapping[str, str]) -> tuple[Change, bytes]:
 
 
 def fill(text: str, part: str, content: str, page: str) -> str:
-    """A page with `content` between the marks `<!-- part -->` and `<!-- /part -->`.
+    """The text of a page with `content` between its marks `<!-- part -->` and `<!-- /part -->`.
 
     Raises:
-        UserError: it does not have these marks once.
+        UserError: the page does not have these marks exactly once.
     """
     pattern = re.compile(rf"(<!-- {re.escape(part)} -->\n).*?(<!-- /{re.escape(part)} -->)", re.DOTALL)
     if (times := len(pattern.findall(text))) != 1:

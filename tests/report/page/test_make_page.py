@@ -28,9 +28,9 @@ from tests.report.made import (
     to_record,
 )
 from vitrap.experiment.records import Found, Loaded
-from vitrap.report.page import make as page
+from vitrap.report.page import make_page as page
 from vitrap.report.page.embed import embed
-from vitrap.report.page.make import make_page
+from vitrap.report.page.make_page import make_page
 
 ROOT = Path(__file__).parents[3]
 MEGABYTES = 1_000_000
@@ -192,7 +192,7 @@ def shaken(content: dict[str, Any], i: int) -> dict[str, Any]:
 def test_a_thousand_runs_stay_under_three_megabytes() -> None:
     """In a process of its own, without the checks of types that tests run under."""
     code = (
-        "from tests.report.page.test_make import make_page, thousand\n"
+        "from tests.report.page.test_make_page import make_page, thousand\n"
         "made = make_page(thousand(), 'sweep'); print(len(made.content), made.notes)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
