@@ -152,7 +152,7 @@ def count(run: Path) -> dict[str, Any]:
     """The sizes of a run, what applying each defence to its victim takes, and what its whole row of the record does."""
     from vitrap.experiment.defence_spec import DefenceSpec
     from vitrap.experiment.defend import FinishedRun
-    from vitrap.experiment.outcomes import measure_defence, measure_each_time
+    from vitrap.experiment.measure_defences import measure_defence, measure_each_time
     from vitrap.experiment.plan import make_plan
     from vitrap.experiment.progress import no_progress
     from vitrap.experiment.records import read_record

@@ -28,9 +28,9 @@ from vitrap.goals import SourceToTarget as SourceToTarget
 from vitrap.images import Batch as Batch
 from vitrap.images import Images as Images
 from vitrap.images import ImageSet as ImageSet
-from vitrap.keeping import Keeper as Keeper
-from vitrap.keeping import Moving as Moving
-from vitrap.keeping import Position as Position
+from vitrap.resuming import Keeper as Keeper
+from vitrap.resuming import Moving as Moving
+from vitrap.resuming import Position as Position
 
 Threat = Literal["data", "training", "weights"]
 

@@ -18,8 +18,8 @@ from vitrap.attacks.badnets import BadNets
 from vitrap.contracts import Access, ImageSet, Objective
 from vitrap.data.sources import World
 from vitrap.experiment.defence_spec import DefenceSpec
+from vitrap.experiment.measure_defences import Evaluation, measure_defence
 from vitrap.experiment.network import Network
-from vitrap.experiment.outcomes import Evaluation, measure_defence
 from vitrap.experiment.streams import stream, training_streams
 from vitrap.models.classifier import Architecture
 from vitrap.train.arithmetic import Arithmetic

@@ -111,7 +111,7 @@ def users(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         ours = (m.__file__ for m in finder.modules.values() if m.__file__)  # pyright: ignore[reportAttributeAccessIssue]
         return {str(Path(file).relative_to(hollow)) for file in ours if not file.endswith("__init__.py")}
 
-    stages = {"experiment/stages.py", "experiment/streams.py", "experiment/network.py"}
+    stages = {"experiment/make_stages.py", "experiment/streams.py", "experiment/network.py"}
     triggers = {"experiment/trigger_file.py"}
     opening = found("data/sources.py", "models/classifier.py") | {"data/digits.npz"}
     training = opening | found("train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
@@ -127,7 +127,7 @@ def users(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         counted[f"trigger of {name}"] = opening | stages | triggers | own
         counted[f"rows on {name}"] = own
     for name in DEFENCES:
-        own = found("experiment/outcomes.py", f"defences/{name}.py") | {"experiment/defend.py"}
+        own = found("experiment/measure_defences.py", f"defences/{name}.py") | {"experiment/defend.py"}
         counted[f"rows of {name}"] = training | stages | triggers | own
     files = [str(file.relative_to(tree)) for file in tree.rglob("*") if file.is_file()]
     return {file: {name for name, those in counted.items() if file in those} for file in files}
@@ -158,7 +158,7 @@ OF_AGEB = {"victim of ageb", "trigger of ageb", "rows on ageb"}
         ("metrics/detection.py", {f"rows of {d}" for d in DEFENCES}),
         ("metrics/accuracy.py", {n for n in ALL if not n.startswith(("trigger of", "rows on"))}),
         ("experiment/run.py", {"measure"}),
-        ("experiment/stages.py", {n for n in ALL if n != "measure" and not n.startswith("rows on")}),
+        ("experiment/make_stages.py", {n for n in ALL if n != "measure" and not n.startswith("rows on")}),
         ("tensors/pixels.py", ALL),
         ("contracts.py", ALL),
         ("registry.py", set()),
@@ -394,6 +394,25 @@ CODE = "def double(x):\n    return 2 * x\n"
 def test_comments_docstrings_and_layout_change_no_digest(make: Make, same: str) -> None:
     first = code_digest("a.py", root=make({"a.py": CODE}))
     assert code_digest("a.py", root=make({"a.py": same})) == first
+
+
+PARAM = 'size: int = param(3, "side", symbol="b", source="paper", low=1)\n'
+
+
+@pytest.mark.parametrize(
+    "same", ['size: int = param(3, "side of the element", symbol="B", unit="px", source="code", low=1)\n']
+)
+def test_what_a_parameter_says_of_itself_changes_no_digest(make: Make, same: str) -> None:
+    first = code_digest("a.py", root=make({"a.py": PARAM}))
+    assert code_digest("a.py", root=make({"a.py": same})) == first
+
+
+@pytest.mark.parametrize(
+    "other", [PARAM.replace("3", "5"), PARAM.replace("low=1", "low=2"), PARAM.replace("size", "side")]
+)
+def test_its_name_default_and_range_do(make: Make, other: str) -> None:
+    first = code_digest("a.py", root=make({"a.py": PARAM}))
+    assert code_digest("a.py", root=make({"a.py": other})) != first
 
 
 @pytest.mark.parametrize(

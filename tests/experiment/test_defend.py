@@ -21,17 +21,17 @@ from tests.report.made import judgement, to_row
 from vitrap.contracts import Batch, Criterion, Flagged, Implant, Objective, Repaired, Suspect
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
+from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.defend import add_row, defend, stored_set
+from vitrap.experiment.make_stages import Retraining
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import read_record, read_records
-from vitrap.experiment.rows import Row
 from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
-from vitrap.experiment.stages import Retraining
 from vitrap.experiment.store import locked
 from vitrap.metrics.detection import auroc
 from vitrap.sweeps.ahead import look_ahead

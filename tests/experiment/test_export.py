@@ -11,7 +11,7 @@ import vitrap.experiment.export as export
 from tests.experiment.conftest import Runs, Trainings, tiny
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
-from vitrap.experiment.outcomes import Evaluation
+from vitrap.experiment.measure_defences import Evaluation
 from vitrap.experiment.run import poison
 from vitrap.tensors.pixels import to_bytes
 

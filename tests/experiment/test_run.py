@@ -52,7 +52,7 @@ def refuse_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*args: object) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr("vitrap.experiment.stages.train", train)
+    monkeypatch.setattr("vitrap.experiment.make_stages.train", train)
 
 
 # ---- what a run leaves
@@ -260,7 +260,7 @@ def test_the_victims_start_and_order_are_the_twins(runs: Runs, tmp_path: Path, m
         seen.append((start, drawn, data.poisoned.sum().item(), torch.rand(3).tolist()))
         return {"cross_entropy": [0.0]}
 
-    monkeypatch.setattr("vitrap.experiment.stages.train", train)
+    monkeypatch.setattr("vitrap.experiment.make_stages.train", train)
     run(runs.specs["ageb"], tmp_path, device="cpu")
     surrogate, victim, twin = seen
     assert [count for _, _, count, _ in seen] == [0, 10, 0]
@@ -452,7 +452,7 @@ def test_a_surrogate_from_a_checkpoint_is_used_as_it_is(
 
 def test_a_victim_from_a_checkpoint_starts_from_it(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = runs.out / "stages" / f"clean-{runs.records['ageb'].stages['twin']}" / "model.safetensors"
-    monkeypatch.setattr("vitrap.experiment.stages.train", lambda *args: {"cross_entropy": [0.0]})
+    monkeypatch.setattr("vitrap.experiment.make_stages.train", lambda *args: {"cross_entropy": [0.0]})
     spec = tiny("attack.name=badnets", f"model.checkpoint={given}")
     run(spec, tmp_path, device="cpu")
     weights, kept = load_file(given), load_file(run_folder(spec, tmp_path) / "model.safetensors")

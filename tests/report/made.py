@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Found, parse
-from vitrap.experiment.rows import Row
 
 HOSTILE = (
     "</script><script>alert(1)</script>",

@@ -27,8 +27,8 @@ from vitrap.errors import UserError, unknown
 from vitrap.models.families import listed
 
 if TYPE_CHECKING:
+    from vitrap.experiment.defence_rows import Row
     from vitrap.experiment.record import Record
-    from vitrap.experiment.rows import Row
 
 app = typer.Typer(
     add_completion=False,
@@ -310,7 +310,7 @@ def _print_record(record: "Record", folder: Path) -> None:
 
 def _print_defences(rows: "Iterable[Row]") -> None:
     """Print a table for each row of defences."""
-    from vitrap.experiment.rows import row_settings
+    from vitrap.experiment.defence_rows import row_settings
     from vitrap.report.tables import defence_measures
 
     for row in rows:

@@ -17,9 +17,9 @@ from typing import Any
 from vitrap.data.cache import cache_folder
 from vitrap.errors import UserError
 from vitrap.experiment.code import PACKAGE, defending_code, fitting_code, measuring_code, training_code
+from vitrap.experiment.defence_rows import lacks_scores
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import FAILURE, RECORD, read_record
-from vitrap.experiment.rows import lacks_scores
 from vitrap.experiment.spec import DEFAULT_NAMES, digest
 from vitrap.files import read_json, write_json
 

@@ -1,7 +1,7 @@
 """Digests the code that a result rests on: a file and all files that it imports, which are parsed, not run.
 
 A stage's key includes such a digest, so it changes when one of these files is edited, and only then: a new file that
-nobody imports changes no key. Comments, docstrings and layout do not count.
+nobody imports changes no key. Comments, docstrings, layout and what a `param` says of itself do not count.
 
 Imports of vitrap's own files count, and so do those within another package that has an attack or a defence. They count
 wherever they stand, inside functions, too, but not under `if TYPE_CHECKING:`. Other libraries do not count; a stage's
@@ -23,7 +23,7 @@ OPENING = ("data/sources.py", "models/classifier.py")
 """Files that open data and networks."""
 TRAINING = (*OPENING, "train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
 """Files that train a model and measure its curves."""
-STAGES = ("experiment/stages.py", "experiment/streams.py", "experiment/network.py")
+STAGES = ("experiment/make_stages.py", "experiment/streams.py", "experiment/network.py")
 """Files that make stages. They import every part of a run, so they count without their imports."""
 TRIGGERS = ("experiment/trigger_file.py",)
 """The file that writes and reads triggers. It counts where there is an attack, without its imports."""
@@ -33,7 +33,9 @@ RECORDING = ("experiment/run.py", "experiment/record.py")
 """Files that write the measures into a record. They count without their imports."""
 OPENING_RUNS = ("experiment/defend.py",)
 """The file that loads a finished run for a defender. It counts without its imports."""
-DEFENDING = (*TRAINING, "experiment/outcomes.py")
+TEXTS = {"doc", "symbol", "unit", "source"}
+"""What a `param` says of itself, beside its default and its range."""
+DEFENDING = (*TRAINING, "experiment/measure_defences.py")
 """Files that measure a defence; those of training are among them, since a network is trained again after a filter."""
 
 
@@ -181,7 +183,7 @@ def _read(file: Path) -> Source:
     content = file.read_bytes()
     if file.suffix != ".py":
         return Source(sha256(content).hexdigest())
-    tree = _without_docstrings(ast.parse(content, str(file)))
+    tree = _without_texts(ast.parse(content, str(file)))
     nodes, promises = _split(tree)
     return Source(
         sha256(ast.dump(tree).encode()).hexdigest(),
@@ -262,8 +264,12 @@ def _name(file: Path, root: Path) -> str:
     return file.relative_to(top).as_posix()
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
+def _without_texts(tree: ast.Module) -> ast.Module:
+    """The tree without docstrings, and without the texts of hyper-parameters: neither changes a result."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _chain(node.func)[-1] == "param":
+            node.args = node.args[:1]
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg not in TEXTS]
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
     return tree

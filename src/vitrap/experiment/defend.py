@@ -1,6 +1,6 @@
 """`defend`: tries defences on a finished run, and adds a row for each to the run's record.
 
-A defence that the record has a row of already is not measured again. How one is measured is in outcomes.py.
+A defence that the record has a row of already is not measured again. How one is measured is in measure_defences.py.
 """
 
 import inspect
@@ -19,16 +19,16 @@ from vitrap.contracts import Access, ImageSet, Implant
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.code import code_digest, defending_code, training_code
+from vitrap.experiment.defence_rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.defence_spec import DefenceSpec
-from vitrap.experiment.outcomes import Evaluation, Facts, measure_defence
+from vitrap.experiment.make_stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
+from vitrap.experiment.measure_defences import Evaluation, Facts, measure_defence
 from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import Record, Table, to_table
 from vitrap.experiment.records import read_record
-from vitrap.experiment.rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
-from vitrap.experiment.stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
 from vitrap.experiment.store import Stage, Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import read_fitted

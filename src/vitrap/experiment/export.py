@@ -7,10 +7,10 @@ import numpy as np
 
 from vitrap.contracts import Fitted, ImageSet, Implant
 from vitrap.errors import UserError
+from vitrap.experiment.make_stages import backdoor_notice
 from vitrap.experiment.plan import Plan
 from vitrap.experiment.predict import triggered
 from vitrap.experiment.progress import Tick
-from vitrap.experiment.stages import backdoor_notice
 from vitrap.experiment.streams import stream
 from vitrap.files import whole_folder, write_json
 from vitrap.images import CHUNK

@@ -1,6 +1,6 @@
 """Measures a victim and its clean twin: accuracy and success rates on the whole test set, and the trigger's stealth.
 
-Nothing here chooses anything. Defences are measured in outcomes.py.
+Nothing here chooses anything. Defences are measured in measure_defences.py.
 """
 
 from collections.abc import Callable, Mapping

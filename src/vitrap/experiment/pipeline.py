@@ -1,6 +1,6 @@
 """Which stages a run has, and what each is made from: `Stages` returns their folders, and makes what is missing.
 
-How each is made is in stages.py.
+How each is made is in make_stages.py.
 """
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vitrap.contracts import Access, Fitted, Implant
+from vitrap.experiment.make_stages import make_clean, make_trigger, make_victim, read_stream
 from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.progress import Progress
-from vitrap.experiment.stages import make_clean, make_trigger, make_victim, read_stream
 from vitrap.experiment.store import Store
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import read_fitted

@@ -26,9 +26,9 @@ from vitrap.experiment.spec import Spec, digest
 from vitrap.experiment.store import Stage
 from vitrap.experiment.streams import SURROGATE_SEED, TEST_SURROGATE_SEED, stream
 from vitrap.images import CHUNK
-from vitrap.keeping import state_seconds
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
+from vitrap.resuming import state_seconds
 from vitrap.train.arithmetic import Arithmetic, arithmetic_of
 from vitrap.train.optimiser import make_optimiser
 from vitrap.train.recipe import ARITHMETIC

@@ -1,6 +1,6 @@
 """The classes of `record.json`: what a run was asked to do, what was measured, and on which machine.
 
-Rows of defences are in rows.py; records.py reads the files. docs/record.md explains the keys. Imports no torch.
+Rows of defences are in defence_rows.py; records.py reads the files. docs/record.md explains the keys. Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from vitrap.experiment.rows import OPTIONAL, Row
+from vitrap.experiment.defence_rows import OPTIONAL, Row
 from vitrap.files import write_json
 from vitrap.metrics.values import Count, Measures
 

@@ -1,7 +1,7 @@
 """Reads `record.json` files: one run's, those of a folder of runs, or the abridged ones in results/.
 
-The classes are in record.py and rows.py. Reading is strict: every key must be as docs/record.md says, and keys that
-older versions of vitrap did not write have defaults. Imports no torch.
+The classes are in record.py and defence_rows.py. Reading is strict: every key must be as docs/record.md says, and keys
+that older versions of vitrap did not write have defaults. Imports no torch.
 """
 
 import errno

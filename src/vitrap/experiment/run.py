@@ -14,9 +14,11 @@ from vitrap.contracts import Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.answers import recall, remember, traces_of
+from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defend import FinishedRun, add_defences, still_holding, unmeasured
 from vitrap.experiment.export import check_export, check_folder, write_poisoned
 from vitrap.experiment.machine import environment, memory, reset_peaks
+from vitrap.experiment.make_stages import STREAM, read_stream
 from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.pipeline import Redo, Stages, fit_of, implant_of
@@ -25,9 +27,7 @@ from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import SCHEMA, Data, Record, Table
 from vitrap.experiment.records import FAILURE, RECORD, read_record
-from vitrap.experiment.rows import Row
 from vitrap.experiment.spec import Spec, parse_spec
-from vitrap.experiment.stages import STREAM, read_stream
 from vitrap.experiment.store import Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger

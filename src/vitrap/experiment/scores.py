@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vitrap.errors import UserError
-from vitrap.experiment.rows import Row, ScreenRow, row_settings
+from vitrap.experiment.defence_rows import Row, ScreenRow, row_settings
 from vitrap.files import write_bytes
 
 FOLDER = "scores"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas
 
+from vitrap.experiment.defence_rows import Row, row_settings
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found, read_records
-from vitrap.experiment.rows import Row, row_settings
 from vitrap.metrics.values import Auroc, Centre, Rate
 
 ABOUT_ROW = ("name", "kind", "version", "params", "screened", "key", "layer", "scores")

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vitrap.experiment.defence_rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, Verdict
 from vitrap.experiment.record import BuiltNetwork, OwnNetwork
-from vitrap.experiment.rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, Verdict
 from vitrap.metrics.values import Auroc, Centre, Measures, Rate
 
 Line = tuple[str, str, str, str]

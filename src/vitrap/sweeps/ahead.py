@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
+from vitrap.experiment.defence_rows import row_settings
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.record import Record, Table
 from vitrap.experiment.records import Loaded
-from vitrap.experiment.rows import row_settings
 from vitrap.experiment.spec import digest
 from vitrap.sweeps.grid import Point, Sweep
 

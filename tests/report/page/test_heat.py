@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.report.made import found, judgement, record, repair, screen, sift, to_row
-from vitrap.experiment.rows import Row
+from vitrap.experiment.defence_rows import Row
 from vitrap.report.page.heat import Heat, to_cell, to_heat
 from vitrap.report.page.summary import to_runs
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vitrap.experiment.defence_rows import Row, row_settings
 from vitrap.experiment.record import to_table
-from vitrap.experiment.rows import Row, row_settings
 from vitrap.report.frame import settings
 from vitrap.report.page.claims import model_of
 from vitrap.report.page.figures import Chart, to_charts

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vitrap.experiment.rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, row_settings
+from vitrap.experiment.defence_rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, row_settings
 from vitrap.metrics.values import Rate
 from vitrap.report.page.summary import Run, text
 

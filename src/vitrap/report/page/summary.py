@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found
-from vitrap.experiment.rows import Row
 from vitrap.metrics.diagnosis import diagnose, in_a_line, in_short
 from vitrap.metrics.values import Measures
 from vitrap.report.frame import settings

@@ -12,10 +12,10 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
+from vitrap.experiment.defence_rows import Row, row_settings
 from vitrap.experiment.defence_spec import SCREENED, DefenceSpec
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Loaded
-from vitrap.experiment.rows import Row, row_settings
 from vitrap.experiment.spec import parse_defence, parse_spec
 from vitrap.report.frame import Measured, of_row, of_run, settings
 from vitrap.report.study.layout import DEFENCE

@@ -29,10 +29,10 @@ from vitrap.contracts import (
 )
 from vitrap.data.sources import World
 from vitrap.errors import UserError
+from vitrap.experiment.defence_rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, Verdict
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.predict import BATCH, every_row, predict, spread, timed, triggered
 from vitrap.experiment.record import to_table
-from vitrap.experiment.rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, Verdict
 from vitrap.experiment.scores import ByKind, Scores
 from vitrap.experiment.streams import stream
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy

@@ -34,7 +34,7 @@ from vitrap.data.sources import World, open_data
 from vitrap.errors import UserError
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.defend import FinishedRun
-from vitrap.experiment.outcomes import FPRS, Evaluation, measure_defence, measure_each_time
+from vitrap.experiment.measure_defences import FPRS, Evaluation, measure_defence, measure_each_time
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import no_progress
 from vitrap.experiment.scores import Scores, read_scores, scores_file, write_scores

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitrap import keeping
+from vitrap import resuming
 from vitrap.contracts import Along, Batch, Criterion, ImageSet, Objective
 from vitrap.errors import UserError
-from vitrap.keeping import Keeper, Moving, Position, state_seconds
 from vitrap.models.classifier import Architecture, open_model
+from vitrap.resuming import Keeper, Moving, Position, state_seconds
 from vitrap.train.loop import Curves, Streams, cross_entropy, train
 from vitrap.train.recipe import Recipe
 
@@ -135,7 +135,7 @@ def trained(
 def after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state after each step."""
     monkeypatch.setenv("VITRAP_STATE_SECONDS", "0.000001")
-    monkeypatch.setattr(keeping, "SHARE", 1e6)
+    monkeypatch.setattr(resuming, "SHARE", 1e6)
 
 
 @pytest.mark.parametrize("dies_at", [1, 3, 4, 6, 11])  # within an epoch, at its end, in the last one
@@ -234,15 +234,15 @@ def test_a_disk_that_is_full_stops_no_training(data: ImageSet, tmp_path: Path, m
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(keeping, "save_file", full)
+    monkeypatch.setattr(resuming, "save_file", full)
     assert trained(data, plain, RECIPE, tmp_path / "state.safetensors")[1] == trained(data, plain, RECIPE)[1]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_states_are_kept_now_and_then_and_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch) -> None:
     now, written = [0.0], []
-    monkeypatch.setattr(keeping.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(keeping, "SHARE", 0.02)
+    monkeypatch.setattr(resuming.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resuming, "SHARE", 0.02)
     monkeypatch.delenv("VITRAP_STATE_SECONDS")
 
     def write(*_: Any) -> None:
