@@ -327,7 +327,8 @@ class Screen:
 
     Attributes:
         score: a score for each image, higher for triggered ones. It depends on that image alone and is the same at
-            every call. It is called without gradients; a score that needs them uses `torch.enable_grad`.
+            every call. It is called without gradients; a score that needs them uses `torch.enable_grad`. An image that
+            ties with a threshold counts as not above it, so a score of few values may have a TPR of 0.
         layer: which part of the model the defence observes; "" where it is the outputs alone. So in all outcomes.
         report: numbers for the record, by name. So in all outcomes.
     """

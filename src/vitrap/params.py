@@ -39,7 +39,7 @@ class Param:
         symbol: its symbol in the paper, "" where the paper has none.
         unit: its unit, "" for a pure number.
         source: where the default comes from.
-        low: the least allowed value, None for no bound.
+        low: the least allowed value, of several values of each; None for no bound.
         high: the greatest allowed value, None for no bound.
         open: whether `low` and `high` themselves are refused; "low" where only `low` is.
         odd: whether only odd numbers are allowed.
@@ -170,4 +170,5 @@ def check(record: Any) -> None:
         about: Param | None = f.metadata.get("param")
         value = getattr(record, f.name)
         if about is not None and not about.allows(value):
-            raise UserError(f"{f.name} = {value!r} is out of range: it must be {about.range()}")
+            which = "each" if isinstance(value, tuple | list) else "it"
+            raise UserError(f"{f.name} = {value!r} is out of range: {which} must be {about.range()}")
