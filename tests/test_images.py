@@ -142,7 +142,7 @@ def test_asked_for_rows_are_read_into_memory_and_no_others(tmp_path: Path) -> No
         pytest.skip("the file system keeps its pages")
     bounds = [(start + row * length, start + (row + 1) * length - 1) for row in rows.tolist()]
     wanted = {number for first, last in bounds for number in range(first // page, last // page + 1)}
-    images._ask_for(stored, rows)
+    images._read_ahead(stored, rows)
     wait_until(lambda: wanted <= held())  # the disk answers when it can
     assert held() == wanted
 

@@ -101,13 +101,13 @@ def test_a_press_on_a_header_sorts(plain: Path, opened: Open) -> None:
 
 def test_empty_cells_come_last_either_way(tmp_path: Path, opened: Open) -> None:
     bare = record("bare", number=5)
-    bare["victim"]["stealth"] = {}
-    records = [record("b", psnr=30.0), record("a", number=1, psnr=9.5), bare]
+    del bare["spec"]["attack"]["poison_rate"]
+    records = [record("b", poison_rate=0.3), record("a", number=1, poison_rate=0.05), bare]
     (tmp_path / "a.html").write_bytes(make_page(Loaded(tuple(map(found, records)), (), ()), "x").content)
     page = opened(tmp_path / "a.html")
-    for order in (["9.5", "30.0", ""], ["30.0", "9.5", ""]):
-        page.get_by_role("button", name="PSNR").click()
-        assert column(page, 11) == order
+    for order in (["5", "30", ""], ["30", "5", ""]):
+        page.get_by_role("button", name="poison").click()
+        assert column(page, 5) == order
 
 
 def test_the_keyboard_sorts(plain: Path, opened: Open) -> None:

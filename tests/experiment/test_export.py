@@ -24,7 +24,7 @@ FILES = ["classes.txt", "poison.json", "test_images.npy", "test_labels.npy", "tr
 def test_the_files_are_what_the_victim_sees(
     runs: Runs, copied: Path, tmp_path: Path, name: str, trainings: Trainings
 ) -> None:
-    from tests.experiment.test_outcomes import open_case
+    from tests.experiment.test_measure_defences import open_case
 
     folder = tmp_path / "poisoned"
     poison(runs.specs[name], folder, copied, device="cpu")

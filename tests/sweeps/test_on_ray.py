@@ -105,7 +105,7 @@ def tasks(out: Path) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::do" in (folder / "cmdline").read_bytes():
+            if b"ray::run_task" in (folder / "cmdline").read_bytes():
                 held = [os.readlink(handle) for handle in (folder / "fd").iterdir()]
                 found += [int(folder.name)] * any(name.startswith(str(out)) for name in held)
         except OSError:

@@ -78,7 +78,7 @@ def comparable_runs(claim: Claim, attack: str, runs: Sequence[Run]) -> tuple[Com
 def normalised(name: str) -> str:
     """The name of a data set or a model in lower case without punctuation, for comparison.
 
-    >>> plain("CIFAR-10"), plain("ViT-b")
+    >>> normalised("CIFAR-10"), normalised("ViT-b")
     ('cifar10', 'vitb')
     """
     return re.sub("[^a-z0-9]", "", name.lower())
