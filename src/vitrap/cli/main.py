@@ -79,6 +79,9 @@ def run(
     ] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder of runs and stages")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="of the CPU; they decide the last digits of all figures; default: all cores")
+    ] = None,
     memory: Memory = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the record alone on stdout")] = False,
     force: Annotated[bool, typer.Option("--force", help="make victim and record anew")] = False,
@@ -97,21 +100,21 @@ def run(
     redo = "all" if force_all else "victim" if force else "nothing"
     # If nothing has changed since an equal run, its record is the answer, and torch is not imported.
     if redo == "nothing" and not dry_run:
-        record = recall(table_of_spec, out_folder, device)
+        record = recall(table_of_spec, out_folder, device, threads)
     if record is None:
         spec = parse_spec(table_of_spec)
         if dry_run:
             from vitrap.sweeps.grid import Point, Sweep
 
             # A run is listed like a sweep of one run.
-            print_ahead(Sweep(spec.name, (Point({}, spec),)), out_folder, 1, device)
+            print_ahead(Sweep(spec.name, (Point({}, spec),)), out_folder, 1, device, threads)
             return
         # The answer is written down for the table as it was given, too: checking that needs no defaults, and no torch.
         traces = traces_of(table_of_spec, device)
         with ProgressBars() as bars:
             from vitrap.experiment.run import run as run_spec
 
-            record = run_spec(spec, out_folder, device=device, redo=redo, progress=bars.step)
+            record = run_spec(spec, out_folder, device=device, threads=threads, redo=redo, progress=bars.step)
         remember(table_of_spec, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
     if as_json:
         print_json(to_table(record))
@@ -149,6 +152,9 @@ def defend(
     defence: Annotated[str, typer.Option("--defence", help="its name; `vitrap list defences` has them all")],
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="the defence's settings")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    data: Annotated[
+        str | None, typer.Option(help="where the run's data are by now: imagefolder:PATH or npy:PATH")
+    ] = None,
     memory: Memory = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the defence's row alone on stdout")] = False,
 ) -> None:
@@ -161,7 +167,7 @@ def defend(
         from vitrap.experiment.defend import defend as defend_run
         from vitrap.experiment.defend import find_row
 
-        record = defend_run(folder, [wanted], device=device, progress=bars.step)
+        record = defend_run(folder, [wanted], device=device, data=data, progress=bars.step)
     row = find_row(record, wanted)
     assert row is not None
     if as_json:

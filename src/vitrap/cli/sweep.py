@@ -124,16 +124,19 @@ def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
 KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
-def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str) -> None:
-    """List the runs with their state, and estimate how long the rest takes from finished runs like them."""
+def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str, threads: int | None = None) -> None:
+    """List the runs with their state, and estimate how long the rest takes from finished runs like them.
+
+    Where `threads` is given, a worker has so many threads.
+    """
     from vitrap.experiment.records import Loaded, read_records
     from vitrap.sweeps.ahead import look_ahead, total
     from vitrap.sweeps.sweep import share
 
     loaded = read_records(folder) if folder.is_dir() else Loaded((), (), ())
     tell_skipped(loaded.skipped)
-    devices, threads = share(workers, device, len(grid.points))
-    ahead = look_ahead(grid, loaded, devices[0], threads)
+    devices, share_of_cores = share(workers, device, len(grid.points))
+    ahead = look_ahead(grid, loaded, devices[0], threads or share_of_cores)
     table = Table("run", "state", "estimate", "defences", "folder", header_style="bold")
     for one in ahead:
         spec = one.point.spec

@@ -8,7 +8,7 @@ which takes longer since it digests contents, and `remember` writes the file aga
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from vitrap.experiment.code import PACKAGE, defending_code, fitting_code, measur
 from vitrap.experiment.defence_rows import lacks_scores
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import FAILURE, RECORD, read_record
-from vitrap.experiment.spec import DEFAULT_NAMES, digest
+from vitrap.experiment.spec import DEFAULT_NAMES, FOLDERS, digest
 from vitrap.files import read_json, write_json
 
 ANSWERS = "answers"
@@ -30,8 +30,11 @@ SpecMapping = Mapping[str, Any]
 Traces = dict[str, Any]
 
 
-def recall(spec: SpecMapping, out: Path, device: str) -> Record | None:
-    """The record of this spec's run if nothing that it rests on has changed since; None where that is not certain."""
+def recall(spec: SpecMapping, out: Path, device: str, threads: int | None = None) -> Record | None:
+    """The record of this spec's run if nothing that it rests on has changed since; None where that is not certain.
+
+    Where `threads` is given, the run must have been made with so many.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         known = read_json(_answer_file(spec, out, device))
         traces = traces_of(spec, device)
@@ -39,6 +42,8 @@ def recall(spec: SpecMapping, out: Path, device: str) -> Record | None:
         if traces is None or known["traces"] != traces or known["record"] != _size_and_time(folder / RECORD):
             return None
         record = read_record(folder)
+        if threads not in (None, record.environment.threads):
+            return None
         if not any(lacks_scores(row, folder) for row in record.defences) and not (folder / FAILURE).exists():
             return record
     return None
@@ -79,7 +84,7 @@ def traces_of(spec: SpecMapping, device: str) -> Traces | None:
         "code": [training_code(str(attack_file)), fitting_code(str(attack_file)), measuring_code()],
         "defences": [defending_code(str(file)) for file in defence_files],
         # A digest, so that no path of the machine is written.
-        "files": digest([[str(file), *_size_and_time(file)] for file in _named_files(spec)]),
+        "files": digest([[str(file), *_size_and_time(file)] for file in _named_files(spec, _folders(spec))]),
     }
 
 
@@ -94,14 +99,19 @@ def _size_and_time(file: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _named_files(spec: Any) -> Iterator[Path]:
+def _folders(spec: SpecMapping) -> set[Path]:
+    """The folders that paths in the table are relative to, and the data cache."""
+    return {Path(), cache_folder(), *map(Path, spec.get(FOLDERS, {}).values())}
+
+
+def _named_files(spec: Any, folders: Collection[Path]) -> Iterator[Path]:
     """The absolute path of every file, and of every file of a data set, that a value of the table names."""
     if isinstance(spec, Mapping | list):
         for value in spec.values() if isinstance(spec, Mapping) else spec:
-            yield from _named_files(value)
+            yield from _named_files(value, folders)
     elif isinstance(spec, str) and spec:
         with suppress(OSError, ValueError):  # most texts are names that no file can have
-            for place in (Path(spec.removeprefix("npy:")), cache_folder() / spec.removeprefix("npy:")):
+            for place in sorted(folder / Path(spec.removeprefix("npy:")).expanduser() for folder in folders):
                 if place.is_file():
                     yield place.absolute()
                 elif place.is_dir() and place != Path():

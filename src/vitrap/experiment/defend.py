@@ -21,8 +21,10 @@ from vitrap.errors import UserError
 from vitrap.experiment.code import code_digest, defending_code, training_code
 from vitrap.experiment.defence_rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.defence_spec import DefenceSpec
+from vitrap.experiment.machine import computing_threads
 from vitrap.experiment.make_stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
 from vitrap.experiment.measure_defences import Evaluation, Facts, measure_defence
+from vitrap.experiment.places import found_again
 from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import Record, Table, to_table
@@ -44,6 +46,7 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     defences: Sequence[DefenceSpec],
     *,
     device: str = "auto",
+    data: str | None = None,
     progress: Progress = no_progress,
     model: nn.Module | None = None,
     world: World | None = None,
@@ -51,12 +54,13 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     """Try defences on a finished run, and add a row for each to its record as soon as it is measured.
 
     A row that the record has already is not measured again. If the process is killed, the record is as it was after
-    the last complete row.
+    the last complete row. On a CPU, torch computes with as many threads as in the run.
 
     Args:
         folder: the run's folder.
         defences: the defences with their settings, such as `load_defence("strip", ["overlays=50"])`.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        data: where the run's data are by now, as `imagefolder:PATH` or `npy:PATH`; None where they have not moved.
         progress: displays what is being done.
         model: your own network, if the run's victim was one.
         world: your own data, if the run had some.
@@ -70,21 +74,40 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     missing = unmeasured(record, defences, folder)
     if not missing:
         return record
+    # Find the files that its spec names, which may have moved.
+    spec = found_again(parse_spec(record.spec), record.contents, folder.parent, data)
+    place = spec.paths["data.name"].place if world is None and "data.name" in spec.paths else None
+    if place is not None and not place.exists():
+        raise UserError(f"the data of run {str(folder)!r} are not at {str(place)!r}; say with --data where they are")
     # Plan the run as its record has it; it is not attacked again, so no surrogate is needed.
-    spec = replace(parse_spec(record.spec), name=record.name, defences=missing)
-    spec = replace(spec, recipe=replace(spec.recipe, precision=record.precision))
-    plan = make_plan(spec, device, model, world, progress, attacking=False)
-    # On the same kind of device, compute as the run did.
-    if record.environment.device_kind == plan.device.type:
-        plan = replace(plan, arithmetic=recorded_arithmetic(record, plan.arithmetic))
-    # Other data by the same name would give figures that do not belong to this run.
+    spec = replace(spec, name=record.name, defences=missing, recipe=replace(spec.recipe, precision=record.precision))
+    with computing_threads(recorded_threads(record)):
+        plan = make_plan(spec, device, model, world, progress, attacking=False)
+        # On the same kind of device, compute as the run did.
+        if record.environment.device_kind == plan.device.type:
+            plan = replace(plan, arithmetic=recorded_arithmetic(record, plan.arithmetic))
+        check_data(plan, record, folder)
+        return add_defences(FinishedRun(folder, record, plan, progress))
+
+
+def check_data(plan: Plan, record: Record, folder: Path) -> None:
+    """Refuse other data than the run's: their figures would not belong to it.
+
+    Raises:
+        UserError: naming both fingerprints.
+    """
     found, wanted = plan.world.fingerprint, record.data.fingerprint
     if found != wanted:
         raise UserError(
             f"the data of run {str(folder)!r} are not here: {plan.world.name!r} has fingerprint {found[:12]}, the"
-            f" record says {wanted[:12]}; bring them back, or hand them in as world=..."
+            f" record says {wanted[:12]}; bring them back, or say with --data where they are"
         )
-    return add_defences(FinishedRun(folder, record, plan, progress))
+
+
+def recorded_threads(record: Record) -> int | None:
+    """The number of threads that a run was made with; None where it had a GPU, or its record does not say."""
+    made = record.environment
+    return made.threads or None if made.device_kind == "cpu" else None
 
 
 def recorded_arithmetic(record: Record, default: Arithmetic) -> Arithmetic:
@@ -192,10 +215,11 @@ class FinishedRun:
 
     def _twin(self) -> Path:
         """The folder of the twin's stage; a twin that was deleted is trained again if it would come out the same."""
-        key, stage = self.record.stages["twin"], self.plan.twin_stage()
+        key = self.record.stages["twin"]
         place = self._store.root / "stages" / f"clean-{key}"
         if place.exists():
             return place
+        stage = self.plan.twin_stage()
         if stage.key != key:
             raise UserError(
                 f"the clean twin of run {str(self.folder)!r} is gone ({str(place)!r}), and code, data or libraries have"
@@ -227,6 +251,7 @@ class FinishedRun:
             "seed": self.plan.spec.seed,
             "device": self.plan.device.type,
             "arithmetic": asdict(self.plan.arithmetic),
+            "threads": self.plan.threads,
             "code": defence_code(defence.method),
         }
 

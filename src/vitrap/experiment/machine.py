@@ -4,13 +4,17 @@ import os
 import platform
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from vitrap.errors import UserError
 from vitrap.experiment.record import Environment, Memory
+
+MOST_THREADS = 1024
 
 
 def environment(device: torch.device) -> Environment:
@@ -26,6 +30,25 @@ def environment(device: torch.device) -> Environment:
         threads=torch.get_num_threads(),
         **libraries,
     )
+
+
+@contextmanager
+def computing_threads(count: int | None) -> Iterator[None]:
+    """Within the block torch computes with so many threads of the processor; None changes nothing.
+
+    The number decides in which order numbers are added up, and with it the last digits of a result.
+
+    Raises:
+        UserError: the number is out of range.
+    """
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise UserError(f"threads = {count} is out of range: it must be in [1, {MOST_THREADS}]")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def reset_peaks(device: torch.device) -> None:

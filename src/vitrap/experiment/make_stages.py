@@ -242,6 +242,7 @@ def backdoor_notice(
         "attack": spec.attack_name,
         "warning": f"{role} of a backdoor ({spec.attack_name}), implanted for research; not to be deployed",
         "spec": {k: v for k, v in spec.table().items() if k not in ("name", "defences")},
+        "contents": spec.contents(),
     }
 
 

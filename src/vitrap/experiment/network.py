@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.record import BuiltNetwork, OwnNetwork
 from vitrap.experiment.spec import ModelTable
+from vitrap.experiment.spec_paths import SpecPath
 from vitrap.experiment.streams import ambient
 from vitrap.models.classifier import Architecture, Classifier, blank_model, fetch_weights, load_weights, open_model
 from vitrap.train.optimiser import head_weights
@@ -153,6 +154,8 @@ def tensors_digest(named: Mapping[str, Any]) -> str:
 
 
 def _content(path: Path) -> str:
-    """The SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+    """The SHA-256 (hex) of a file of weights."""
+    content = SpecPath(str(path)).content
+    if content is None:
+        raise UserError(f"the weights that the network starts from are not at {str(path)!r} any more; put them back")
+    return content

@@ -8,7 +8,6 @@ import inspect
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ class Plan:
         world: the data, on `device`.
         device: where everything is computed.
         arithmetic: how every network of the run computes.
+        threads: how many of the processor's threads share each sum, which decides its last digits; None on a GPU.
         victim: the network of victim and twin.
         surrogate: the attacker's own network; None where the attack uses none.
         content: a digest that stands for the content of the data in stage keys.
@@ -54,6 +54,7 @@ class Plan:
     world: World
     device: torch.device
     arithmetic: Arithmetic
+    threads: int | None
     victim: Network
     surrogate: Network | None
     content: str
@@ -112,9 +113,10 @@ class Plan:
         depends = dict(self.victim_stage().depends)
         for name in ("network", "recipe", "twin"):
             depends.pop(name, None)
-        # Without a surrogate no network computes the trigger, and arithmetic does not matter.
+        # Without a surrogate no network computes the trigger, and how networks compute does not matter.
         if not self.surrogates():
             depends.pop("arithmetic")
+            depends.pop("threads")
         return Stage("trigger", {**depends, "code": fitting_code(inspect.getfile(type(self.spec.attack)))})
 
     def keys(self) -> dict[str, str]:
@@ -127,14 +129,10 @@ class Plan:
 
     def _contents(self) -> dict[str, str]:
         """Digests of the files and data sets that the attack's settings name, by the name of the setting."""
-        attack = self.spec.attack
-        found: dict[str, str] = {}
-        for f in fields(attack):
-            path = Path(str(getattr(attack, f.name)))
-            if f.metadata["param"].file and path.is_file():
-                found[f.name] = sha256(path.read_bytes()).hexdigest()
-            if f.metadata["param"].data and self.other is not None:
-                found[f.name] = self.other.fingerprint
+        digests = self.spec.contents().items()
+        found = {key.removeprefix("attack."): content for key, content in digests if key.startswith("attack.")}
+        if self.other is not None:
+            found |= {f.name: self.other.fingerprint for f in fields(self.spec.attack) if f.metadata["param"].data}
         return found
 
     def _training(self) -> dict[str, Any]:
@@ -145,6 +143,7 @@ class Plan:
             "recipe": {k: v for k, v in asdict(self.spec.recipe).items() if k not in ARITHMETIC},
             "arithmetic": asdict(self.arithmetic),
             "device": self.device.type,
+            "threads": self.threads,
             "versions": {library: version(library) for library in ("torch", "timm")},
         }
 
@@ -205,7 +204,8 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
                 spec.attack.check_surrogate(ready, first_image(world))
     arithmetic = arithmetic_of(spec.recipe, victim_model, chosen)
     other = _other_images(spec, world, chosen)
-    return Plan(spec, world, chosen, arithmetic, victim, surrogate, content, test_surrogate, other)
+    threads = torch.get_num_threads() if chosen.type == "cpu" else None
+    return Plan(spec, world, chosen, arithmetic, threads, victim, surrogate, content, test_surrogate, other)
 
 
 def training_steps(spec: Spec, n: int) -> int:

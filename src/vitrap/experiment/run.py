@@ -15,13 +15,14 @@ from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.experiment.answers import recall, remember, traces_of
 from vitrap.experiment.defence_rows import Row
-from vitrap.experiment.defend import FinishedRun, add_defences, still_holding, unmeasured
+from vitrap.experiment.defend import FinishedRun, add_defences, recorded_threads, still_holding, unmeasured
 from vitrap.experiment.export import check_export, check_folder, write_poisoned
-from vitrap.experiment.machine import environment, memory, reset_peaks
+from vitrap.experiment.machine import computing_threads, environment, memory, reset_peaks
 from vitrap.experiment.make_stages import STREAM, read_stream
 from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.pipeline import Redo, Stages, fit_of, implant_of
+from vitrap.experiment.places import keep_places
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import Progress, no_progress
@@ -60,6 +61,7 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
     out: str | Path = "runs",
     *,
     device: str = "auto",
+    threads: int | None = None,
     redo: Redo = "nothing",
     progress: Progress = no_progress,
     model: nn.Module | None = None,
@@ -71,6 +73,8 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
         spec: what to run.
         out: folder of runs and stages.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: how many threads torch computes with on a CPU, which decides the last digits of the figures; None for
+            as many as the run in the folder had or, where there is none, for torch's default.
         redo: "nothing" uses all that is stored, "victim" makes victim and record again, "all" every stage.
         progress: displays what the run is doing.
         model: any network over images in [0, 1], in place of the spec's: victim and twin start from its weights.
@@ -82,13 +86,22 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
     folder = run_folder(spec, out)
     from_outside = model is not None or world is not None
     # The cheap question first: a record is the answer if no file that it rests on has changed size or time since.
-    if redo == "nothing" and not from_outside and (known := recall(spec.table(), Path(out), device)):
+    table = spec.located_table()
+    if redo == "nothing" and not from_outside and (known := recall(table, Path(out), device, threads)):
         return known
     # These traces are taken before anything is read, so that a file that changes during the run makes them invalid.
-    traces = None if from_outside else traces_of(spec.table(), device)
-    # Open the data, and check all that can be checked before work starts.
-    plan = make_plan(spec, device, model, world, progress)
-    store = Store(Path(out), lambda name: progress(name, None))
+    traces = None if from_outside else traces_of(table, device)
+    with computing_threads(_threads_of(folder) if threads is None else threads):
+        # Open the data, and check all that can be checked before work starts.
+        plan = make_plan(spec, device, model, world, progress)
+        record = _carry_out(plan, folder, redo, progress)
+    remember(table, Path(out), device, folder, traces)
+    return record
+
+
+def _carry_out(plan: Plan, folder: Path, redo: Redo, progress: Progress) -> Record:
+    """Make the record of a planned run, or complete the one that is there."""
+    store = Store(folder.parent, lambda name: progress(name, None))
     # A record whose keys are those of the plan is still the answer.
     record = _valid_record(folder, plan.keys()) if redo == "nothing" else None
     if record is None:
@@ -98,13 +111,13 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
             record = _valid_record(folder, plan.keys()) if redo == "nothing" else None
             record = record or make_run(Stages(plan, store, redo, progress), folder)
     # Defences accumulate on a record: only those that it lacks are measured.
-    if unmeasured(record, spec.defences, folder):
+    if unmeasured(record, plan.spec.defences, folder):
         with store.alone(folder.name, "wait for another's defences"):
             record = add_defences(FinishedRun(folder, read_record(folder), plan, progress))
     # The run has succeeded, so the failure of an earlier try no longer stands.
     if (failure := folder / FAILURE).exists():
         failure.unlink(missing_ok=True)
-    remember(spec.table(), Path(out), device, folder, traces)
+    keep_places(folder.parent, plan.spec)
     return record
 
 
@@ -124,10 +137,15 @@ def poison(
         UserError: something about the spec, the data or a folder is wrong, or the attack has no poisoned set to write,
             which may be known only once it is fitted; no folder has been made.
     """
+    with computing_threads(_threads_of(run_folder(spec, out))):
+        _write_poison(spec, Path(folder), Path(out), device, progress)
+
+
+def _write_poison(spec: Spec, folder: Path, out: Path, device: str, progress: Progress) -> None:
+    """Make a spec's trigger, and write the training set that it poisons."""
     # Open the data, and check all that can be checked before work starts.
     plan = make_plan(spec, device, progress=progress)
-    folder = Path(folder)
-    store = Store(Path(out), lambda name: progress(name, None))
+    store = Store(out, lambda name: progress(name, None))
     # An attack that edits weights poisons no image, whatever its trigger: it is refused before that is fitted.
     if spec.attack.threat == "weights":
         check_export(spec.attack_name, Implant())
@@ -179,6 +197,14 @@ def _valid_record(folder: Path, keys: Mapping[str, str]) -> Record | None:
     except UserError:
         return None
     return found if found.stages == keys else None
+
+
+def _threads_of(folder: Path) -> int | None:
+    """The number of threads that the run in `folder` was made with; None where there is no run, or it had a GPU."""
+    try:
+        return recorded_threads(read_record(folder))
+    except UserError:
+        return None
 
 
 def _defence_rows(folder: Path) -> tuple[Row, ...]:
@@ -266,6 +292,7 @@ def build_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured
         schema=SCHEMA,
         name=spec.name,
         spec=spec.table(),
+        contents=spec.contents(),
         hash=spec.hash(),
         seed=spec.seed,
         environment=environment(plan.device),

@@ -9,6 +9,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date, time
 from functools import cache
@@ -20,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from vitrap import registry
 from vitrap.errors import UserError, unknown
 from vitrap.experiment.defence_spec import DefenceSpec
+from vitrap.experiment.spec_paths import SpecPath, folders_of, is_data_path, set_leaf
 from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
 
@@ -32,6 +34,9 @@ DEFAULT_NAMES = {"attack": "ageb", "data": "digits"}
 """The names of tables that have no name."""
 FEWEST_SCREENED = 10
 """Least number of images of each kind that a screen scores; a threshold from fewer scores means nothing."""
+FOLDERS = "folders"
+"""Key that `read_spec` adds: for the dotted key of each text, the folder that a path there is relative to."""
+NETWORKS = ("model", "surrogate", "test_surrogate")
 PAGE = ("page", "table", "figure")
 """Keys of a sweep's spec that say which tables and figures `vitrap table` makes of its records."""
 
@@ -113,6 +118,8 @@ class Spec:
         attack: the attack itself, with its settings.
         recipe: how every model of the run is trained.
         defences: what is tried against the victim; they do not change it.
+        paths: the paths that it names, by dotted key, as they are written; the attributes above have them relative to
+            the working folder.
     """
 
     name: str
@@ -125,9 +132,32 @@ class Spec:
     recipe: Recipe
     defences: tuple[DefenceSpec, ...] = ()
     test_surrogate: ModelTable | None = None
+    paths: Mapping[str, SpecPath] = field(default_factory=dict)
 
     def table(self) -> Table:
-        """The spec as the nested table that `load_spec` reads; keys whose value is None are left out."""
+        """The spec as a record has it: all keys of the TOML file whose value is not None, and no absolute path."""
+        return self._table({key: path.shown for key, path in self.paths.items()})
+
+    def located_table(self) -> Table:
+        """The spec as a table from which `parse_spec` makes an equal one."""
+        table = self._table({key: path.written for key, path in self.paths.items()})
+        return table | ({FOLDERS: folders} if (folders := folders_of(self.paths)) else {})
+
+    def contents(self) -> dict[str, str]:
+        """The SHA-256 (hex) of each file and folder that the spec names, by dotted key, as far as they are there."""
+        return {key: found for key, path in self.paths.items() if (found := path.content) is not None}
+
+    def hash(self) -> str:
+        """Twelve hex digits that stand for the whole spec except its name and defences; of files the content counts."""
+        contents = {key: f"sha256:{content}" for key, content in self.contents().items()}
+        return _digest_of(self._table({**{key: path.shown for key, path in self.paths.items()}, **contents}))
+
+    def hash_as_written(self) -> str:
+        """The same, but of files the path counts as a record has it: no file is read."""
+        return _digest_of(self.table())
+
+    def _table(self, paths: Mapping[str, str]) -> Table:
+        """The spec as a nested table, with these texts for its paths."""
         tables = {
             "name": self.name,
             "seed": self.seed,
@@ -139,11 +169,13 @@ class Spec:
             "recipe": asdict(self.recipe),
             "defences": [_without_none(defence.table()) for defence in self.defences] or None,
         }
+        for key, text in paths.items():
+            set_leaf(tables, key, text)
         return _without_none(tables)
 
-    def hash(self) -> str:
-        """Twelve hex digits that stand for the whole spec except its name and defences."""
-        return digest({k: v for k, v in self.table().items() if k not in ("name", "defences")})
+
+def _digest_of(table: Table) -> str:
+    return digest({key: value for key, value in table.items() if key not in ("name", "defences")})
 
 
 def digest(thing: Any) -> str:
@@ -176,12 +208,22 @@ def read_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> 
     return set_keys(table, [parse_override(text) for text in overrides])
 
 
-def set_keys(table: Table, pairs: Sequence[tuple[list[str], Any]]) -> Table:
-    """Set each value at its place in `table`, in place, and return the table."""
+def set_keys(table: Table, pairs: Sequence[tuple[list[str], Any]], folder: str = "") -> Table:
+    """Set each value at its place in `table`, in place, and return the table; `folder` is that of paths among them."""
     # Names are set first, for a new name drops the other keys of its table.
     for keys, value in sorted(pairs, key=lambda pair: pair[0][1:] != ["name"]):
-        lay_over(table, nest(keys, value))
+        new = nest(keys, value)
+        lay_over(table, new)
+        # A path that was set before had a folder of its own.
+        lay_over(table, _folders(new, folder))
     return table
+
+
+def _folders(table: Table, folder: str) -> Table:
+    """A table that says of each text of `table` which folder a path there is relative to; empty where it has none."""
+    parts = {key: value for key, value in table.items() if key in ("data", "attack", *NETWORKS)}
+    found = {key: folder for key, value in _leaves(parts) if isinstance(value, str)}
+    return {FOLDERS: found} if found else {}
 
 
 def parse_spec(table: Mapping[str, Any]) -> Spec:
@@ -197,13 +239,14 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
         if isinstance(value, date | time):
             raise UserError(f"{key} = {value} is a date or a time; put a string in quotes")
     # Refuse unknown keys, and values where tables belong.
-    tables = ("data", "model", "surrogate", "test_surrogate", "attack", "recipe")
+    tables = ("data", *NETWORKS, "attack", "recipe", FOLDERS)
     for key in table:
         if key not in {"name", "seed", "defences", *tables}:
             raise unknown("key", key, ["name", "seed", "defences", *tables])
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
             raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
+    table, paths = _with_paths(table)
     # Build each part; the defaults of the recipe are those of the data set.
     data = build(DataTable, table.get("data", {}), "data")
     model = _model(table.get("model", {}), "model")
@@ -225,7 +268,36 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
         recipe,
         defences,
         surrogates["test_surrogate"],
+        paths,
     )
+
+
+def _with_paths(table: Mapping[str, Any]) -> tuple[Table, dict[str, SpecPath]]:
+    """The table with its paths relative to the working folder, and the paths as they are written, by dotted key."""
+    folders = table.get(FOLDERS, {})
+    paths = {key: SpecPath(value, folders.get(key, "")) for key, value in _leaves(table) if _is_path(table, key, value)}
+    located = {key: deepcopy(value) for key, value in table.items() if key != FOLDERS}
+    for key, path in paths.items():
+        set_leaf(located, key, path.located)
+    return located, paths
+
+
+def _is_path(table: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Whether the value of a dotted key is a path."""
+    part, _, name = key.partition(".")
+    if not isinstance(value, str) or not value:
+        return False
+    if part in NETWORKS:
+        return name in ("checkpoint", "weights")
+    if part == "data":
+        return name == "name" and is_data_path(value)
+    if part != "attack" or name == "name":
+        return False
+    # Only the attack's own file knows which of its settings name files or data sets.
+    attack = table["attack"].get("name", DEFAULT_NAMES["attack"])
+    kinds = [registry.get("attacks", attack)] if attack in registry.names("attacks") else []
+    about = next((f.metadata["param"] for kind in kinds for f in fields(kind) if f.name == name), None)
+    return about is not None and ((about.file and value not in about.choices) or (about.data and is_data_path(value)))
 
 
 def load_defence(name: str, overrides: Sequence[str] = ()) -> DefenceSpec:
@@ -355,6 +427,9 @@ def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
         raise UserError(f"spec {str(path)!r} cannot be read: {why}; give the path of a TOML file") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"spec {str(path)!r} is not TOML: {error}") from error
+    if FOLDERS in table:
+        raise unknown("key", FOLDERS, ["name", "seed", "data", *NETWORKS, "attack", "recipe", "defences"])
+    table |= _folders(table, str(path.parent)) if path.parent != Path() else {}
     base = table.pop("base", None)
     if base is None:
         return table

@@ -7,7 +7,7 @@ is several cases. A key `base` names the spec that a run starts from. The runs a
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -63,7 +63,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
     """Read a sweep's spec and make a spec of each combination.
 
     Args:
-        path: a TOML file with a `[grid]`; paths in it (`base`, also as a grid's key) are relative to it.
+        path: a TOML file with a `[grid]`; paths in it (`base`, also as a grid's key) are relative to its folder.
         overrides: `key=value`; for a key of the grid, this value replaces its list.
         any_number: allow more than 10,000 runs.
 
@@ -80,7 +80,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
     # Read what varies, apply overrides, and refuse contradictions.
     axes = dict(_axes(grid))
     cases = _cases(grid.get("case", []))
-    _override(table, axes, cases, overrides)
+    replaced = _override(table, axes, cases, overrides)
     _check(str(path), axes, cases)
     if (count := prod(map(len, axes.values())) * max(1, len(cases))) > MOST and not any_number:
         raise UserError(f"the grid of {str(path)!r} has {count} runs, more than {MOST}; say --yes if you mean it")
@@ -88,7 +88,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
     combinations = (
         {**case, **dict(zip(axes, values, strict=True))} for case in cases or [{}] for values in product(*axes.values())
     )
-    points = [Point(settings, _spec(table, settings, path.parent)) for settings in combinations]
+    points = [Point(settings, _spec(table, settings, path.parent, replaced)) for settings in combinations]
     return Sweep(path.stem, tuple(_each_once(points)), page)
 
 
@@ -134,9 +134,16 @@ def _leaves(case: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any
             yield f"{place}{key}", value
 
 
-def _override(table: Table, axes: dict[str, list[Any]], cases: Sequence[Settings], overrides: Sequence[str]) -> None:
-    """Apply overrides, in place: to the grid where it has the key, else to the spec of all runs."""
+def _override(
+    table: Table, axes: dict[str, list[Any]], cases: Sequence[Settings], overrides: Sequence[str]
+) -> set[str]:
+    """Apply overrides, in place: to the grid where it has the key, else to the spec of all runs.
+
+    Returns:
+        The keys of the grid that an override has replaced.
+    """
     pairs = []
+    replaced = set()
     for text in overrides:
         keys, value = parse_override(text)
         name = ".".join(keys)
@@ -144,9 +151,11 @@ def _override(table: Table, axes: dict[str, list[Any]], cases: Sequence[Settings
             raise UserError(f"override {text!r} contradicts the grid's cases, which set {name!r}; change the spec")
         if name in axes:
             axes[name] = [value]
+            replaced.add(name)
         else:
             pairs.append((keys, value))
     set_keys(table, pairs)
+    return replaced
 
 
 def _check(where: str, axes: Mapping[str, list[Any]], cases: Sequence[Settings]) -> None:
@@ -168,20 +177,21 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
-def _spec(table: Table, settings: Settings, folder: Path) -> Spec:
-    """The spec of one combination."""
+def _spec(table: Table, settings: Settings, folder: Path, replaced: Set[str]) -> Spec:
+    """The spec of one combination; paths in it are relative to `folder`, except those that overrides have replaced."""
     start = deepcopy(table)
     # Where the grid varies the base, the sweep's own settings go over each base.
     if BASE in settings:
         own = [([key], value) for key, value in start.items()]
         start = set_keys(read_table(folder / str(settings[BASE])), own)
-    pairs = [
-        (key.split("."), _listed(value) if key == DEFENCES else value)
+    pairs = {
+        key: (key.split("."), _listed(value) if key == DEFENCES else value)
         for key, value in settings.items()
         if key not in (BASE, TITLE)
-    ]
+    }
+    set_keys(start, [pair for key, pair in pairs.items() if key not in replaced], str(folder))
     try:
-        return parse_spec(set_keys(start, pairs))
+        return parse_spec(set_keys(start, [pair for key, pair in pairs.items() if key in replaced]))
     except UserError as error:
         shown = ", ".join(f"{key} = {_short(value)}" for key, value in settings.items())
         raise UserError(f"{error} (in the grid's run {shown})") from error

@@ -28,7 +28,7 @@ class Job:
     Attributes:
         number: its place in the sweep.
         label: the settings by which it differs from the other runs.
-        spec: its spec as a table.
+        spec: its spec as a table, with the folders that its paths are relative to.
         hash: the spec's hash.
         out: the folder of runs.
         device: where to compute.
@@ -89,7 +89,7 @@ Listener = Callable[[Event], None]
 
 def job(number: int, label: str, spec: Spec, out: Path) -> Job:
     """The job of a spec."""
-    return Job(number, label, spec.table(), spec.hash(), str(out))
+    return Job(number, label, spec.located_table(), spec.hash(), str(out))
 
 
 def work(job: Job, progress: Progress = no_progress) -> Ended:
@@ -121,7 +121,7 @@ def fail(job: Job, error: BaseException, seconds: float) -> Ended:
         name=job.spec["name"],
         hash=job.hash,
         seed=job.spec["seed"],
-        spec=job.spec,
+        spec=parse_spec(job.spec).table(),
         error=line,
         traceback=tuple("".join(traceback.format_exception(error)).splitlines()),
         seconds=seconds,

@@ -8,7 +8,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import parse, read_records
 from vitrap.files import write_bytes
-from vitrap.report.study.entries import find, today
+from vitrap.report.study.entries import find, key_of, today
 from vitrap.report.study.layout import read_page
 from vitrap.sweeps.grid import load_sweep
 
@@ -62,7 +62,7 @@ def collect(spec: str | Path, runs: str | Path) -> Collected:
     kept = [_record(line) for line in lines]
     place = {today(record): i for i, record in enumerate(kept) if record is not None}
     # Of the runs that the sweep names, those that are new, and those whose record has changed.
-    wanted = list(dict.fromkeys(point.spec.hash() for point in sweep.points))
+    wanted = list(dict.fromkeys(key_of(point.spec, {*known, *place}) for point in sweep.points))
     taken = {key: abridge(known[key]) for key in wanted if key in known}
     new = [key for key in taken if key not in place]
     changed = [key for key in taken if key in place and kept[place[key]] != taken[key]]

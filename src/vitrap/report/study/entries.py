@@ -5,7 +5,7 @@ has its default. A row of a record's `defences` is matched in the same way, by n
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import sqrt
 from statistics import mean, stdev
@@ -16,7 +16,7 @@ from vitrap.experiment.defence_rows import Row, row_settings
 from vitrap.experiment.defence_spec import SCREENED, DefenceSpec
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Loaded
-from vitrap.experiment.spec import parse_defence, parse_spec
+from vitrap.experiment.spec import Spec, parse_defence, parse_spec
 from vitrap.report.frame import Measured, of_row, of_run, settings
 from vitrap.report.study.layout import DEFENCE
 from vitrap.sweeps.grid import DEFENCES, Point, Sweep
@@ -55,36 +55,50 @@ class Entry:
 
 
 def today(record: Record | Failure) -> str:
-    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own hash."""
+    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own hash.
+
+    Of files the path counts, since a table is made where they may be missing.
+    """
     spec = record.spec
     # When records did not yet name the attention, "auto" meant one precision: the one that the record states.
     if isinstance(record, Record) and not record.attention and spec["recipe"].get("precision") == "auto":
         spec = {**spec, "recipe": {**spec["recipe"], "precision": record.precision}}
     try:
-        return parse_spec(spec).hash()
+        return parse_spec(spec).hash_as_written()
     except UserError:
         return record.hash
 
 
 def find(loaded: Loaded) -> dict[str, Record]:
-    """Each record by the hash of its spec today; of several with one hash, the one that was written with this hash."""
+    """Each record by the hash of its spec today; of several with one hash, the one that was written with this hash.
+
+    A record is also there by its own hash: its files may have been given by another path.
+    """
     found: dict[str, Record] = {}
     for record in (each.record for each in loaded.records):
         key = today(record)
         if key not in found or record.hash == key:
             found[key] = record
-    return found
+    return {each.record.hash: each.record for each in loaded.records} | found
+
+
+def key_of(spec: Spec, known: Collection[str]) -> str:
+    """The key by which `find` knows a spec: its hash as written or, where that is not known, its hash by content."""
+    written = spec.hash_as_written()
+    return written if written in known or not spec.paths else spec.hash()
 
 
 def entries(sweep: Sweep, loaded: Loaded) -> tuple[Entry, ...]:
     """Every run of a sweep and every defence on it, in the order of the grid."""
     records = find(loaded)
-    failed = {today(failure) for failure in loaded.failures}
+    failed = {key for failure in loaded.failures for key in (today(failure), failure.hash)}
     named = _labels(defence for point in sweep.points for defence in point.spec.defences)
     return tuple(
         entry
         for point in sweep.points
-        for entry in _of_point(point, records.get(point.spec.hash()), point.spec.hash() in failed, named)
+        for entry in _of_point(
+            point, records.get(key_of(point.spec, records)), key_of(point.spec, failed) in failed, named
+        )
     )
 
 

@@ -1,0 +1,103 @@
+"""Paths that a spec names: where the files are, how a record speaks of them, and what stands for their content.
+
+A relative path is relative to the file that it stands in; one of an override, or from Python, to the working folder.
+Imports no torch.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+PREFIXES = ("npy:", "imagefolder:")
+"""How the name of a data set begins that is a path."""
+DEEPEST = 4
+"""Levels of folders below that of a data set that count as its content."""
+
+
+@dataclass(frozen=True)
+class SpecPath:
+    """A path as a spec has it.
+
+    Attributes:
+        written: the text in the spec, such as "npy:images" or "weights.safetensors".
+        folder: the folder that it is relative to; "" for the working folder.
+    """
+
+    written: str
+    folder: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the path: "npy:", "imagefolder:" or ""."""
+        return next((prefix for prefix in PREFIXES if self.written.startswith(prefix)), "")
+
+    @property
+    def place(self) -> Path:
+        """Where the file or the folder is."""
+        return Path(self.folder, Path(self.written.removeprefix(self.prefix)).expanduser())
+
+    @property
+    def located(self) -> str:
+        """The text with a path that is relative to the working folder."""
+        return f"{self.prefix}{self.place}"
+
+    @property
+    def shown(self) -> str:
+        """The text for a record: as written, but an absolute path, which tells of a machine, as its last part alone."""
+        path = Path(self.written.removeprefix(self.prefix))
+        return f"{self.prefix}{path.name}" if path.is_absolute() else self.written
+
+    @property
+    def content(self) -> str | None:
+        """The SHA-256 (hex) of the file, or of all files in the folder; None where it is not there."""
+        try:
+            files = tuple(_files(self.place))
+            return _digest(self.place, files) if files else None
+        except (OSError, ValueError):  # a name that no file can have
+            return None
+
+
+def is_data_path(name: Any) -> bool:
+    """Whether the name of a data set is a path: `npy:PATH` or `imagefolder:PATH`."""
+    return isinstance(name, str) and name.startswith(PREFIXES)
+
+
+def _files(place: Path) -> Iterator[tuple[str, int, int]]:
+    """A file, or each file of a folder in order: its path within the folder, its size and its time of change."""
+    found = [place]
+    if place.is_dir():
+        found = sorted(file for depth in range(DEEPEST) for file in place.glob("/".join("*" * (depth + 1))))
+    for file in found:
+        if file.is_file() and not file.name.startswith("."):
+            about = file.stat()
+            yield os.path.relpath(file, place), about.st_size, about.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _digest(place: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """The digest of these files; computed once for each size and time of change."""
+    whole = sha256()
+    for name, _, _ in files:
+        with (place / name if place.is_dir() else place).open("rb") as file:
+            content = file_digest(file, "sha256").hexdigest()
+        if not place.is_dir():
+            return content
+        whole.update(f"{name} {content}\n".encode())
+    return whole.hexdigest()
+
+
+def set_leaf(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key, whose tables are there, in place."""
+    *tables, last = key.split(".")
+    for name in tables:
+        table = table[name]
+    table[last] = value
+
+
+def folders_of(paths: Mapping[str, SpecPath]) -> dict[str, str]:
+    """The folder of each path that is not relative to the working folder, by the path's dotted key."""
+    return {key: path.folder for key, path in paths.items() if path.folder}
