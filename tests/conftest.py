@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -40,6 +41,12 @@ def two_cores() -> Iterator[None]:
     os.sched_setaffinity(0, {ours[first], ours[first - 1]})
     yield
     os.sched_setaffinity(0, before)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types are not checked at run time, as for users: what they get wrong must be refused by the package itself."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

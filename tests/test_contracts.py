@@ -40,6 +40,12 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3)).eval()
 
 
+def filled(value: float) -> nn.Module:
+    network = model()
+    nn.init.constant_(network[1].weight, value)
+    return network
+
+
 def suspect_of(clean: ImageSet, train: ImageSet | None = None, network: nn.Module | None = None) -> Suspect:
     return Suspect(network or model(), clean, 3, generator(), train)
 
@@ -158,6 +164,35 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: suspect_of(made(), network=model().train()),
         r"suspect\.model is in training mode; call model\.eval\(\) first",
     ),
+    "a part in training mode": (
+        lambda: suspect_of(made(), network=nn.Sequential(model(), nn.Dropout().train(), nn.Identity())),
+        r"suspect\.model is in training mode",
+    ),
+    "a model of NaN": (
+        lambda: suspect_of(made(), network=filled(float("nan"))),
+        r"suspect\.model cannot be used: 1\.weight holds NaN",
+    ),
+    "a model of another number of classes": (
+        lambda: Suspect(model(), made(), 5, generator()),
+        r"suspect\.model answers to 8 images with shape \(8, 3\), wanted \(8, 5\)",
+    ),
+    "labels that are no classes": (
+        lambda: Suspect(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval(), made(), 2, generator()),
+        "suspect.clean has the label 2, and n_classes = 2; raise it",
+    ),
+    "an empty training set": (lambda: suspect_of(made(), made().take(torch.arange(0))), "the train set has 0 images"),
+    "a model that is a function": (
+        lambda: suspect_of(made(), network=lambda images: images),  # type: ignore[arg-type]
+        "suspect.model is of type function; give one of type Module",
+    ),
+    "images that are a tensor": (
+        lambda: suspect_of(drawn(2, 8)),  # type: ignore[arg-type]
+        "suspect.clean is of type Tensor; give one of type ImageSet",
+    ),
+    "a seed for a generator": (
+        lambda: Suspect(model(), made(), 3, 0),  # type: ignore[arg-type]
+        "suspect.generator is of type int; give one of type Generator",
+    ),
     "no training set": (
         lambda: suspect_of(made()).training_set("spectral"),
         r"spectral .* train = None; give it as Suspect\(train=\.\.\.\)",
@@ -165,6 +200,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_suspect_refuses_in_one_line(case: str) -> None:
     make, message = REFUSED[case]

@@ -28,6 +28,7 @@ from vitrap.goals import SourceToTarget as SourceToTarget
 from vitrap.images import Batch as Batch
 from vitrap.images import Images as Images
 from vitrap.images import ImageSet as ImageSet
+from vitrap.probe import check_network, check_type
 from vitrap.resuming import Keeper as Keeper
 from vitrap.resuming import Moving as Moving
 from vitrap.resuming import Position as Position
@@ -270,12 +271,20 @@ class Retrain(Protocol):
         ...
 
 
+PROBED = 4
+"""Clean images that a suspect's model classifies when the suspect is made, at most."""
+
+
 @dataclass(frozen=True)
 class Suspect:
     """All that the defender may see: no trigger, no goal, no mask of poisoned images, no test set.
 
+    When a suspect is made, its model classifies a few of the clean images. So no defence has to ask whether the model
+    can be used.
+
     Attributes:
-        model: a function of images in [0, 1], in evaluation mode; a defence must not change it.
+        model: returns a finite logit for each class of images in [0, 1], in evaluation mode and with weights of fp32; a
+            defence must not change it.
         clean: a few images that the defender trusts, with true labels; a class may be missing from them.
         n_classes: number of classes.
         generator: the defender's random stream, on the CPU.
@@ -294,14 +303,32 @@ class Suspect:
     retrain: Retrain | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what a defender cannot work with or must not see."""
-        if self.model.training:
+        """Refuse what a defender cannot work with or must not see.
+
+        Raises:
+            UserError: an attribute is of another type; a set of images is empty, marked, or does not fit the model or
+                the number of classes; the model is in training mode, or not what `probe.check_network` asks for.
+        """
+        kinds = {"model": nn.Module, "clean": ImageSet, "n_classes": int, "generator": torch.Generator}
+        for name, kind in kinds.items() if self.train is None else {**kinds, "train": ImageSet}.items():
+            check_type(getattr(self, name), kind, f"suspect.{name}")
+        if any(module.training for module in self.model.modules()):
             raise UserError("suspect.model is in training mode; call model.eval() first")
-        if not len(self.clean):
-            raise UserError("the clean set has 0 images; a defender needs at least one: raise data.holdout")
         for name, images in (("clean", self.clean), ("train", self.train)):
-            if images is not None and images.slot is not None:
-                raise UserError(f"suspect.{name} says which of its images are poisoned; hand in {name}.unmarked()")
+            if images is not None:
+                self._check_images(name, images)
+        some = self.clean.images(torch.arange(min(len(self.clean), PROBED), device=self.clean.device))
+        with self.computing():
+            check_network(self.model, some, self.n_classes, "suspect.model")
+
+    def _check_images(self, name: str, images: ImageSet) -> None:
+        """Refuse an empty set, one that says which of its images are poisoned, and labels that are no classes."""
+        if not len(images):
+            raise UserError(f"the {name} set has 0 images; a defender needs at least one: raise data.holdout")
+        if images.slot is not None:
+            raise UserError(f"suspect.{name} says which of its images are poisoned; hand in {name}.unmarked()")
+        if (greatest := int(images.labels.max())) >= self.n_classes:
+            raise UserError(f"suspect.{name} has the label {greatest}, and n_classes = {self.n_classes}; raise it")
 
     def training_set(self, defence: str) -> ImageSet:
         """The training set.

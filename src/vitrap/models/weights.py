@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from vitrap.errors import UserError
+from vitrap.probe import PRECISIONS, check_weights
 
 PREFIXES = ("module.", "model.", "body.", "_orig_mod.")
 """Prefixes that wrappers put before the names of a network's tensors: DataParallel, trainers, vitrap, torch.compile."""
-PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-"""The types of weights that are accepted, with their names."""
 COUNTS = ("num_batches_tracked", "relative_position_index")
 """Ends of names of tensors that hold whole numbers by nature; timm recomputes the second."""
 SHAPES = re.compile(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)")
@@ -92,10 +91,11 @@ def start_from(path: Path, name: str, plain: nn.Module, build: Callable[..., nn.
         build: builds the network again, given further arguments of `timm.create_model`.
 
     Raises:
-        UserError: the file is missing or damaged, holds whole numbers, or does not fit.
+        UserError: the file is missing or damaged, holds whole numbers or weights with a fault, or does not fit.
     """
     own = plain.state_dict()
     tensors, notes = _clean(read_tensors(path, "model.weights"), own, path)
+    check_weights(tensors, f"model.weights {str(path)!r}")
     # timm compares the file's number of classes with the network's, and drops the file's head where they differ.
     heads = _names_of_heads(plain)
     classes = _classes(tensors, heads)
