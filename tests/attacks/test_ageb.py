@@ -5,6 +5,7 @@ through a hook of the test's own, each perturbed copy as one image of a batch.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -416,6 +417,21 @@ def test_fitting_hands_on_the_surrogate_and_the_settings(tiny_vit: Build, digits
     assert poisoned.labels[rows].eq(7).all()
     wanted = fitted.in_training(train.images(rows))
     torch.testing.assert_close(poisoned.images(rows), wanted, atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("route", get_args(Route))
+@pytest.mark.parametrize("role", ["surrogate", "test_surrogate"])
+def test_a_surrogate_without_a_gradient_is_refused(
+    tiny_vit: Build, digits_world: World, role: str, route: Route
+) -> None:
+    """It is so sure that its softmax is one-hot, which leaves its loss without a gradient."""
+    sure: Any = tiny_vit()
+    with torch.no_grad():
+        sure.body.head.weight.mul_(1e9)
+    access = Access(digits_world.train.take(torch.arange(50)), tiny_vit(), torch.Generator(), tiny_vit())
+    with pytest.raises(UserError, match=rf"^\[{role}\] has an attention gradient of 0 everywhere"):
+        Ageb(route=route).fit(replace(access, **{role: sure}))
+    assert Ageb(route=route).fit(access).stored is not None
 
 
 def test_another_surrogate_at_test_time_leaves_the_poison_alone(tiny_vit: Build, digits_world: World) -> None:

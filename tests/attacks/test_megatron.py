@@ -496,6 +496,15 @@ def test_optimising_lowers_the_losses_and_stays_in_range(
     assert total(found) < total(start) - 0.01
 
 
+def test_a_surrogate_that_passes_no_gradient_to_the_pattern_is_refused(
+    fit: Fit, tiny_vit: Callable[..., Classifier]
+) -> None:
+    blind: Any = tiny_vit()
+    nn.init.zeros_(blind.body.patch_embed.proj.weight)
+    with pytest.raises(UserError, match=r"^\[surrogate\] passes no gradient on to the pattern"):
+        fit(blind, setting="clean-label", steps=2)
+
+
 def test_a_pattern_optimised_in_the_training_setting(fit: Fit) -> None:
     plain, shaped = fit(), fit(steps=3)
     assert shaped.objective is not None

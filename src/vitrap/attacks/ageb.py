@@ -35,8 +35,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, Implant, Labels, Threat
+from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, ImageSet, Implant, Labels, Threat
 from vitrap.data.poison import Poison
+from vitrap.errors import UserError
 from vitrap.models.maps import last_map, observe_map
 from vitrap.models.observe import Maps, attends, observe, read_tokens, token_layout, transformer
 from vitrap.params import hyperparameters, param
@@ -49,6 +50,8 @@ from vitrap.tensors.pixels import hashed_noise
 Route = Literal["attention", "score", "pixel"]
 LEAST_SIDE = 4
 """Least height and width of a feature map that can stand in for attention."""
+TRIED = 16
+"""Training images on which a surrogate's attention gradient is looked at before it makes a trigger."""
 
 
 @hyperparameters
@@ -117,10 +120,13 @@ class Ageb:
         """Make the trigger; nothing is optimised, since the surrogate is ready and defines it."""
         assert access.surrogate is not None, "AGEB computes its trigger with a surrogate"
         trigger = Erosion(access.surrogate, self)
+        check_gradient(trigger, access.train, "surrogate")
         if access.test_surrogate is None:
             return Fitted(trigger)
         # A study of transfer: one surrogate poisons the training set, another one triggers the test images.
-        return Fitted(Erosion(access.test_surrogate, self), stored=trigger)
+        at_test = Erosion(access.test_surrogate, self)
+        check_gradient(at_test, access.train, "test_surrogate")
+        return Fitted(at_test, stored=trigger)
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Put the trigger on a share of the training images and relabel them as the target."""
@@ -184,6 +190,25 @@ class Erosion:
         gradient = self.gradient(images)
         maximum = gradient.amax((1, 2), keepdim=True).clamp(min=1e-30)
         return {"attention gradient": gradient / maximum, "mask": self.mask(images).float()}
+
+
+def check_gradient(trigger: Erosion, train: ImageSet, role: str) -> None:
+    """Refuse a surrogate whose attention gradient is 0 everywhere, on `TRIED` training images: it selects no pixel.
+
+    Args:
+        trigger: has the surrogate.
+        train: the training set.
+        role: the surrogate's table in a spec, for the message.
+
+    Raises:
+        UserError: it is.
+    """
+    rows = torch.arange(0, len(train), max(1, len(train) // TRIED), device=train.device)[:TRIED]
+    if not trigger.gradient(train.images(rows)).any():
+        raise UserError(
+            f"[{role}] has an attention gradient of 0 everywhere, on each of {len(rows)} training images, so there is"
+            " nothing to erode; train it with a lower lr or for fewer epochs, or take another network"
+        )
 
 
 def attention_gradient(surrogate: nn.Module, images: Images) -> tuple[Maps, Maps]:

@@ -352,6 +352,8 @@ def optimise(trigger: Masked, losses: Losses, access: Access) -> tuple[Masked, d
         # One step of Adam down the weighted sum, projected back onto valid pixels.
         adam.zero_grad()
         torch.stack([weights[name] * term for name, term in last.items()]).sum().backward()
+        if step == 0 and (pattern.grad is None or not pattern.grad.any()):
+            raise UserError("[surrogate] passes no gradient on to the pattern; train it more gently, or take another")
         adam.step()
         with torch.no_grad():
             pattern.clamp_(0, 1)
