@@ -24,6 +24,7 @@ from vitrap.train.loop import (
     cross_entropy,
     make_learner,
     next_batch,
+    plain_step,
     prepared,
     smoothed,
     train,
@@ -474,6 +475,27 @@ def test_a_training_that_diverges_is_named(data: ImageSet) -> None:
 
     with pytest.raises(UserError, match=r"training diverged \(cross_entropy is (inf|nan)\); lower recipe.lr = 0.01"):
         train(network(), data, recipe(), streams(), Objective(nowhere))
+
+
+def test_a_last_step_that_goes_nowhere_is_named_too(data: ImageSet) -> None:
+    """The loss of a step is taken before it, so that of the last step says nothing of the weights that are left."""
+
+    def leap(learner: Learner, batch: Batch) -> Mapping[str, Tensor]:
+        terms = plain_step(learner, batch)
+        with torch.no_grad():
+            learner.weights[1].fill_(math.inf)
+        return terms
+
+    with pytest.raises(UserError, match=r"training diverged \(0.bias holds infinite numbers\); lower recipe.lr = 0.01"):
+        train(network(), data, recipe(epochs=1, batch_size=N), streams(), Objective(cross_entropy, step=leap))
+
+
+def test_weights_that_training_starts_from_are_not_blamed_on_the_learning_rate(data: ImageSet) -> None:
+    model = network()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = math.nan
+    with pytest.raises(UserError, match=r"^the network to train cannot be used: .* holds NaN; give sound weights$"):
+        train(model, data, recipe(), streams())
 
 
 # ---- order and augmentation

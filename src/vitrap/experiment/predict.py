@@ -9,6 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Trigger
+from vitrap.errors import UserError
 from vitrap.tensors.pixels import to_bytes
 from vitrap.train.arithmetic import Arithmetic
 
@@ -44,12 +45,21 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def predict(
     model: nn.Module, data: ImageSet, arithmetic: Arithmetic, tick: Callable[[], None] = no_tick
 ) -> Int64[Tensor, " n"]:
-    """The class that `model` predicts for each image of `data`."""
+    """The class that `model` predicts for each image of `data`.
+
+    Raises:
+        UserError: a logit is not finite, so that there is no greatest one.
+    """
     found = []
+    finite = torch.ones((), dtype=torch.bool, device=data.device)
     with arithmetic(model, data.device):
         for rows in data.rows(batch_of(data)):
-            found.append(model(data.images(rows)).argmax(1))
+            logits = model(data.images(rows))
+            finite &= logits.isfinite().all()
+            found.append(logits.argmax(1))
             tick()
+    if not finite:
+        raise UserError("a trained network's logits are NaN or infinite; lower the lr that it was trained with")
     return torch.cat(found)
 
 

@@ -21,6 +21,7 @@ from vitrap.contracts import Batch, Criterion, ImageSet, Keeper, Moving, Objecti
 from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
 from vitrap.images import Gathered, Marks
+from vitrap.probe import check_weights, weight_fault
 from vitrap.tensors.pixels import round8, straight_round8
 from vitrap.train.arithmetic import Arithmetic, arithmetic_of, compiled
 from vitrap.train.combine import Combination
@@ -169,7 +170,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
         `watch` returned.
 
     Raises:
-        UserError: a loss term is no longer finite.
+        UserError: the weights that training starts from have a fault; or a loss term or a weight is no longer finite.
     """
     # What learns: the model, what is trained along with it, and the weights of loss terms where these are learned.
     along = nn.ModuleList([one.module for one in objective.along.values()] if objective else ()).requires_grad_(True)
@@ -202,7 +203,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
             modules.eval()
             found |= watch(model)
             set_training(modules)
-        if wrong := add_to_curves(curves, found):
+        if wrong := add_to_curves(curves, found) or weight_fault(model.state_dict()):
             raise UserError(f"training diverged ({wrong}); lower recipe.lr = {recipe.lr:g}")
 
     modules.eval()
@@ -221,7 +222,11 @@ def make_learner(
         objective: the loss terms to minimise; None for cross-entropy, the only objective that is compiled.
         streams: random streams.
         arithmetic: how to compute.
+
+    Raises:
+        UserError: the weights have a fault, which would look like a training that diverges.
     """
+    check_weights(model.state_dict(), "the network to train")
     forward: Any = compiled(model) if arithmetic.compiled and objective is None else model
     objective = objective or Objective(cross_entropy)
     modules = (model, *(one.module for one in objective.along.values()))

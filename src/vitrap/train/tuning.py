@@ -14,6 +14,7 @@ from torch import nn
 
 from vitrap.contracts import ImageSet, Objective, Suspect
 from vitrap.errors import UserError
+from vitrap.probe import weight_fault
 from vitrap.train.arithmetic import uncompiled
 from vitrap.train.loop import Curves, Epoch, Step, Streams, add_to_curves, epochs, make_learner, recipe_schedule
 from vitrap.train.recipe import ARITHMETIC, Recipe
@@ -92,7 +93,8 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
         torch.set_rng_state(streams.preparation.get_state())
         model.train(tuning.training)
         for epoch in epochs(learner, images, held_rate if tuning.control else recipe_schedule(recipe), tuning.step):
-            if wrong := add_to_curves(curves, {**epoch.means(), **learner.combination.learned()}):
+            found = {**epoch.means(), **learner.combination.learned()}
+            if wrong := add_to_curves(curves, found) or weight_fault(model.state_dict()):
                 raise UserError(f"{tuning.defence} diverged ({wrong}); lower its lr = {recipe.lr:g}")
             if tuning.control is not None:
                 lr = tuning.control(model.eval(), epoch, lr)
