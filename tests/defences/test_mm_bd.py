@@ -293,6 +293,18 @@ def test_settings_out_of_range(settings: dict[str, Any]) -> None:
         MmBd(**settings)
 
 
+def test_a_climb_to_where_the_model_gives_no_number_is_no_verdict() -> None:
+    """Its logits are finite for black and white images, and for no others."""
+
+    class Narrow(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            grey = (images * (1 - images)).sum((1, 2, 3))
+            return torch.arange(4.0) * (1 + grey * 1e30 * 1e30)[:, None]
+
+    with pytest.raises(UserError, match="mm_bd climbed to images whose logits are NaN or infinite; lower its lr"):
+        MmBd(starts=2, steps=2).apply(suspected(Narrow().eval(), 4))
+
+
 def test_it_is_found_by_its_name() -> None:
     assert get("mm_bd") is MmBd
     assert isinstance(MmBd(), Defence)

@@ -578,8 +578,23 @@ def test_a_judgement(case: Evaluation, suspected: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("judged", [Judged(float("inf"), 2.0), Judged(1.0, 2.0, (), torch.tensor([0.0, float("nan")]))])
 def test_a_judgement_that_is_no_number_says_so(case: Evaluation, judged: Judged) -> None:
-    with pytest.raises(UserError, match="made judges by a score that is no finite number"):
+    with pytest.raises(UserError, match="made came to a score that is no finite number"):
         row(case, lambda suspect: judged, "judgement")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["screen", "filter"])
+def test_scores_that_are_no_numbers_say_so(case: Evaluation, kind: str, number: float) -> None:
+    def apply(suspect: Suspect) -> Outcome:
+        if kind == "screen":
+            return Screen(lambda images: blue(images) * number)
+        assert suspect.train is not None
+        score = torch.zeros(len(suspect.train))
+        score[3] = number
+        return Flagged(score, score > 0)
+
+    with pytest.raises(UserError, match="defence made came to a score that is no finite number"):
+        row(case, apply, kind, needs_train=kind == "filter")
 
 
 def test_an_outcome_of_another_kind_than_the_defence_says(case: Evaluation) -> None:

@@ -92,6 +92,8 @@ class MmBd:
         with suspect.computing():
             margins = torch.cat([climb(self, suspect, classes) for classes in groups])
         statistics = margins.amax(1).double().cpu()
+        if not statistics.isfinite().all():
+            raise UserError("mm_bd climbed to images whose logits are NaN or infinite; lower its lr, or steps")
         # Steps 2 and 3: how unlikely is the largest, if all classes follow the distribution of the others?
         largest = int(statistics.argmax())
         others = null_statistics(statistics, largest)

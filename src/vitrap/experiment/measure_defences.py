@@ -4,7 +4,6 @@ The defence itself sees a `Suspect` only. Trigger, goal, mask and test set stay 
 chooses anything. `measure_defence` makes the row of the record; there is one `measure_` function for each kind.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,7 +202,7 @@ def apply_to_twin(defence: DefenceSpec, kind: type[Made], evaluation: Evaluation
 def checked(
     defence: DefenceSpec, outcome: Screen | Repaired | Flagged | Judged
 ) -> Screen | Repaired | Flagged | Judged:
-    """The outcome, if it is of the kind that the defence announces, and its numbers are finite if it is a judgement.
+    """The outcome, if it is of the kind that the defence announces and its scores are finite.
 
     Raises:
         UserError: it is not.
@@ -215,10 +214,20 @@ def checked(
             f" to a {wanted.__name__}; mend its kind"
         )
     if isinstance(outcome, Judged):
-        numbers = [outcome.score, *([] if outcome.by_class is None else outcome.by_class.tolist())]
-        if not all(map(math.isfinite, numbers)):
-            raise UserError(f"defence {defence.name} judges by a score that is no finite number; it says nothing here")
+        check_scores(defence.name, torch.tensor(outcome.score), outcome.by_class)
+    if isinstance(outcome, Flagged):
+        check_scores(defence.name, outcome.score)
     return outcome
+
+
+def check_scores(name: str, *scores: Tensor | None) -> None:
+    """Refuse scores of the defence `name` of which one is not finite; None is passed over.
+
+    Raises:
+        UserError: one is not.
+    """
+    if not all(some.isfinite().all() for some in scores if some is not None):
+        raise UserError(f"defence {name} came to a score that is no finite number; it says nothing of this model")
 
 
 def measure_screen(  # noqa: PLR0913 - both outcomes, and what they are measured with
@@ -234,6 +243,7 @@ def measure_screen(  # noqa: PLR0913 - both outcomes, and what they are measured
     with timed(about["seconds"], "score"):
         victims = score_kinds(on_victim, evaluation.victim, evaluation, rows, tick)
     twins = score_kinds(on_twin, evaluation.twin, evaluation, rows, tick)
+    check_scores(about["name"], *vars(victims).values(), *vars(twins).values())
     # A triggered image is a hit if the victim gives it the label that the attacker wants.
     predicted = predict(evaluation.victim, evaluation.attacked.take(rows.triggered), evaluation.arithmetic)
     hits = predicted == evaluation.goal.labels(test.labels[rows.triggered])
