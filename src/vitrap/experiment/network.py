@@ -19,6 +19,7 @@ from vitrap.experiment.spec import ModelTable
 from vitrap.experiment.spec_paths import SpecPath
 from vitrap.experiment.streams import ambient
 from vitrap.models.classifier import Architecture, Classifier, blank_model, fetch_weights, load_weights, open_model
+from vitrap.probe import check_network, check_type
 from vitrap.train.optimiser import head_weights
 
 
@@ -98,8 +99,10 @@ def network_of(table: ModelTable, world: World, module: nn.Module | None = None)
     """The network that a spec's table describes, for images of `world`; or `module`, the caller's own.
 
     Raises:
-        UserError: a network from outside is to be a linear probe.
+        UserError: a network from outside is no module, or is to be a linear probe.
     """
+    if module is not None:
+        check_type(module, nn.Module, "model")
     if module is not None and table.linear_probe:
         raise UserError("model.linear_probe = true says nothing of a network given from outside; freeze its weights")
     start = (table.pretrained, table.checkpoint, module, table.weights)
@@ -116,25 +119,20 @@ def architecture_of(table: ModelTable, world: World) -> Architecture:
     return Architecture(table.name or "vit_tiny_patch16_224", size, world.train.n_classes, overrides)
 
 
-def try_out(network: Network, world: World) -> nn.Module:
+def try_out(network: Network, world: World, role: str = "model", *, untrained: bool = True) -> nn.Module:
     """Build a network and classify one image with it, to find mistakes early.
 
+    Args:
+        network: the network.
+        world: has the image.
+        role: the network's table in a spec, for messages.
+        untrained: whether it is yet to be trained, and may have a head of zeros.
+
     Raises:
-        UserError: it cannot be built, does not take the images, or does not return a logit for each class.
+        UserError: it cannot be built, or is not what `probe.check_network` asks for.
     """
     model = network.build(0).eval()
-    try:
-        with torch.no_grad():
-            shape = tuple(model(first_image(world)).shape)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the network cannot look at images of {world.train.size} px: {reason}; mend [model]"
-        ) from error
-    if shape != (1, world.train.n_classes):
-        raise UserError(
-            f"the network answers with shape {shape}, wanted (1, {world.train.n_classes}): one logit a class"
-        )
+    check_network(model, first_image(world), world.train.n_classes, role, untrained=untrained)
     return model
 
 

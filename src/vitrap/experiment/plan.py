@@ -197,9 +197,9 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     if any(defence.method.needs_attention for defence in spec.defences):
         transformer(victim_model)
     # Likewise each surrogate.
-    for network in (surrogate, test_surrogate):
+    for role, network in (("surrogate", surrogate), ("test_surrogate", test_surrogate)):
         if network is not None:
-            ready = try_out(network, world)
+            ready = try_out(network, world, role, untrained=network.checkpoint is None)
             if hasattr(spec.attack, "check_surrogate"):
                 spec.attack.check_surrogate(ready, first_image(world))
     arithmetic = arithmetic_of(spec.recipe, victim_model, chosen)

@@ -36,6 +36,7 @@ from vitrap.files import place_file, read_json, write_bytes
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Measures, Stealth
 from vitrap.models.classifier import load_weights, read_model
+from vitrap.probe import check_type
 
 RUN_FILES = ("model.safetensors", TRIGGER, STORED, STREAM)
 """Files that a run's folder shares with the stage of its victim."""
@@ -185,6 +186,7 @@ def open_run(
     if model is None:
         model = read_model(folder / "model.safetensors")
     else:
+        check_type(model, nn.Module, "model")
         load_weights(model, folder / "model.safetensors")
     trigger = read_trigger(folder / "trigger.safetensors", parse_spec(record.spec).attack, networks)
     return OpenedRun(model.eval(), trigger, record)

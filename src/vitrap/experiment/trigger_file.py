@@ -24,6 +24,7 @@ from vitrap.contracts import Crafted, Fitted, Trigger
 from vitrap.errors import UserError
 from vitrap.files import write_bytes
 from vitrap.models.classifier import Architecture, Classifier, blank_model
+from vitrap.probe import check_type, check_weights
 
 TRIGGER = "trigger.safetensors"
 """File of the trigger that fires at test time."""
@@ -177,6 +178,8 @@ def _network(
             raise UserError(
                 f"the trigger's {name} is a network that its file cannot build: give it as networks={{{name!r}: ...}}"
             )
+        check_type(given[name], nn.Module, f"networks[{name!r}]")
+        check_weights(given[name].state_dict(), f"networks[{name!r}]")
         return given[name]
     if "module" in built:
         with torch.random.fork_rng(devices=[]):  # its first weights are replaced, and must change no random state
@@ -185,6 +188,7 @@ def _network(
         network = blank_model(Architecture(**built["network"]))
         module = network.body
     weights = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+    check_weights(weights, f"the trigger file's {name}")
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

@@ -27,6 +27,7 @@ from vitrap.errors import UserError
 from vitrap.images import misshapen
 from vitrap.models.arguments import overridable, refuse_body, refuse_overrides
 from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
+from vitrap.probe import check_weights
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def open_model(
 
     Raises:
         UserError: the name is unknown or no classifier; an override or a size does not fit; the hub cannot be
-            reached; the file is no safetensors file or does not fit.
+            reached; the file is no safetensors file or does not fit; its weights have a fault.
     """
     name, size = architecture.name, architecture.size
     refuse_overrides(name, size, dict(architecture.overrides))
@@ -112,6 +113,7 @@ def open_model(
     elif pretrained:
         hub = {"file": str(fetch_weights(name))}
         body = _built(architecture, partial(build, pretrained=True, pretrained_cfg_overlay=hub))
+        check_weights(body.state_dict(), f"pretrained weights of {name!r}")
     else:
         body = _built(architecture, build)
     facts: Any = body.pretrained_cfg
@@ -180,7 +182,8 @@ def load_weights(body: nn.Module, path: Path) -> None:
     """Fill a timm model from a safetensors file; names and shapes must fit exactly.
 
     Raises:
-        UserError: the file is missing, truncated or no safetensors file; or the message lists what does not fit.
+        UserError: the file is missing, truncated or no safetensors file; the message lists what does not fit, or names
+            a weight that is NaN or infinite.
     """
     weights = read_tensors(path)
     own = body.state_dict()
@@ -195,6 +198,9 @@ def load_weights(body: nn.Module, path: Path) -> None:
     faults = {
         "missing": [k for k in own if k not in weights],
         "unknown": [k for k in weights if k not in own],
+        "of whole numbers": [
+            k for k in own if own[k].is_floating_point() and k in weights and not weights[k].is_floating_point()
+        ],
         "of another shape": [
             f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}"
             for k in own
@@ -211,6 +217,8 @@ def load_weights(body: nn.Module, path: Path) -> None:
             f"checkpoint {str(path)!r} does not fit the model: {listed};"
             " [model] must describe the network that the weights come from"
         )
+    weights = {k: weights[k].to(own[k].dtype) for k in own}  # in another precision a number may become infinite
+    check_weights(weights, f"checkpoint {str(path)!r}")
     body.load_state_dict(weights)
 
 
