@@ -10,6 +10,7 @@ A set whose pixels are together larger than `pixels_limit` stays on disk: its im
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 from vitrap.contracts import ImageSet
 from vitrap.data.cache import Arrays, Numbers, Pixels, read_cached, read_folder
+from vitrap.data.picture import SUFFIXES, read_picture
 from vitrap.errors import UserError
 from vitrap.images import CHUNK, pixels_limit, scratch
 from vitrap.memory import memory_limit
@@ -34,7 +36,6 @@ DIGITS_SIZE = 16
 """Pixels: twice the digits' own size, so that patches of 4 px make sixteen tokens."""
 DIGITS_TEST = 450
 """Test images of the digits: 45 of each class."""
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 Progress = Callable[[int, int], None]
 """Called with the amount done and the total amount, both in the unit of the present step (bytes or images)."""
@@ -187,7 +188,7 @@ def fingerprint(arrays: Arrays) -> str:
 def decode(
     paths: Sequence[Path], size: int | None, crop: bool = True, progress: Progress | None = None
 ) -> UInt8[np.ndarray, "n s t 3"]:
-    """Read image files as RGB, on all cores.
+    """Read image files as RGB, as a viewer shows them (`data/picture.py` says how), on all cores.
 
     Args:
         paths: the files, at least one.
@@ -197,10 +198,11 @@ def decode(
         progress: called with the number of images that are done.
 
     Raises:
-        UserError: a file is no readable image, or the sizes differ where `size` is None.
+        UserError: a file is no readable image or leaves open how it looks, or the sizes differ where `size` is None.
     """
     out: np.ndarray | None = None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # The filter of warnings is the process's: it is set here, since `read_picture` in several threads would mix it up.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, image in enumerate(pool.map(_decode_one, paths, repeat(size), repeat(crop))):
             if out is None:
                 out = _empty_array(len(paths), *image.shape)
@@ -324,11 +326,7 @@ def _is_picture(path: Path) -> bool:
 
 def _decode_one(path: Path, size: int | None, crop: bool) -> UInt8[np.ndarray, "s t 3"]:
     """Read one image file: see `decode`."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image ({error}); mend or remove it") from error
+    image = read_picture(path)
     if size is not None and image.size != (size, size):
         fit = ImageOps.fit if crop else Image.Image.resize
         image = fit(image, (size, size), Image.Resampling.BILINEAR)

@@ -236,7 +236,8 @@ def test_a_broken_picture_is_left_out_and_said(tmp_path: Path, content: bytes) -
     (place / "pictures.png").write_bytes(content)
     made = make_page(Loaded((Found(place, to_record(record())),), (), ()), "runs")
     assert len(made.notes) == 1
-    assert "pictures.png' is left out: " in made.notes[0]
+    assert "a picture is left out: " in made.notes[0]
+    assert "pictures.png is not a readable image" in made.notes[0]
     assert b"is left out" in made.content
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from vitrap.errors import UserError
 from vitrap.experiment.records import Loaded
 from vitrap.report.page import figures
 from vitrap.report.page.claims import UNKNOWN, comparable_runs, read_papers
@@ -97,8 +98,8 @@ def _pictures(runs: Sequence[Run], progress: Progress) -> tuple[dict[str, Pictur
         file = run.place / PICTURES
         try:
             found[run.anchor] = embed(file)
-        except ValueError as error:
-            notes.append(f"{str(file)!r} is left out: {error}")
+        except UserError as error:
+            notes.append(f"a picture is left out: {error}")
         progress(done, len(runs))
     return found, notes
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from PIL import Image, UnidentifiedImageError
 
+from vitrap.data.picture import open_picture
 from vitrap.errors import UserError
 from vitrap.report.study.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
 from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
@@ -48,10 +48,11 @@ def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
 def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
     """Whether the figure's file was drawn from the same values, by the same lines of the spec."""
     try:
-        with Image.open(figure.file) as image:
-            return image.info.get(DIGEST) == digest(figure, figure_data(figure, found))
-    except (OSError, UnidentifiedImageError):
+        with open_picture(Path(figure.file), ["PNG"]) as image:
+            drawn = image.info.get(DIGEST)
+    except UserError:
         return False
+    return drawn == digest(figure, figure_data(figure, found))
 
 
 def digest(figure: Figure, data: Data) -> str:
