@@ -222,13 +222,13 @@ def test_what_leaves_open_how_it_looks_is_refused(tmp_path: Path, name: str) -> 
         (saved(Image.fromarray(COLOURS), "TIFF", icc_profile=b"x" * 200), "cannot open profile"),
         (saved(Image.fromarray(COLOURS).convert("CMYK"), "TIFF", icc_profile=profile()), "mode is CMYK, .* for RGB"),
         (saved(Image.fromarray(COLOURS), "TIFF", icc_profile=profile("LAB")), "for Lab"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n", "cannot identify"),
-        (saved(Image.fromarray(COLOURS), "TGA"), "cannot identify"),
-        (saved(Image.fromarray(COLOURS), "ICO"), "cannot identify"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n", "none of BMP, GIF"),
+        (saved(Image.fromarray(COLOURS), "TGA"), "none of BMP, GIF"),
+        (saved(Image.fromarray(COLOURS), "ICO"), "none of BMP, GIF"),
         (b"P5 100000 100000 255\n", "10000000000 pixels. exceeds limit"),
         (b"P5 10000 10000 255\n", "10000 x 10000 pixels are more than"),
-        (b"<html>404</html>", "cannot identify"),
-        (b"", "cannot identify"),
+        (b"<html>404</html>", "none of BMP, GIF"),
+        (b"", "none of BMP, GIF"),
     ],
 )
 def test_what_is_no_picture_to_read_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

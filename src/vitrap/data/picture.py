@@ -25,7 +25,7 @@ from math import isclose
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
 from vitrap.errors import UserError
@@ -66,8 +66,10 @@ def open_picture(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image
             yield image
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not a readable image (none of {', '.join(formats)}); mend or remove it") from error
     except Exception as error:  # a damaged file raises whatever Pillow's decoder ran into
-        reason = " ".join(str(error).split()).partition(" <")[0] or type(error).__name__
+        reason = " ".join(str(error).split()).partition(" <")[0] or type(error).__name__  # not the name of an object
         raise UserError(f"{path} is not a readable image ({reason}); mend or remove it") from error
 
 
