@@ -3,13 +3,12 @@
 import io
 import warnings
 
-import matplotlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from vitrap.printable import LETTERS, PLAIN, drawable, printable
+from vitrap.printable import LETTERS, drawable, plain_text, printable
 
 ANY = st.text(st.characters(codec=None), max_size=60)
 STEERING = {
@@ -50,7 +49,7 @@ def test_other_text_stays_as_it_is(text: str) -> None:
 
 def draw(text: str) -> bytes:
     out = io.BytesIO()
-    with matplotlib.rc_context(PLAIN), warnings.catch_warnings(action="error"):
+    with plain_text(), warnings.catch_warnings(action="error"):
         figure = Figure(figsize=(2, 1), dpi=20)
         figure.subplots().set_title(drawable(text))
         figure.savefig(out, format="png")

@@ -1,6 +1,7 @@
 """Text from files as a terminal, a page or a figure can take it: what would steer them is written as its code."""
 
 import re
+from contextlib import AbstractContextManager
 
 STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but for tab and newline: escape sequences begin with one
@@ -26,7 +27,7 @@ def printable(text: str) -> str:
 def drawable(text: str, most: int = LETTERS) -> str:
     r"""Text as a figure can show it: one line of at most so many characters, all of which matplotlib's font has.
 
-    Others are written as their codes. That a dollar sign is one, and begins no formula, is up to `PLAIN`.
+    Others are written as their codes. That a dollar sign begins no formula is up to `plain_text`.
 
     >>> drawable("a\nb 犬"), drawable("x" * 50, 5)
     ('a\\nb \\u72ac', 'xxxx…')
@@ -39,8 +40,11 @@ def drawable(text: str, most: int = LETTERS) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-PLAIN = {"text.parse_math": False, "font.family": [FONT]}
-"""Matplotlib settings under which text means itself."""
+def plain_text() -> AbstractContextManager[None]:
+    """The block in which matplotlib draws text in the font of `drawable`, and takes no dollar sign for a formula."""
+    import matplotlib
+
+    return matplotlib.rc_context({"text.parse_math": False, "font.family": [FONT]})
 
 
 def _code(character: str) -> str:

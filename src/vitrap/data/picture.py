@@ -17,7 +17,7 @@ stands for "transparent", and a colour profile that is broken or made for anothe
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
@@ -49,7 +49,7 @@ PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 
 @contextmanager
-def open_picture(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+def open_picture(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
     """Open a picture file for the block; its pixels are decoded when they are first used.
 
     Raises:
@@ -130,7 +130,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """A picture's colours as RGB; what is transparent keeps the colour that is stored for it."""
     if not profile:
         return image.convert("RGB")
-    space = ImageCms.ImageCmsProfile(BytesIO(profile)).profile.xcolor_space.strip()
+    space = ImageCms.core.profile_frombytes(profile).xcolor_space.strip()
     mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
     grey = image.mode in ("1", "L", "LA")
     if mode is None or (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and not grey):

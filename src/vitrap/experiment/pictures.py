@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Shown
 from vitrap.experiment.measure import Backdoor
-from vitrap.printable import PLAIN, drawable
+from vitrap.printable import drawable, plain_text
 from vitrap.tensors.pixels import round8
 from vitrap.train.arithmetic import Arithmetic
 
@@ -63,7 +63,7 @@ def _grid(columns: dict[str, Tensor], notes: list[str]) -> bytes:
     width, height = beside + CELL * len(columns), HEAD + CELL * len(notes)
     within = {"left": beside / width, "right": 1 - GAP / width, "bottom": GAP / height, "top": 1 - HEAD / height}
     apart = {"wspace": GAP / (CELL - GAP), "hspace": GAP / (CELL - GAP)}
-    with matplotlib.rc_context({**PLAIN, "font.size": 9, "image.interpolation": "nearest"}):
+    with plain_text(), matplotlib.rc_context({"font.size": 9, "image.interpolation": "nearest"}):
         figure = Figure(figsize=(width, height), dpi=100)
         axes = figure.subplots(len(notes), len(columns), squeeze=False, gridspec_kw={**within, **apart})
         for column, (name, pictures) in enumerate(columns.items()):

@@ -28,7 +28,7 @@ def embed(file: Path) -> Picture:
     Raises:
         UserError: it cannot be read as a picture; the message names it and says why.
     """
-    with open_picture(file, ["PNG"]) as image:
+    with open_picture(file, ("PNG",)) as image:
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         content = file.read_bytes()

@@ -13,13 +13,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from vitrap.data.picture import open_picture
 from vitrap.errors import UserError
-from vitrap.printable import PLAIN, drawable
+from vitrap.printable import drawable, plain_text
 from vitrap.report.study.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
 from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
 
@@ -41,7 +40,7 @@ def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
     own = {key: drawable(text, LONG) for key, text in asdict(figure).items() if key in OWN_TEXTS}
     labelled = replace(figure, **own)
     content = io.BytesIO()
-    with matplotlib.rc_context(PLAIN):
+    with plain_text():
         canvas = Canvas(figsize=_size(figure, data), layout="constrained", dpi=120)
         axis = canvas.subplots()
         axis.set_title(labelled.title)
@@ -58,7 +57,7 @@ def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
 def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
     """Whether the figure's file was drawn from the same values, by the same lines of the spec."""
     try:
-        with open_picture(Path(figure.file), ["PNG"]) as image:
+        with open_picture(Path(figure.file), ("PNG",)) as image:
             drawn = image.info.get(DIGEST)
     except UserError:
         return False
