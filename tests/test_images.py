@@ -1,4 +1,7 @@
-"""A set mapped from a file: the same images as in memory, pixels on the host, and nothing read back from the device."""
+"""A set mapped from a file: the same images as in memory, pixels on the host, and nothing read back from the device.
+
+And what `ImageSet.of` makes of pixels and labels.
+"""
 
 import ctypes
 import mmap
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from tests.waiting import wait_until
 from vitrap import images
+from vitrap.errors import UserError
 from vitrap.images import ImageSet, scratch
 from vitrap.tensors.pixels import to_bytes
 
@@ -155,3 +159,52 @@ def test_on_a_gpu_a_set_may_take_a_quarter_of_its_memory(monkeypatch: pytest.Mon
     assert (images.pixels_limit(cpu), images.pixels_limit(gpu)) == (4 * 2**30, 20 * 2**30)
     monkeypatch.setenv("VITRAP_MEMORY", "1GB")
     assert (images.pixels_limit(cpu), images.pixels_limit(gpu)) == (10**9, 10**9)
+
+
+def square(n: int = 6) -> Tensor:
+    return drawn(n, 4)
+
+
+NUMBERED = torch.arange(6) % 3
+ODD = {
+    "floats": (square() / 255, NUMBERED, None, "pixels are torch.float32, not torch.uint8"),
+    "wide integers": (square().int(), NUMBERED, None, "pixels are torch.int32"),
+    "channels last": (
+        square().permute(0, 2, 3, 1),
+        NUMBERED,
+        None,
+        r"\(6, 4, 4, 3\), not n c s s; put channels second",
+    ),
+    "oblong": (square()[..., :2], NUMBERED, None, r"\(6, 3, 4, 2\), not n c s s; crop or resize"),
+    "one image": (square()[0], NUMBERED[:1], None, "not n c s s"),
+    "no channel": (square()[:, :0], NUMBERED, None, "not n c s s"),
+    "no pixel": (square()[..., :0, :0], NUMBERED, None, "not n c s s"),
+    "float labels": (square(), NUMBERED.float(), None, "labels are torch.float32, not integers"),
+    "masks as labels": (square(), NUMBERED.bool(), None, "labels are torch.bool"),
+    "one-hot labels": (square(), torch.eye(3).long()[NUMBERED], None, r"labels have shape \(6, 3\) for 6 images"),
+    "few labels": (square(), NUMBERED[:5], None, r"labels have shape \(5,\) for 6 images"),
+    "one label": (square(1), torch.tensor(0), None, r"labels have shape \(\) for 1 images"),
+    "elsewhere": (square(), NUMBERED.to("meta"), None, "labels are on meta, pixels on cpu"),
+    "below 0": (square(), NUMBERED - 1, None, "labels hold -1; number classes from 0"),
+    "below 0, narrow": (square(), (NUMBERED - 1).to(torch.int8), 3, "labels hold -1"),
+    "beyond the classes": (square(), NUMBERED, 2, "labels hold 2, with 2 classes"),
+    "no class": (square(), NUMBERED, 0, "n_classes = 0 is out of range"),
+    "nothing": (square(0), NUMBERED[:0], None, "give n_classes"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_pixels_and_labels_that_do_not_fit_are_refused_in_a_line(name: str) -> None:
+    pixels, labels, n_classes, message = ODD[name]
+    with pytest.raises(UserError, match=message) as caught:
+        ImageSet.of(pixels, labels, n_classes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_labels_of_any_integers_and_images_of_any_channels_make_a_set(kind: torch.dtype, channels: int) -> None:
+    found = ImageSet.of(square()[:, :channels], NUMBERED.to(kind))
+    assert found.labels.dtype == torch.int64
+    assert (found.n_classes, found.size, len(found)) == (3, 4, 6)
+    assert len(ImageSet.of(square(0), NUMBERED[:0], 3)) == 0

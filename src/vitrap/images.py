@@ -84,12 +84,22 @@ class ImageSet:
     place: Int64[Tensor, " n"] | None = None
 
     @classmethod
-    def of(
-        cls, pixels: UInt8[Tensor, "n c s s"], labels: Int64[Tensor, " n"], n_classes: int | None = None
-    ) -> "ImageSet":
-        """Make a set of square 8-bit images at their own size; without `n_classes`, the greatest label is the last."""
-        classes = n_classes or int(labels.max()) + 1
-        return cls(pixels, labels, torch.arange(len(labels), device=labels.device), classes, pixels.shape[-1])
+    def of(cls, pixels: Tensor, labels: Tensor, n_classes: int | None = None) -> "ImageSet":
+        """Make a set of square images at their own size.
+
+        Args:
+            pixels: the images, uint8 `n c s s`, from 0 to 255.
+            labels: their classes, integers `n` from 0, on the same device.
+            n_classes: number of classes; None for one more than the greatest label.
+
+        Raises:
+            UserError: pixels or labels are something else, or do not fit together.
+        """
+        _check_pixels(pixels)
+        _check_labels(labels, pixels, n_classes)
+        n = len(labels)
+        classes = int(labels.long().max()) + 1 if n_classes is None else n_classes
+        return cls(pixels, labels.long(), torch.arange(n, device=labels.device), classes, pixels.shape[-1])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -266,6 +276,43 @@ class Marks:
 
     poisoned: Bool[Tensor, " n"]
     covers: Bool[Tensor, " n"]
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    """Refuse what is no `uint8 n c s s`."""
+    if not isinstance(pixels, Tensor):
+        raise UserError(f"pixels are of type {type(pixels).__name__}, not torch.Tensor; give torch.as_tensor(pixels)")
+    if pixels.dtype != torch.uint8:
+        raise UserError(f"pixels are {pixels.dtype}, not torch.uint8; store them as 0 to 255 in 8 bits")
+    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or 0 in pixels.shape[1:]:
+        last = pixels.ndim == 4 and pixels.shape[1] == pixels.shape[2]
+        remedy = "put channels second: pixels.permute(0, 3, 1, 2)" if last else "crop or resize them to squares"
+        raise UserError(f"pixels have shape {tuple(pixels.shape)}, not n c s s; {remedy}")
+
+
+def _check_labels(labels: Tensor, pixels: Tensor, n_classes: int | None) -> None:
+    """Refuse what is no class number for each image."""
+    if not isinstance(labels, Tensor):
+        raise UserError(f"labels are of type {type(labels).__name__}, not torch.Tensor; give torch.as_tensor(labels)")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UserError(f"labels are {labels.dtype}, not integers; give class numbers")
+    if labels.shape != pixels.shape[:1]:
+        raise UserError(f"labels have shape {tuple(labels.shape)} for {len(pixels)} images; give one number an image")
+    if labels.device != pixels.device:
+        raise UserError(f"labels are on {labels.device}, pixels on {pixels.device}; put both on one device")
+    if n_classes is None and not len(labels):
+        raise UserError("a set without images does not say how many classes there are; give n_classes")
+    if n_classes is not None and n_classes < 1:
+        raise UserError(f"n_classes = {n_classes} is out of range; give at least 1")
+    if not len(labels):
+        return
+    numbers = labels.long()  # torch finds no minimum of some unsigned types
+    low = int(numbers.min())
+    high = int(numbers.max())
+    if low < 0:
+        raise UserError(f"labels hold {low}; number classes from 0")
+    if n_classes is not None and high >= n_classes:
+        raise UserError(f"labels hold {high}, with {n_classes} classes; number them from 0, or give a larger n_classes")
 
 
 def misshapen(images: Tensor, wanted: str) -> UserError:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitrap.data.cache import Arrays, cached_names, write_folder
+from vitrap.data.picture import SUFFIXES
 from vitrap.data.sources import World, balanced, decode, fingerprint, hold_out, open_data
 from vitrap.errors import UserError
 
@@ -338,9 +339,54 @@ def test_grey_images_are_made_rgb_and_other_files_passed_over(pictures: Path) ->
     assert train.pixels[0].eq(77).all()
 
 
+def test_what_is_passed_over_is_named(pictures: Path) -> None:
+    others = ["notes.txt", "train/0.png", "train/cat/.DS_Store", "train/cat/._1.png", "train/cat/@eaDir/0.jpg",
+              "train/cat/.ipynb_checkpoints/0.png", "train/cat/x.tga", "train/dog/bare", "train/__MACOSX/cat/0.png",
+              "valid/cat/0.png"]  # fmt: skip
+    for other in others:
+        picture(pictures / f"{other}.png", colour=(99, 99, 99)).rename(pictures / other)
+    world = open_data(f"imagefolder:{pictures}", holdout=0)
+    assert world.passed_over == tuple(sorted(others, key=lambda name: Path(name).parts))
+    assert (len(world.train), world.train.classes) == (10, ("cat", "dog"))
+    assert (world.train.pixels[:, 0] < 10).all()
+
+
+def test_images_are_found_at_any_depth_of_a_class_folder(pictures: Path) -> None:
+    before = open_data(f"imagefolder:{pictures}", holdout=0)
+    (pictures / "train/cat/images/more").mkdir(parents=True)
+    for i in range(6):
+        (pictures / f"train/cat/{i}.png").rename(pictures / f"train/cat/images/{'more' if i > 3 else ''}/{i}.png")
+    after = open_data(f"imagefolder:{pictures}", holdout=0)
+    assert after.fingerprint == before.fingerprint
+    assert after.passed_over == ()
+
+
+def test_a_class_folder_may_be_a_link(pictures: Path) -> None:
+    before = open_data(f"imagefolder:{pictures}", holdout=0)
+    (pictures / "train/cat").rename(pictures.parent / f"{pictures.name}-cats")
+    (pictures / "train/cat").symlink_to(pictures.parent / f"{pictures.name}-cats")
+    after = open_data(f"imagefolder:{pictures}", holdout=0)
+    assert (after.fingerprint, after.passed_over) == (before.fingerprint, ())
+
+
+@pytest.mark.parametrize("ending", sorted(SUFFIXES))
+def test_every_ending_counts_in_any_case(pictures: Path, ending: str) -> None:
+    """The content says what a file is, so that each of these is a PNG."""
+    for i, file in enumerate(sorted(pictures.glob("*/cat/*.png"))):
+        file.rename(file.with_suffix(ending.upper() if i % 2 else ending))
+    assert len(open_data(f"imagefolder:{pictures}", holdout=0).train) == 10
+
+
 def remove(path: Path) -> None:
     for file in path.iterdir():
         file.unlink()
+
+
+def deeper(path: Path) -> None:
+    """Put all of it one folder down, as archives often unpack."""
+    (path / "inner").mkdir()
+    for part in ("train", "test"):
+        (path / part).rename(path / "inner" / part)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +395,16 @@ def remove(path: Path) -> None:
         (lambda p: (p / "test").rename(p / "validation"), "no folder .*test; imagefolder:PATH must hold"),
         (lambda p: picture(p / "train" / "emu" / "0.png"), "class folder 'emu' is in only one of"),
         (lambda p: remove(p / "test" / "dog"), "no image in .*test/dog; add some .*.png.* or remove"),
+        (
+            lambda p: [f.rename(f.with_suffix("")) for f in p.glob("test/dog/*.png")],
+            r"no image in .*test/dog \(2: 0, 1 passed over\); add some",
+        ),
+        (
+            lambda p: (p / "train/dog/y.png").symlink_to(p / "nowhere"),
+            "y.png is not a readable image .*no regular file",
+        ),
+        (lambda p: os.mkfifo(p / "train/dog/y.png"), "y.png is not a readable image .*no regular file"),
+        (deeper, "no folder .*train; did you mean imagefolder:.*/inner\\?; imagefolder:PATH must hold"),
         (lambda p: (p / "train/dog/1.png").write_bytes(b"no image"), "dog/1.png is not a readable image"),
         (lambda p: os.truncate(p / "train/dog/1.png", 45), "dog/1.png is not a readable image"),
         (
@@ -366,7 +422,7 @@ def test_an_image_folder_that_is_not_whole(pictures: Path, spoil: Callable[[Path
 
 def test_an_image_folder_without_classes(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "0.png")
-    with pytest.raises(UserError, match="no class folder in"):
+    with pytest.raises(UserError, match="no class folder in .*train, which holds 1 images itself; imagefolder:PATH"):
         open_data(f"imagefolder:{tmp_path}")
 
 

@@ -1,4 +1,7 @@
-"""What commands print: results on stdout, progress bars and messages on stderr."""
+"""What commands print: results on stdout, progress bars and messages on stderr.
+
+All of it goes through `out` and `err`, which let no text from a file steer the terminal.
+"""
 
 import json
 import sys
@@ -9,7 +12,7 @@ from threading import Event, Thread, Timer
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,11 +23,23 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
 from vitrap.errors import UserError
+from vitrap.printable import printable
 
-out = Console()
-err = Console(stderr=True)
+
+class PrintableConsole(Console):
+    """A console that prints text as text: what would steer the terminal is written as its code."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Turn into segments whatever is printed, also by progress bars; segments of `control` are rich's own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+out = PrintableConsole(emoji=False)
+err = PrintableConsole(stderr=True, emoji=False)
 PATIENCE = 1.0
 """Seconds before bars appear, so that a quick error is the only line."""
 EVERY = 30.0

@@ -307,6 +307,9 @@ def _print_record(record: "Record", folder: Path) -> None:
     for row in measures(record.victim):
         table.add_row(*row)
     out.print(table)
+    if data.passed_over:
+        line = f"files of the image folder that are no images, and were passed over: {data.passed_over}"
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in adapted(record.models):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(in_a_line(diagnose(record.victim)), highlight=False, markup=False, soft_wrap=True)

@@ -46,6 +46,7 @@ class Arrays:
         test_labels: test labels, `m`, from 0.
         train_groups: group of each training image, `n`; None where unknown.
         classes: names of the classes, () where unknown.
+        passed_over: files of an image folder that are no images, by their paths in it.
     """
 
     train_images: Pixels
@@ -54,6 +55,7 @@ class Arrays:
     test_labels: Numbers
     train_groups: Numbers | None = None
     classes: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     @property
     def n_classes(self) -> int:

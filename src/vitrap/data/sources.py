@@ -10,11 +10,13 @@ A set whose pixels are together larger than `pixels_limit` stays on disk: its im
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -25,7 +27,8 @@ from torch.nn import functional
 
 from vitrap.contracts import ImageSet
 from vitrap.data.cache import Arrays, Numbers, Pixels, read_cached, read_folder
-from vitrap.errors import UserError
+from vitrap.data.picture import SUFFIXES, read_picture
+from vitrap.errors import UserError, some_of
 from vitrap.images import CHUNK, pixels_limit, scratch
 from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
@@ -34,7 +37,10 @@ DIGITS_SIZE = 16
 """Pixels: twice the digits' own size, so that patches of 4 px make sixteen tokens."""
 DIGITS_TEST = 450
 """Test images of the digits: 45 of each class."""
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+SYSTEM = (".", "@eaDir", "__MACOSX")
+"""Beginnings of the names of hidden files, and of folders in which operating systems keep their own pictures."""
+LAYOUT = "imagefolder:PATH must hold {train,test}/CLASS/* images"
 
 Progress = Callable[[int, int], None]
 """Called with the amount done and the total amount, both in the unit of the present step (bytes or images)."""
@@ -52,6 +58,7 @@ class World:
         threshold: held out, to set false-positive thresholds.
         name: the name that it was opened by.
         fingerprint: sha256 (hex) of its content before any draw: pixels, labels, groups, number of classes.
+        passed_over: files of an image folder that are no images, by their paths in it.
     """
 
     train: ImageSet
@@ -61,6 +68,7 @@ class World:
     threshold: ImageSet
     name: str
     fingerprint: str
+    passed_over: tuple[str, ...] = ()
 
 
 def open_data(
@@ -106,6 +114,7 @@ def open_data(
         threshold=maker.train(threshold),
         name=name,
         fingerprint=fingerprint(arrays),
+        passed_over=arrays.passed_over,
     )
 
 
@@ -187,7 +196,7 @@ def fingerprint(arrays: Arrays) -> str:
 def decode(
     paths: Sequence[Path], size: int | None, crop: bool = True, progress: Progress | None = None
 ) -> UInt8[np.ndarray, "n s t 3"]:
-    """Read image files as RGB, on all cores.
+    """Read image files as RGB, as a viewer shows them (`data/picture.py` says how), on all cores.
 
     Args:
         paths: the files, at least one.
@@ -197,10 +206,11 @@ def decode(
         progress: called with the number of images that are done.
 
     Raises:
-        UserError: a file is no readable image, or the sizes differ where `size` is None.
+        UserError: a file is no readable image or leaves open how it looks, or the sizes differ where `size` is None.
     """
     out: np.ndarray | None = None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # The filter of warnings is the process's: it is set here, since `read_picture` in several threads would mix it up.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, image in enumerate(pool.map(_decode_one, paths, repeat(size), repeat(crop))):
             if out is None:
                 out = _empty_array(len(paths), *image.shape)
@@ -285,14 +295,20 @@ def _digits(size: int) -> Arrays:
 
 
 def _image_folder(root: Path, size: int | None) -> Arrays:
-    """Read a folder of `{train,test}/CLASS/*` images."""
+    """Read a folder of `{train,test}/CLASS/*` images.
+
+    An image is a file with an ending of `SUFFIXES`, at any depth below its class folder, unless it or a folder on the
+    way is hidden or an operating system's own. All other files are passed over, and named in the result.
+    """
     train = _list_folder(root / "train")
     test = _list_folder(root / "test")
     if odd := sorted(train.keys() ^ test.keys()):
         raise UserError(f"class folder {odd[0]!r} is in only one of {root}/train and {root}/test; make both alike")
-    images, labels = [], []
+    images, labels, read = [], [], []
     for part in (train, test):
-        images.append(decode([path for paths in part.values() for path in paths], size))
+        files = [path for paths in part.values() for path in paths]
+        read += files
+        images.append(decode(files, size))
         labels.append(np.repeat(np.arange(len(part)), [len(paths) for paths in part.values()]))
     (height, width), (other_height, other_width) = (array.shape[1:3] for array in images)
     if (height, width) != (other_height, other_width):
@@ -300,35 +316,58 @@ def _image_folder(root: Path, size: int | None) -> Arrays:
             f"images of {root}/train are {_by(width, height)}, of {root}/test {_by(other_width, other_height)};"
             " give data.size"
         )
-    return Arrays(images[0], labels[0], images[1], labels[1], classes=tuple(train))
+    passed_over = _passed_over(root, read)
+    return Arrays(images[0], labels[0], images[1], labels[1], classes=tuple(train), passed_over=passed_over)
 
 
 def _list_folder(root: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder; folders and files are in order of their names."""
+    """The image files at any depth of each class folder; folders and files are in order of their names."""
     if not root.is_dir():
-        raise UserError(f"no folder {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images")
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not folders:
-        raise UserError(f"no class folder in {root}; imagefolder:PATH must hold {{train,test}}/CLASS/* images")
-    found = {f.name: sorted(p for p in f.iterdir() if _is_picture(p)) for f in folders}
+        deeper = [folder.parent for folder in sorted(root.parent.glob(f"*/{root.name}")) if folder.is_dir()]
+        hint = f"; did you mean imagefolder:{deeper[0]}?" if deeper else ""
+        raise UserError(f"no folder {root}{hint}; {LAYOUT}")
+    names = sorted(name for name in next(os.walk(root, onerror=_unreadable))[1] if not name.startswith(SYSTEM))
+    if not names:
+        images = sum(map(_is_image, root.iterdir()))
+        held = f", which holds {images} images itself" if images else ""
+        raise UserError(f"no class folder in {root}{held}; {LAYOUT}")
+    found = {name: [path for path in _files(root / name) if _is_image(path.relative_to(root))] for name in names}
     if empty := [name for name, paths in found.items() if not paths]:
-        known = ", ".join(sorted(SUFFIXES))
-        raise UserError(f"no image in {root / empty[0]}; add some ({known}) or remove the folder")
+        folder = root / empty[0]
+        others = [str(path.relative_to(folder)) for path in _files(folder)]
+        held = f" ({some_of(others)} passed over)" if others else ""
+        raise UserError(f"no image in {folder}{held}; add some ({', '.join(sorted(SUFFIXES))}) or remove the folder")
     return found
 
 
-def _is_picture(path: Path) -> bool:
-    """Whether a file is an image, by its name."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def _is_image(path: Path) -> bool:
+    """Whether a file is an image of a data set, by its name and those of its folders."""
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(SYSTEM) for part in path.parts)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, in order of their names; a folder that is a link counts as a file."""
+    found = []
+    for place, folders, files in os.walk(folder, onerror=_unreadable):
+        links = (name for name in folders if Path(place, name).is_symlink())
+        found += [Path(place, name) for name in (*files, *links)]
+    return sorted(found)
+
+
+def _passed_over(root: Path, images: Sequence[Path]) -> tuple[str, ...]:
+    """The files below a folder that are not among the images that were read."""
+    read = {place for image in images for place in (image, *image.parents)}
+    return tuple(str(path.relative_to(root)) for path in _files(root) if path not in read)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """Refuse a folder that cannot be listed."""
+    raise UserError(f"{error.filename} cannot be listed ({error.strerror}); mend its permissions") from error
 
 
 def _decode_one(path: Path, size: int | None, crop: bool) -> UInt8[np.ndarray, "s t 3"]:
     """Read one image file: see `decode`."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image ({error}); mend or remove it") from error
+    image = read_picture(path)
     if size is not None and image.size != (size, size):
         fit = ImageOps.fit if crop else Image.Image.resize
         image = fit(image, (size, size), Image.Resampling.BILINEAR)

@@ -14,6 +14,7 @@ from vitrap.experiment.progress import Tick
 from vitrap.experiment.streams import stream
 from vitrap.files import whole_folder, write_json
 from vitrap.images import CHUNK
+from vitrap.printable import printable
 from vitrap.tensors.pixels import to_bytes
 
 
@@ -77,7 +78,8 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
         for name, values in numbers.items():
             np.save(draft / f"{name}.npy", values.cpu().numpy(), allow_pickle=False)
         if test.classes:
-            (draft / "classes.txt").write_text("\n".join(test.classes) + "\n", encoding="utf-8")
+            names = (" ".join(printable(name).split()) or str(label) for label, name in enumerate(test.classes))
+            (draft / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
         write_json(
             draft / "poison.json", {**backdoor_notice(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat}
         )

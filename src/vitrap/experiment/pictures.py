@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Shown
 from vitrap.experiment.measure import Backdoor
+from vitrap.printable import drawable, plain_text
 from vitrap.tensors.pixels import round8
 from vitrap.train.arithmetic import Arithmetic
 
@@ -52,7 +53,9 @@ def _shown(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w c"]:
 
 
 def _name(data: ImageSet, label: int) -> str:
-    return data.classes[label] if label < len(data.classes) else str(label)
+    """A class by its name and, where none is known, or it is empty, by its number."""
+    named = data.classes[label].strip() if label < len(data.classes) else ""
+    return drawable(named) or str(label)
 
 
 def _grid(columns: dict[str, Tensor], notes: list[str]) -> bytes:
@@ -60,11 +63,11 @@ def _grid(columns: dict[str, Tensor], notes: list[str]) -> bytes:
     width, height = beside + CELL * len(columns), HEAD + CELL * len(notes)
     within = {"left": beside / width, "right": 1 - GAP / width, "bottom": GAP / height, "top": 1 - HEAD / height}
     apart = {"wspace": GAP / (CELL - GAP), "hspace": GAP / (CELL - GAP)}
-    with matplotlib.rc_context({"font.size": 9, "image.interpolation": "nearest"}):
+    with plain_text(), matplotlib.rc_context({"font.size": 9, "image.interpolation": "nearest"}):
         figure = Figure(figsize=(width, height), dpi=100)
         axes = figure.subplots(len(notes), len(columns), squeeze=False, gridspec_kw={**within, **apart})
         for column, (name, pictures) in enumerate(columns.items()):
-            axes[0][column].set_title(name)
+            axes[0][column].set_title(drawable(name))
             for row, picture in enumerate(pictures):
                 axis = axes[row][column]
                 axis.imshow(picture.numpy(), cmap="magma" if picture.ndim == 2 else None, vmin=0, vmax=1)

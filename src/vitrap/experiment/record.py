@@ -45,6 +45,7 @@ class Data:
         n_poisoned: training images that are stored as poison.
         n_covers: training images that carry a trigger and keep their label.
         n_curves: held-out images that the curves of CDA and ASR count.
+        passed_over: how many files of an image folder are no images, and the first of them; "" where there is none.
     """
 
     n_train: Count
@@ -54,6 +55,7 @@ class Data:
     classes: Count
     fingerprint: str
     n_curves: dict[str, Count] = field(default_factory=dict)
+    passed_over: str = field(default="", metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

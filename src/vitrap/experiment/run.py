@@ -12,7 +12,7 @@ from torch import nn
 
 from vitrap.contracts import Implant, Trigger
 from vitrap.data.sources import World
-from vitrap.errors import UserError
+from vitrap.errors import UserError, some_of
 from vitrap.experiment.answers import recall, remember, traces_of
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defend import FinishedRun, add_defences, recorded_threads, still_holding, unmeasured
@@ -306,6 +306,7 @@ def build_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured
             classes=world.test.n_classes,
             fingerprint=world.fingerprint,
             n_curves=about["n_curves"],
+            passed_over=some_of(world.passed_over) if world.passed_over else "",
         ),
         models={
             "victim": plan.victim.shown(),

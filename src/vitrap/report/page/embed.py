@@ -2,11 +2,12 @@
 
 import base64
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+from vitrap.data.picture import open_picture
 
 PIXELS = 20_000_000
 """Greatest number of pixels of a picture; a larger one is refused, for no run draws such a picture."""
@@ -25,20 +26,14 @@ def embed(file: Path) -> Picture:
     """A PNG as a data address; losslessly compressed as WebP where that is smaller.
 
     Raises:
-        ValueError: it cannot be read as a picture; the message says why.
+        UserError: it cannot be read as a picture; the message names it and says why.
     """
-    try:
-        content = file.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures, which are refused below
-            image = Image.open(io.BytesIO(content), formats=["PNG"])
+    with open_picture(file, ("PNG",)) as image:
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
-        image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error).partition("<")[0].strip() or "it is damaged") from error
-    draft = io.BytesIO()
-    image.convert("RGB" if _opaque(image) else "RGBA").save(draft, "WEBP", lossless=True, quality=60, method=4)
+        content = file.read_bytes()
+        draft = io.BytesIO()
+        image.convert("RGB" if _opaque(image) else "RGBA").save(draft, "WEBP", lossless=True, quality=60, method=4)
     kind, smaller = ("webp", draft.getvalue()) if len(draft.getvalue()) < len(content) else ("png", content)
     return Picture(f"data:image/{kind};base64,{base64.b64encode(smaller).decode()}", image.width, image.height)
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from vitrap.errors import UserError
 from vitrap.experiment.records import Loaded
+from vitrap.printable import printable
 from vitrap.report.page import figures
 from vitrap.report.page.claims import UNKNOWN, comparable_runs, read_papers
 from vitrap.report.page.details import to_detail
@@ -32,7 +33,6 @@ PACK = 25
 """Number of sections that are compressed together."""
 BESIDE = 12
 """Greatest number of runs that are listed beside a claim."""
-CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Progress = Callable[[int, int], None]
 
@@ -97,8 +97,8 @@ def _pictures(runs: Sequence[Run], progress: Progress) -> tuple[dict[str, Pictur
         file = run.place / PICTURES
         try:
             found[run.anchor] = embed(file)
-        except ValueError as error:
-            notes.append(f"{str(file)!r} is left out: {error}")
+        except UserError as error:
+            notes.append(f"a picture is left out: {error}")
         progress(done, len(runs))
     return found, notes
 
@@ -107,7 +107,7 @@ def _sections(runs: Sequence[Run], pictures: Mapping[str, Picture], packed: bool
     """Render the section of each run."""
     template = _template("run.html")
     bodies = tuple(
-        _clean(template.render(detail=to_detail(run, curves), picture=pictures.get(run.anchor))) for run in runs
+        printable(template.render(detail=to_detail(run, curves), picture=pictures.get(run.anchor))) for run in runs
     )
     return Sections(bodies, tuple(_packs(bodies)) if packed else ())
 
@@ -146,7 +146,7 @@ def _draw(loaded: Loaded, runs: Sequence[Run], sections: Sections, title: str, n
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
-    return _clean(html).encode()
+    return printable(html).encode()
 
 
 def _count(runs: Sequence[Run], key: str) -> str:
@@ -188,8 +188,3 @@ def _source(name: str) -> str:
 def _hash(source: str) -> str:
     """The hash of a style or a script, by which the page's content security policy allows it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
-
-
-def _clean(html: str) -> str:
-    """HTML without control characters, which a record may have, and a page may not."""
-    return CONTROLS.sub("\ufffd", html)

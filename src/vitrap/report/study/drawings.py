@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -15,9 +15,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from PIL import Image, UnidentifiedImageError
 
+from vitrap.data.picture import open_picture
 from vitrap.errors import UserError
+from vitrap.printable import drawable, plain_text
 from vitrap.report.study.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
 from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
 
@@ -25,33 +26,42 @@ DIGEST = "vitrap"
 """The key of the PNG's metadata under which the digest stands."""
 MARKS = "os^Dv*"
 """Shapes of the marks of a scatter, one for each series."""
+OWN_TEXTS = ("title", "scale", "xlabel", "ylabel")
+LONG = 200
+"""Greatest number of characters of a label."""
 Data = list[dict[str, Any]]
 
 
 def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
     """Draw a figure as PNG."""
     data = figure_data(figure, found)
-    canvas = Canvas(figsize=_size(figure, data), layout="constrained", dpi=120)
-    axis = canvas.subplots()
-    axis.set_title(figure.title)
-    if isinstance(figure, Heat):
-        _heat(axis, figure, data)
-    elif isinstance(figure, Scatter):
-        _scatter(axis, figure, data)
-    else:
-        _lines(axis, figure, data)
+    # Names stand for themselves: they are made drawable, and a dollar sign begins no formula.
+    shown = [{key: drawable(x, LONG) if isinstance(x, str) else x for key, x in point.items()} for point in data]
+    own = {key: drawable(text, LONG) for key, text in asdict(figure).items() if key in OWN_TEXTS}
+    labelled = replace(figure, **own)
     content = io.BytesIO()
-    canvas.savefig(content, format="png", metadata={"Software": "vitrap", DIGEST: digest(figure, data)})
+    with plain_text():
+        canvas = Canvas(figsize=_size(figure, data), layout="constrained", dpi=120)
+        axis = canvas.subplots()
+        axis.set_title(labelled.title)
+        if isinstance(labelled, Heat):
+            _heat(axis, labelled, shown)
+        elif isinstance(labelled, Scatter):
+            _scatter(axis, labelled, shown)
+        else:
+            _lines(axis, labelled, shown)
+        canvas.savefig(content, format="png", metadata={"Software": "vitrap", DIGEST: digest(figure, data)})
     return content.getvalue()
 
 
 def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
     """Whether the figure's file was drawn from the same values, by the same lines of the spec."""
     try:
-        with Image.open(figure.file) as image:
-            return image.info.get(DIGEST) == digest(figure, figure_data(figure, found))
-    except (OSError, UnidentifiedImageError):
+        with open_picture(Path(figure.file), ("PNG",)) as image:
+            drawn = image.info.get(DIGEST)
+    except UserError:
         return False
+    return drawn == digest(figure, figure_data(figure, found))
 
 
 def digest(figure: Figure, data: Data) -> str:
