@@ -307,14 +307,12 @@ def _cifar_records(path: Path, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
 def _gtsrb(root: Path, progress: Progress | None) -> Arrays:
     """GTSRB, as published or as on Kaggle: see above."""
     if any(root.rglob("GT-final_test.csv")):
-        rows = _table(_holding(root, "GT-final_test.csv") / "GT-final_test.csv", delimiter=";")
-        truth = {row["Filename"]: int(row["ClassId"]) for row in rows}
+        truth = _classes(_holding(root, "GT-final_test.csv") / "GT-final_test.csv", "Filename", delimiter=";")
         train = sorted(p for p in root.rglob("*.ppm") if "_" in p.stem)
         test = sorted(p for p in root.rglob("*.ppm") if p.name in truth)
     else:
         folder = _holding(root, "Test.csv")
-        rows = _table(folder / "Test.csv", delimiter=",")
-        truth = {row["Path"].rpartition("/")[2]: int(row["ClassId"]) for row in rows}
+        truth = _classes(folder / "Test.csv", "Path", delimiter=",")
         train = sorted((folder / "Train").glob("*/*_*.png"), key=lambda p: (int(p.parent.name), p.name))
         test = sorted(p for p in (folder / "Test").glob("*.png") if p.name in truth)
     if not train or not test or len(test) != len(truth):
@@ -359,11 +357,12 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.JPEG"))
 
 
-def _table(path: Path, delimiter: str) -> list[dict[str, str]]:
-    """The rows of a csv file with a line of headings."""
-    with open_regular(path) as file:
+def _classes(table: Path, column: str, delimiter: str) -> dict[str, int]:
+    """The class of each file that a csv file of GTSRB has in a column."""
+    with open_regular(table) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        return list(csv.DictReader(text, delimiter=delimiter, restval=""))
+        rows = csv.DictReader(text, delimiter=delimiter, restval="")
+        return {row[column].rpartition("/")[2]: int(row["ClassId"]) for row in rows}
 
 
 def _holding(root: Path, name: str) -> Path:
