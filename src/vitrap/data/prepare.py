@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import numpy as np
@@ -210,7 +210,7 @@ def _checked(name: str, arrays: Arrays) -> Arrays:
     if origin is not None and found != (origin.n_train, origin.n_test):
         raise UserError(
             f"{found[0]} training and {found[1]} test images are not {name}, which has {origin.n_train} and "
-            f"{origin.n_test}; give the whole set, or prepare it under another name"
+            f"{origin.n_test}; give the whole set, or prepare npy files of your own under another name"
         )
     return arrays
 
@@ -245,7 +245,7 @@ def _blocks(url: str, name: str) -> Iterator[tuple[bytes, int]]:
     except (OSError, HTTPException, ValueError) as error:  # the last of an address that is none
         if isinstance(error, HTTPError):
             error.close()  # the error is the server's answer as well, and holds the connection
-        reason = getattr(error, "reason", None) or error
+        reason = error.reason if isinstance(error, URLError) else error
         raise UserError(
             f"cannot download {url} ({reason}); fetch {name} elsewhere and give it with --from PATH"
         ) from error
