@@ -14,7 +14,7 @@ from vitrap.errors import UserError
 from vitrap.files import (
     LOCK,
     named_path,
-    open_regular,
+    open_file,
     own_draft,
     place_file,
     replace_folder,
@@ -186,7 +186,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(OSError, match="not a regular file|directory"):
-            open_regular(path)
+            open_file(path)
     (tmp_path / "file").write_bytes(b"1")
-    with open_regular(tmp_path / "file") as file:
+    with open_file(tmp_path / "file") as file:
         assert file.read() == b"1"

@@ -37,7 +37,7 @@ def named_path(written: str) -> Path:
     return path
 
 
-def open_regular(path: Path) -> BufferedReader:
+def open_file(path: Path) -> BufferedReader:
     """Open a file to read its bytes. A pipe or a device is refused: reading it might never end.
 
     Raises:

@@ -27,7 +27,7 @@ from jaxtyping import Int64, UInt8
 from platformdirs import user_cache_path
 
 from vitrap.errors import UserError, unknown
-from vitrap.files import named_path, open_regular, own_draft, replace_folder, standing
+from vitrap.files import named_path, open_file, own_draft, replace_folder, standing
 
 DATASETS = {
     "digits": "handwritten digits, 8x8 grey, 10 classes, 1,797 images; embedded",
@@ -217,7 +217,7 @@ def _load(path: Path, remedy: str) -> np.ndarray:
     if not path.exists():
         raise UserError(f"{path.name} is missing in {path.parent}; {remedy}")
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             kind, shape, order, start = _header(file.read(HEADER_BYTES))
             size = os.fstat(file.fileno()).st_size
             needed = start + math.prod(shape) * kind.itemsize
@@ -281,7 +281,7 @@ def _numbers(path: Path, remedy: str) -> Numbers:
 def _names(path: Path) -> tuple[str, ...]:
     """Read the names of the classes."""
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = _line(error)

@@ -37,7 +37,7 @@ import numpy as np
 from vitrap.data.cache import Arrays, cache_folder, is_name, not_written, put_arrays, read_folder
 from vitrap.data.sources import Progress, decode
 from vitrap.errors import UserError, unknown
-from vitrap.files import named_path, open_regular, own_draft
+from vitrap.files import named_path, open_file, own_draft
 
 BLOCK = 2**20
 """Bytes that are read at a time."""
@@ -254,7 +254,7 @@ def _blocks(url: str, name: str) -> Iterator[tuple[bytes, int]]:
 def _verify(path: Path, archive: Archive) -> None:
     """Refuse a file whose md5 is not the archive's."""
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give --from another path") from error
@@ -298,7 +298,7 @@ def _cifar100(root: Path, progress: Progress | None) -> Arrays:
 
 def _cifar_records(path: Path, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
     """Read records of `n_labels` label bytes (the last is the fine label) and 3072 pixels, colour by colour."""
-    with open_regular(path) as file:
+    with open_file(path) as file:
         records = np.frombuffer(file.read(), dtype=np.uint8).reshape(-1, n_labels + 3072)
     images = records[:, n_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), records[:, n_labels - 1].astype(np.int64)
@@ -359,7 +359,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _classes(table: Path, column: str, delimiter: str) -> dict[str, int]:
     """The class of each file that a csv file of GTSRB has in a column."""
-    with open_regular(table) as file:
+    with open_file(table) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         rows = csv.DictReader(text, delimiter=delimiter, restval="")
         return {row[column].rpartition("/")[2]: int(row["ClassId"]) for row in rows}
@@ -374,7 +374,7 @@ def _holding(root: Path, name: str) -> Path:
 
 def _lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty."""
-    with open_regular(path) as file:
+    with open_file(path) as file:
         return tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip())
 
 
