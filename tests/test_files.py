@@ -3,11 +3,26 @@
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
-from vitrap.files import place_file, whole_folder, write_bytes, write_json
+from vitrap.errors import UserError
+from vitrap.files import (
+    LOCK,
+    named_path,
+    open_file,
+    own_draft,
+    place_file,
+    replace_folder,
+    standing,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -66,32 +81,112 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_filled_leaves_nothing(tmp_path: Path) -> None:
-    def fill(replace: bool) -> None:
-        with whole_folder(tmp_path / "folder", replace) as draft:
+    def fill() -> None:
+        with whole_folder(tmp_path / "folder") as draft:
             (draft / "a").write_text("1")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fill(False)
+        fill()
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").write_text("0")
-    with pytest.raises(KeyboardInterrupt):
-        fill(True)
-    assert content(tmp_path) == {"folder/old": "0"}
 
 
-def test_a_folder_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
-    for text, replace in (("0", False), ("1", True)):
-        with whole_folder(tmp_path / "folder", replace) as draft:
-            (draft / text).write_text(text)
-    assert content(tmp_path) == {"folder/1": "1"}
-
-    def overwrite() -> None:
+def test_a_whole_folder_never_takes_the_place_of_another(tmp_path: Path) -> None:
+    def fill(name: str) -> None:
         with whole_folder(tmp_path / "folder") as draft:
-            (draft / "2").write_text("2")
+            (draft / name).write_text(name)
 
+    fill("1")
     with pytest.raises(OSError, match="not empty"):
-        overwrite()
+        fill("2")
     assert content(tmp_path) == {"folder/1": "1"}
     assert [f.name for f in tmp_path.iterdir()] == ["folder"]
+
+
+def remake(folder: Path, text: str) -> None:
+    with own_draft(folder) as draft:
+        (draft / "new").mkdir()
+        (draft / "new" / text).write_text(text)
+        replace_folder(draft / "new", folder)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_is_replaced_where_it_lies(tmp_path: Path, link: bool) -> None:
+    folder = tmp_path / "folder"
+    if link:
+        (tmp_path / "disk").mkdir()
+        folder.symlink_to(tmp_path / "disk" / "folder")
+    for text in ("1", "2"):
+        remake(folder, text)
+        assert content(folder.resolve()) == {text: text}
+    assert folder.is_symlink() == link
+    assert [f.name for f in tmp_path.glob("**/.*")] == []
+
+
+def test_a_replacement_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    remake(folder, "1")
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            assert content(standing(folder)) == {"1": "1"}, "a reader found nothing"
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="No space"):
+        remake(folder, "2")
+    assert content(tmp_path) == {"folder/1": "1"}
+
+
+def test_who_wants_the_same_draft_waits_and_finds_it_empty(tmp_path: Path) -> None:
+    folder, told, order = tmp_path / "folder", Event(), []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        told.set()
+        yield
+
+    def second() -> None:
+        with own_draft(folder, waiting) as draft:
+            order.append("second")
+            assert [f.name for f in draft.iterdir()] == [LOCK]
+
+    thread = Thread(target=second)
+    with own_draft(folder) as draft:
+        (draft / "half").write_text("half")
+        thread.start()
+        told.wait()
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", [{}, {"new/a": "1"}, {"old/a": "0"}, {"lock": "", "archives/b/c": "2"}])
+def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path: Path, left: dict[str, str]) -> None:
+    for name, text in left.items():
+        path = tmp_path / ".folder-draft" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    with own_draft(tmp_path / "folder") as draft:
+        assert [f.name for f in draft.iterdir()] == [LOCK]
+    assert content(tmp_path) == ({"folder/a": "0"} if "old/a" in left else {})
+    assert not (tmp_path / ".folder-draft").exists()
+
+
+@pytest.mark.parametrize("written", ["~nobody-of-this-name/x", "a\0b", "x" * 300])
+def test_what_is_no_path_is_refused(written: str) -> None:
+    with pytest.raises(UserError, match="is no path that can be read .*; give another"):
+        named_path(written)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match="not a regular file|directory"):
+            open_file(path)
+    (tmp_path / "file").write_bytes(b"1")
+    with open_file(tmp_path / "file") as file:
+        assert file.read() == b"1"

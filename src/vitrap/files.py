@@ -1,13 +1,53 @@
 """Writes files and folders whole or not at all: if the process is killed, what was there before is unchanged."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from vitrap.errors import UserError
+
+LOCK = "lock"
+"""In a draft folder: the file that its process holds locked."""
+OLD = "old"
+"""In a draft folder: the folder that is being replaced."""
+
+
+def named_path(written: str) -> Path:
+    """The path that a user wrote, where `~` is a home folder; nothing need be there.
+
+    Raises:
+        UserError: no file can have this path.
+    """
+    try:
+        path = Path(written).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # raises an error for a NUL and for names that are too long
+    except (OSError, RuntimeError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"{written[:100]!r} is no path that can be read ({why}); give another") from error
+    return path
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read its bytes. A pipe or a device is refused: reading it might never end.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without the second flag, opening a pipe waits for a writer
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
 
 
 def read_json(path: Path) -> Any:
@@ -50,24 +90,120 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a draft folder for the block to fill with files; at the end it is renamed to `folder`.
 
-    If the block raises an error, the draft is removed.
+    Two processes that make the same folder do so one after the other. However the block ends, the draft is removed.
 
     Args:
         folder: a new or an empty folder.
-        replace: whether a folder that is there is replaced.
 
     Raises:
-        OSError: the folder is not empty by then, and is not to be replaced.
+        OSError: the folder is not empty by then.
     """
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with own_draft(folder) as draft:
+        new = draft / "new"
+        new.mkdir()
+        yield new
+        put_in_place(new, folder)
+
+
+@contextmanager
+def own_draft(folder: Path, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[Path]:
+    """Yield a folder beside `folder`, `.NAME-draft`, in which this process alone makes `folder`; then remove it.
+
+    The draft holds a lock, which the system gives back when the process dies. So a process that needs the same draft
+    waits for the other one, and what a killed process left is removed by the next.
+
+    Args:
+        folder: the folder to make; that which it is in must be there.
+        waiting: shows, for as long as its block lasts, that another process is being waited for.
+    """
+    draft = _draft_of(folder)
+    with _locked(draft, waiting):
+        _put_back(folder)
+        _clear(draft)
+        try:
+            yield draft
+        finally:
+            _put_back(folder)
+            _clear(draft)
+            # Last, when nothing is left to disturb: from here on another process may take the draft.
+            (draft / LOCK).unlink()
+            with suppress(OSError):
+                draft.rmdir()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Flush the files of `new`, a folder in the draft of `folder`, to disk, and rename `new` to `folder`.
+
+    What was there before can be found by `standing` until then, also if the process is killed in between. Whoever has
+    its files open or mapped keeps them.
+    """
+    for file in new.iterdir():
+        _sync(file)
+    if folder.exists():
+        os.rename(folder.resolve(), _draft_of(folder) / OLD)
+    os.rename(new, folder.resolve())
+
+
+def standing(folder: Path) -> Path:
+    """Where the content of `folder` is: there or, while `replace_folder` is half done, in its draft."""
+    old = _draft_of(folder) / OLD
+    return old if old.exists() and not folder.exists() else folder
+
+
+def _draft_of(folder: Path) -> Path:
+    """The draft of a folder; a link to a folder shares the draft of what it leads to."""
+    place = folder.resolve()
+    return place.with_name(f".{place.name}-draft")
+
+
+def _put_back(folder: Path) -> None:
+    """Undo a `replace_folder` that is half done."""
+    if (there := standing(folder)) != folder:
+        os.rename(there, folder.resolve())
+
+
+def _clear(draft: Path) -> None:
+    """Remove all that is in a draft but its lock."""
+    for left in draft.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        elif left.name != LOCK:
+            left.unlink()
+
+
+@contextmanager
+def _locked(draft: Path, waiting: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Make a draft folder, and hold its lock within the block."""
+    while True:
+        with _open_lock(draft) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with waiting():
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            # A process that was waited for has removed its lock file: then this was a lock on nothing.
+            if _is_in_place(lock, draft / LOCK):
+                yield
+                return
+
+
+def _is_in_place(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one at `path`."""
     try:
-        yield draft
-        put_in_place(draft, folder, replace)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _open_lock(draft: Path) -> BinaryIO:
+    """Open the lock file of a draft folder, which is made where it is missing."""
+    while True:
+        draft.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another process removed the folder just now
+            return (draft / LOCK).open("ab")
 
 
 def put_in_place(draft: Path, folder: Path, replace: bool = False) -> None:

@@ -4,15 +4,21 @@ import functools
 import hashlib
 import http.server
 import io
+import os
+import re
 import tarfile
-import threading
+import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vitrap.data import prepare as module
@@ -53,7 +59,7 @@ def cifar100() -> dict[str, bytes]:
         "cifar-100-binary/train.bin": rows[:25].tobytes(),
         "cifar-100-binary/test.bin": rows[25:].tobytes(),
     }
-    names = "\n".join(f"fine{i}" for i in range(100)) + "\n"
+    names = "\n".join(f"fine{i}" for i in range(20)) + "\n"
     return members | {"cifar-100-binary/fine_label_names.txt": names.encode()}
 
 
@@ -133,7 +139,7 @@ def test_cifar100_takes_the_fine_label(tmp_path: Path, cache: Path, monkeypatch:
     found = read_folder(cache / "cifar100")
     assert np.array_equal(found.train_labels, LABELS[:25] + 3)
     assert np.array_equal(found.test_images.transpose(0, 3, 1, 2), CIFAR[25:].reshape(-1, 3, 32, 32))
-    assert found.n_classes == 100
+    assert found.n_classes == 20
 
 
 def test_gtsrb_is_resized_and_grouped_by_track(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,13 +167,60 @@ def test_tiny_imagenet_numbers_sorted_wnids_and_tests_on_val(
 
 def test_a_folder_of_unpacked_archives(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path / "source", "cifar10", monkeypatch)
-    unpacked = tmp_path / "unpacked" / "cifar-10-batches-bin"
-    unpacked.mkdir(parents=True)
-    for name, content in cifar10().items():
-        (unpacked.parent / name).write_bytes(content)
-    prepare("cifar10", str(unpacked), cache)
-    prepare("cifar10", str(unpacked.parent), cache)
+    folder = unpacked(tmp_path / "unpacked", cifar10())
+    prepare("cifar10", str(folder / "cifar-10-batches-bin"), cache)
+    prepare("cifar10", str(folder), cache)
     assert len(read_folder(cache / "cifar10").train_labels) == 25
+
+
+def unpacked(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def kaggle() -> dict[str, bytes]:
+    """The images of `gtsrb` as on Kaggle: as PNG, under other names."""
+    files, tests, _ = gtsrb()
+    members = {"Meta.csv": b"x", "Train.csv": b"x"}
+    for name, content in (files | tests).items():
+        path = Path(name)
+        if path.suffix == ".ppm":
+            class_ = f"{int(path.parent.name)}/{path.parent.name}_" if "_" in path.stem else ""
+            out = io.BytesIO()
+            Image.open(io.BytesIO(content)).save(out, "png")
+            members[f"{'Train' if class_ else 'Test'}/{class_}{path.stem}.png"] = out.getvalue()
+    rows = [f"15,20,1,1,9,9,{i % 2},Test/{i:05}.png" for i in range(4)]
+    head = "Width,Height,Roi.X1,Roi.Y1,Roi.X2,Roi.Y2,ClassId,Path"
+    return members | {"Test.csv": "\r\n".join([head, *rows]).encode()}
+
+
+def sorted_val() -> dict[str, bytes]:
+    """The images of `tiny_imagenet` with those of `val` sorted into folders."""
+    root, files = "tiny-imagenet-200", tiny_imagenet()
+    del files[f"{root}/val/val_annotations.txt"]
+    for i, wnid in enumerate(("n02", "n01")):
+        files[f"{root}/val/{wnid}/val_{i}.JPEG"] = files.pop(f"{root}/val/images/val_{i}.JPEG")
+    return files
+
+
+def sorted_val_images() -> dict[str, bytes]:
+    """As `sorted_val`, with the images in a folder of their own, as those of `train` are."""
+    return {re.sub("(val/n0.)/", r"\1/images/", name): content for name, content in sorted_val().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("gtsrb", kaggle), ("tiny-imagenet", sorted_val), ("tiny-imagenet", sorted_val_images)]
+)
+def test_another_layout_is_the_same_data(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: Callable[[], dict[str, bytes]]
+) -> None:
+    published = read_folder(prepare(name, str(publish(tmp_path / "source", name, monkeypatch)), cache))
+    other = read_folder(prepare(name, str(unpacked(tmp_path / "other", layout())), tmp_path / "cache2"))
+    for part, value in vars(published).items():
+        assert np.array_equal(getattr(other, part), value), part
 
 
 def test_a_folder_in_the_cache_format_under_a_name_of_its_own(tmp_path: Path, cache: Path) -> None:
@@ -191,7 +244,7 @@ def server(tmp_path: Path) -> Iterator[str]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
+        Thread(target=served.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{served.server_address[1]}"
         served.shutdown()
 
@@ -250,13 +303,35 @@ def test_another_archive_is_refused_before_it_is_opened(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tarfile, "open", None)
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"something else")
-    refuse(
-        "cifar10",
-        str(tmp_path / "cifar-10-python.tar.gz"),
-        cache,
-        "has md5 .*, not c32a1d4ab5d03f1284b67883e8d87530",
-    )
+    (tmp_path / "mine.tar.gz").write_bytes(b"something else")
+    refuse("cifar10", str(tmp_path / "mine.tar.gz"), cache, "has md5 .*, not c32a1d4ab5d03f1284b67883e8d87530")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+        ("cifar100", "cifar-100-python.tar.gz"),
+        ("cifar100", "cifar-100-python/train"),
+    ],
+)
+def test_the_python_version_of_cifar_is_not_opened(tmp_path: Path, cache: Path, name: str, file: str) -> None:
+    path = tmp_path / "source" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x80\x02}q\x00.")
+    for source in {path.parent, tmp_path / "source", *([path] if path.suffix == ".gz" else [])}:
+        refuse(
+            name, str(source), cache, "version for Python, which is a pickle, .* give the binary version, https://.*"
+        )
+
+
+def test_the_binary_version_is_taken_where_both_are(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = publish(tmp_path / "source", "cifar10", monkeypatch)
+    (source / "cifar-10-python.tar.gz").write_bytes(b"\x80\x02}q\x00.")
+    assert prepare("cifar10", str(source), cache) == cache / "cifar10"
 
 
 def test_a_download_cut_short_is_refused(
@@ -292,10 +367,32 @@ def test_a_name_or_source_that_cannot_be(cache: Path, name: str, source: str | N
     refuse(name, source, cache, message)
 
 
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "a\0b", "x" * 300])
+def test_a_source_that_is_no_path(cache: Path, source: str) -> None:
+    refuse("cifar10", source, cache, "is no path that can be read")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0", "a\nb", ".hidden", ""])
+def test_a_name_that_no_folder_can_have(tmp_path: Path, cache: Path, name: str) -> None:
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
+    refuse(
+        name, str(write_folder(tmp_path / "source", Arrays(images, labels, images, labels))), cache, "unknown data set"
+    )
+
+
+@pytest.mark.parametrize("place", ["cifar-10-binary.tar.gz", "data_batch_1.bin", "itself"])
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path, cache: Path, place: str) -> None:
+    (tmp_path / "source").mkdir()
+    os.mkfifo(tmp_path / "source" / place)
+    source = tmp_path / "source" / (place if place == "itself" else "")
+    refuse("cifar10", str(source), cache, "no file or folder|not a regular file|no data_batch_1.bin")
+    refuse("cifar10", "/dev/zero", cache, "no file or folder /dev/zero")
+
+
 @pytest.mark.parametrize("name", sorted(ORIGINS))
 def test_a_folder_of_something_else(tmp_path: Path, cache: Path, name: str) -> None:
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "data_batch_1").write_bytes(b"a pickle")
+    (tmp_path / "source" / "notes.txt").write_bytes(b"something else")
     refuse(name, str(tmp_path / "source"), cache, f"source does not hold {name} as published .no .* in it.; give")
 
 
@@ -322,7 +419,7 @@ def test_a_member_that_climbs_out_is_not_unpacked(tmp_path: Path, cache: Path, m
     assert not (tmp_path / "escaped").exists()
 
 
-@pytest.mark.parametrize("step", ["_verify", "_unpack", "write_folder"])
+@pytest.mark.parametrize("step", ["_verify", "_unpack", "put_arrays"])
 def test_an_interrupted_prepare_leaves_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -330,7 +427,7 @@ def test_an_interrupted_prepare_leaves_nothing(
     whole = getattr(module, step)
 
     def interrupted(*args: object) -> None:
-        if step != "write_folder":
+        if step != "put_arrays":
             whole(*args)
         raise KeyboardInterrupt
 
@@ -343,5 +440,134 @@ def test_an_interrupted_prepare_leaves_nothing(
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = publish(tmp_path / "source", "cifar10", monkeypatch)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to the data cache .*; set VITRAP_DATA to another folder"):
+    with pytest.raises(
+        UserError, match="cannot write .*/file/cifar10 .*; make room there or set VITRAP_DATA to another"
+    ):
         prepare("cifar10", str(source), tmp_path / "file")
+
+
+def test_a_second_process_waits_and_finds_the_set_made(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "source", "cifar10", monkeypatch)
+    unpack, told, found = module._unpack, Event(), []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        told.set()
+        yield
+
+    second = Thread(target=lambda: found.append(prepare("cifar10", None, cache, waiting=waiting)))
+
+    def while_another_asks(path: Path, scratch: Path) -> None:
+        second.start()
+        told.wait()
+        unpack(path, scratch)
+
+    monkeypatch.setattr(module, "_unpack", while_another_asks)
+    monkeypatch.setattr(module, "_download", None)
+    prepare("cifar10", str(tmp_path / "source"), cache)
+    second.join()
+    assert found == [cache / "cifar10"]
+    assert os.listdir(cache) == ["cifar10"]
+
+
+def test_what_killed_processes_left_is_cleared(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft of another one, and one that was killed between the two renames of a replacement."""
+    prepare("cifar10", str(publish(tmp_path / "source", "cifar10", monkeypatch)), cache)
+    monkeypatch.setattr(module, "_download", None)
+    unpacked(cache / ".cifar10-draft", {"archives/half.tar.gz": b"half", "new/train_images.npy": b"half"})
+    prepare("cifar10", None, cache)
+    assert os.listdir(cache) == ["cifar10"]
+    (cache / ".cifar10-draft").mkdir()
+    (cache / "cifar10").rename(cache / ".cifar10-draft" / "old")
+    assert len(read_folder(cache / "cifar10").train_labels) == 25, "it cannot be read meanwhile"
+    prepare("cifar10", None, cache)
+    assert os.listdir(cache) == ["cifar10"]
+
+
+# ---- any content
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/", "http://127.0.0.1:9/ä", "http://127.0.0.1:port/x", "http://", "http://a b"]
+)
+def test_an_address_that_is_none(cache: Path, url: str) -> None:
+    refuse("cifar10", url, cache, "cannot download http.* give it with --from PATH")
+
+
+@pytest.mark.parametrize("length", ["abc", "-1", "9" * 5000, "1e3", ""])
+def test_any_length_that_a_server_claims(cache: Path, length: str) -> None:
+    class Odd(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", length)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as served:
+        Thread(target=served.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{served.server_address[1]}"
+        refuse("cifar10", url, cache, "has md5 d41d8cd98f00b204e9800998ecf8427e|cannot download")
+        served.shutdown()
+
+
+TEXTS = {
+    "GT-final_test.csv": "gtsrb",
+    "Test.csv": "gtsrb",
+    "wnids.txt": "tiny-imagenet",
+    "words.txt": "tiny-imagenet",
+    "val/val_annotations.txt": "tiny-imagenet",
+    "data_batch_1.bin": "cifar10",
+    "batches.meta.txt": "cifar10",
+    "train.bin": "cifar100",
+}
+LINES = st.lists(
+    st.lists(
+        st.sampled_from(
+            ["Filename", "ClassId", "Path", "00000.ppm", "Test/00000.png", "0", "-1", "9" * 30, "n01", '"', "x\0"]
+        ),
+        max_size=4,
+    ),
+    max_size=4,
+)
+CONTENT = st.binary(max_size=200) | st.builds(
+    lambda lines, mark: "\n".join(mark.join(line) for line in lines).encode(), LINES, st.sampled_from(",;\t")
+)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each file of `TEXTS`: its data set, in the layout that has such a file."""
+    made = {"Test.csv": kaggle(), "GT-final_test.csv": {k: v for part in gtsrb() for k, v in part.items()}}
+    others = {"gtsrb": {}, "tiny-imagenet": tiny_imagenet(), "cifar10": cifar10(), "cifar100": cifar100()}
+    root = tmp_path_factory.mktemp("layouts")
+    for file, name in TEXTS.items():
+        unpacked(root / file.replace("/", " "), made.get(file, others[name]))
+    return root
+
+
+@pytest.mark.parametrize("file", TEXTS)
+@settings(deadline=1000, max_examples=25)
+@given(content=CONTENT)
+def test_any_content_of_a_file_is_read_or_refused(layouts: Path, file: str, content: bytes) -> None:
+    root = layouts / file.replace("/", " ")
+    (path,) = root.rglob(file)
+    path.write_bytes(content)
+    with suppress(UserError):
+        module._read(TEXTS[file], root, str(root), None)
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
+@settings(deadline=1000, max_examples=50)
+@given(noise=st.binary(max_size=100), start=st.integers(0, 400), end=st.integers(0, 400))
+def test_any_archive_is_unpacked_or_refused(name: str, noise: bytes, start: int, end: int) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        path = pack(Path(place) / name, {"a/b.txt": b"b" * 200, "c.txt": b"c"})
+        whole = path.read_bytes()
+        for content in (noise, whole[:start] + noise + whole[end:]):
+            path.write_bytes(content)
+            with suppress(UserError):
+                module._unpack(path, Path(place) / "out")

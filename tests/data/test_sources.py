@@ -330,6 +330,15 @@ def test_squeezing_keeps_the_whole_image(tmp_path: Path) -> None:
     assert (image[:, 6:] == 0).all()
 
 
+def test_val_stands_in_for_test(pictures: Path) -> None:
+    published = open_data(f"imagefolder:{pictures}", holdout=0)
+    (pictures / "test").rename(pictures / "val")
+    assert open_data(f"imagefolder:{pictures}", holdout=0).fingerprint == published.fingerprint
+    picture(pictures / "val" / "emu" / "0.png")
+    with pytest.raises(UserError, match="class folder 'emu' is in only one of .*/train and .*/val"):
+        open_data(f"imagefolder:{pictures}")
+
+
 def test_grey_images_are_made_rgb_and_other_files_passed_over(pictures: Path) -> None:
     Image.new("L", (8, 8), 77).save(pictures / "train" / "cat" / "0.png")
     (pictures / "train" / "cat" / "notes.txt").write_text("x")

@@ -1,6 +1,7 @@
 """A poisoned set as files: exactly what the victim is trained on, readable by numpy and by vitrap itself."""
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,27 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="No space"):
         poison(tiny("attack.name=badnets"), tmp_path / "poisoned", tmp_path / "runs", device="cpu")
     assert [p.name for p in tmp_path.iterdir() if p.name != "runs"] == []
+
+
+def test_the_draft_of_a_killed_process_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".poisoned-draft" / "new" / "train_images.npy"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    poison(tiny("attack.name=badnets"), tmp_path / "poisoned", tmp_path / "runs", device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["poisoned", "runs"]
+
+
+def test_a_folder_that_another_process_fills_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = export.whole_folder
+
+    def filled_meanwhile(folder: Path) -> AbstractContextManager[Path]:
+        folder.mkdir()
+        (folder / "train_images.npy").touch()
+        return fill(folder)
+
+    monkeypatch.setattr(export, "whole_folder", filled_meanwhile)
+    with pytest.raises(UserError, match="is there already and not an empty folder"):
+        poison(tiny("attack.name=badnets"), tmp_path / "poisoned", tmp_path / "runs", device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["poisoned", "runs"]

@@ -283,7 +283,13 @@ def prepare(
     from vitrap.data.prepare import prepare as prepare_data
 
     with ProgressBars() as bars:
-        place = prepare_data(name, source, cache_folder(), progress=bars.fraction(f"prepare {name}"))
+        place = prepare_data(
+            name,
+            source,
+            cache_folder(),
+            progress=bars.fraction(f"prepare {name}"),
+            waiting=lambda: bars.step(f"wait for another process that prepares {name}", None),
+        )
     out.print(f"{name} is in {place}", highlight=False, markup=False, soft_wrap=True)
 
 

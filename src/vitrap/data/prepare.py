@@ -4,6 +4,14 @@ Every archive is checked by its md5 before it is opened, wherever it came from. 
 the better known Python version is a pickle, and unpickling a file runs whatever code is in it. Nothing is ever
 unpickled here.
 
+Instead of archives, a folder may hold their content, at any depth. These layouts are understood:
+
+- CIFAR-10 and -100: the files of the binary version;
+- GTSRB as published: `CLASS/TRACK_FRAME.ppm`, `NUMBER.ppm`, and `GT-final_test.csv` with the classes of the latter;
+- GTSRB as on Kaggle: `Train/CLASS/CLASS_TRACK_FRAME.png`, `Test/NUMBER.png` and `Test.csv`;
+- Tiny ImageNet as published, or with the images of `val` sorted into a folder for each class;
+- any data set as the npy files of the cache.
+
 Hashes: CIFAR's are those of its page (https://www.cs.toronto.edu/~kriz/cifar.html); those of GTSRB's test archives are
 torchvision's; those of GTSRB's final training archive and of Tiny ImageNet are what public loaders agree on, since
 their publishers state none. torchvision's own GTSRB training archive is that of the competition of 2011, with 26,640
@@ -12,21 +20,24 @@ images; the benchmark's is the final one, with 39,209 images, which is taken her
 
 import csv
 import hashlib
+import io
 import tarfile
-import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
+from typing import Any
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import numpy as np
 
-from vitrap.data.cache import Arrays, cache_folder, is_name, read_folder, write_folder
+from vitrap.data.cache import Arrays, cache_folder, is_name, not_written, put_arrays, read_folder
 from vitrap.data.sources import Progress, decode
 from vitrap.errors import UserError, unknown
+from vitrap.files import named_path, open_file, own_draft
 
 BLOCK = 2**20
 """Bytes that are read at a time."""
@@ -65,16 +76,27 @@ class Origin:
         n_train: number of training images.
         n_test: number of test images.
         read: reads the data set from the folder of unpacked archives, with a callback for progress.
+        pickled: names of files that only a version for Python has, which is not opened.
     """
 
     archives: tuple[Archive, ...]
     n_train: int
     n_test: int
     read: Callable[[Path, Progress | None], Arrays]
+    pickled: tuple[str, ...] = ()
 
 
-def prepare(name: str, source: str | None = None, folder: Path | None = None, progress: Progress | None = None) -> Path:
+def prepare(
+    name: str,
+    source: str | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    waiting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Path:
     """Put the data set `name` into the cache.
+
+    Of several processes that prepare the same one, each waits for those before it. Whoever reads it meanwhile gets what
+    was there before.
 
     Args:
         name: a data set known by name; with a `source` in the cache format, any name for it.
@@ -83,6 +105,7 @@ def prepare(name: str, source: str | None = None, folder: Path | None = None, pr
             the archives lie.
         folder: the cache; None for `cache_folder()`.
         progress: called with how far the present step is: bytes of a download, then images decoded.
+        waiting: shows, for as long as its block lasts, that another process is being waited for.
 
     Returns:
         The data set's folder. Without a source, a complete one that exists already is left as it is.
@@ -92,19 +115,25 @@ def prepare(name: str, source: str | None = None, folder: Path | None = None, pr
     """
     if name == "digits":
         raise UserError("data set 'digits' is embedded; there is nothing to prepare")
-    target = (folder or cache_folder()) / name
     local = _local(source)
-    if is_name(name) and local is not None and (local / "train_images.npy").exists():
-        return write_folder(target, _checked(name, read_folder(local)))
-    if name not in ORIGINS:
+    stored = local is not None and (local / "train_images.npy").exists()
+    if name not in ORIGINS and not (stored and is_name(name)):
         raise unknown("data set", name, ORIGINS)
-    if source is None and _is_whole(target):
-        return target
-    if local is not None and not local.exists():
+    if local is not None and not (local.is_file() or local.is_dir()):
         raise UserError(f"no file or folder {local}; give --from a path that exists, or a URL")
-    with _scratch(target) as scratch:
-        root = _unpacked(ORIGINS[name].archives, source, Path(scratch), progress)
-        return write_folder(target, _checked(name, _read(name, root, source, progress)))
+    target = (folder or cache_folder()) / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with own_draft(target, waiting) as draft:
+            if source is None and _is_whole(target):
+                return target
+            arrays = read_folder(local) if local is not None and stored else _made(name, source, draft, progress)
+            put_arrays(_checked(name, arrays), draft, target)
+    except OSError as error:
+        if source is None and _is_whole(target):  # in a cache that cannot be written
+            return target
+        raise not_written(target, error) from error
+    return target
 
 
 def _is_whole(folder: Path) -> bool:
@@ -116,21 +145,17 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _scratch(target: Path) -> tempfile.TemporaryDirectory[str]:
-    """A hidden folder next to the target, gone when done or interrupted."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the data cache {target.parent} ({error.strerror}); set VITRAP_DATA to another folder"
-        ) from error
+def _made(name: str, source: str | None, draft: Path, progress: Progress | None) -> Arrays:
+    """Make the data set `name` from its archives, which are unpacked in a folder of the draft."""
+    scratch = draft / "archives"
+    scratch.mkdir()
+    return _read(name, _unpacked(ORIGINS[name], source, scratch, progress), source, progress)
 
 
-def _unpacked(archives: tuple[Archive, ...], source: str | None, scratch: Path, progress: Progress | None) -> Path:
+def _unpacked(origin: Origin, source: str | None, scratch: Path, progress: Progress | None) -> Path:
     """Unpack the archives, and return the folder of their content: `scratch`, or the user's own folder."""
-    local = _local(source)
-    if local is not None and local.is_dir() and not all((local / a.name).exists() for a in archives):
+    local, archives = _local(source), origin.archives
+    if local is not None and local.is_dir() and not all((local / a.name).is_file() for a in archives):
         return local
     if source is not None and source.endswith(PACKED) and len(archives) > 1:
         needed = ", ".join(a.name for a in archives)
@@ -141,14 +166,25 @@ def _unpacked(archives: tuple[Archive, ...], source: str | None, scratch: Path, 
             _download(_address(archive, source), path, progress)
         else:
             path = local / archive.name if local.is_dir() else local
+            _refuse_pickled(path, origin)
         _verify(path, archive)
         _unpack(path, scratch)
     return scratch
 
 
+def _refuse_pickled(path: Path, origin: Origin) -> None:
+    """Refuse a file, or a folder with one, of the version for Python of a data set, which is published as pickles."""
+    for name in origin.pickled:
+        if path.name == name or any(p.is_file() for p in path.rglob(name)):
+            raise UserError(
+                f"{path} holds the version for Python, which is a pickle, could run any code, and is not opened; "
+                f"give the binary version, {origin.archives[0].url}"
+            )
+
+
 def _local(source: str | None) -> Path | None:
     """The path that a source is; None for a URL, or for no source."""
-    return None if source is None or "://" in source else Path(source).expanduser()
+    return None if source is None or "://" in source else named_path(source)
 
 
 def _read(name: str, root: Path, source: str | None, progress: Progress | None) -> Arrays:
@@ -157,10 +193,12 @@ def _read(name: str, root: Path, source: str | None, progress: Progress | None) 
         return ORIGINS[name].read(root, progress)
     except UserError:
         raise
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, OverflowError, ValueError, csv.Error) as error:
+        _refuse_pickled(root, ORIGINS[name])
         archives = ", ".join(a.name for a in ORIGINS[name].archives)
+        why = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{source or 'the archive'} does not hold {name} as published ({error}); "
+            f"{source or 'the archive'} does not hold {name} as published ({why}); "
             f"give --from the folder that holds {archives}, or one in the cache format"
         ) from error
 
@@ -172,7 +210,7 @@ def _checked(name: str, arrays: Arrays) -> Arrays:
     if origin is not None and found != (origin.n_train, origin.n_test):
         raise UserError(
             f"{found[0]} training and {found[1]} test images are not {name}, which has {origin.n_train} and "
-            f"{origin.n_test}; give the whole set, or prepare it under another name"
+            f"{origin.n_test}; give the whole set, or prepare npy files of your own under another name"
         )
     return arrays
 
@@ -188,28 +226,38 @@ def _address(archive: Archive, source: str | None) -> str:
 
 def _download(url: str, path: Path, progress: Progress | None) -> None:
     """Download a file."""
+    done = 0
+    with path.open("wb") as file:
+        for block, total in _blocks(url, path.name):
+            file.write(block)
+            done += len(block)
+            if progress is not None:
+                progress(done, max(total, done))
+
+
+def _blocks(url: str, name: str) -> Iterator[tuple[bytes, int]]:
+    """The content of a URL, a block at a time, each with the length of the whole, which is 0 where it is unknown."""
     try:
-        with urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
-            total = int(answer.headers.get("Content-Length") or 0)
-            done = 0
+        with urlopen(url, timeout=TIMEOUT) as answer:
+            total = getattr(answer, "length", None) or 0  # unlike the header, a number
             while block := answer.read(BLOCK):
-                file.write(block)
-                done += len(block)
-                if progress is not None:
-                    progress(done, max(total, done))
-    except (OSError, HTTPException) as error:
+                yield block, total
+    except (OSError, HTTPException, ValueError) as error:  # the last of an address that is none
         if isinstance(error, HTTPError):
             error.close()  # the error is the server's answer as well, and holds the connection
-        reason = getattr(error, "reason", None) or error
+        reason = error.reason if isinstance(error, URLError) else error
         raise UserError(
-            f"cannot download {url} ({reason}); fetch {path.name} elsewhere and give it with --from PATH"
+            f"cannot download {url} ({reason}); fetch {name} elsewhere and give it with --from PATH"
         ) from error
 
 
 def _verify(path: Path, archive: Archive) -> None:
     """Refuse a file whose md5 is not the archive's."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
+    try:
+        with open_file(path) as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give --from another path") from error
     if found != archive.md5:
         raise UserError(
             f"{path.name} has md5 {found}, not {archive.md5}: it is damaged or another file; "
@@ -226,7 +274,7 @@ def _unpack(path: Path, scratch: Path) -> None:
         else:
             with tarfile.open(path) as file:
                 file.extractall(scratch, filter="data")
-    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises those of the compression, too, of which there is no list
         raise UserError(f"cannot unpack {path} ({error}); make room in {scratch.parent}, or get it again") from error
 
 
@@ -250,26 +298,32 @@ def _cifar100(root: Path, progress: Progress | None) -> Arrays:
 
 def _cifar_records(path: Path, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
     """Read records of `n_labels` label bytes (the last is the fine label) and 3072 pixels, colour by colour."""
-    records = np.fromfile(path, dtype=np.uint8).reshape(-1, n_labels + 3072)
+    with open_file(path) as file:
+        records = np.frombuffer(file.read(), dtype=np.uint8).reshape(-1, n_labels + 3072)
     images = records[:, n_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), records[:, n_labels - 1].astype(np.int64)
 
 
 def _gtsrb(root: Path, progress: Progress | None) -> Arrays:
-    """GTSRB: training images are `CLASS/TRACK_FRAME.ppm`; test images are `NUMBER.ppm`, with their classes in a csv."""
-    with (_holding(root, "GT-final_test.csv") / "GT-final_test.csv").open(newline="") as file:
-        truth = {row["Filename"]: int(row["ClassId"]) for row in csv.DictReader(file, delimiter=";")}
-    train = sorted(p for p in root.rglob("*.ppm") if "_" in p.stem)
-    test = sorted(p for p in root.rglob("*.ppm") if p.name in truth)
-    if not train or len(test) != len(truth):
+    """GTSRB, as published or as on Kaggle: see above."""
+    if any(root.rglob("GT-final_test.csv")):
+        truth = _classes(_holding(root, "GT-final_test.csv") / "GT-final_test.csv", "Filename", delimiter=";")
+        train = sorted(p for p in root.rglob("*.ppm") if "_" in p.stem)
+        test = sorted(p for p in root.rglob("*.ppm") if p.name in truth)
+    else:
+        folder = _holding(root, "Test.csv")
+        truth = _classes(folder / "Test.csv", "Path", delimiter=",")
+        train = sorted((folder / "Train").glob("*/*_*.png"), key=lambda p: (int(p.parent.name), p.name))
+        test = sorted(p for p in (folder / "Test").glob("*.png") if p.name in truth)
+    if not train or not test or len(test) != len(truth):
         raise FileNotFoundError(f"{len(train)} training images, {len(test)} of {len(truth)} test images")
-    labels = np.array([int(p.parent.name) for p in train])
-    tracks = np.array([int(p.stem.partition("_")[0]) for p in train])
+    labels = np.array([int(p.parent.name) for p in train], dtype=np.int64)
+    tracks = np.array([int(p.stem.split("_")[-2]) for p in train], dtype=np.int64)
     return Arrays(
         train_images=decode(train, GTSRB_SIZE, crop=False, progress=progress),
         train_labels=labels,
         test_images=decode(test, GTSRB_SIZE, crop=False, progress=progress),
-        test_labels=np.array([truth[p.name] for p in test]),
+        test_labels=np.array([truth[p.name] for p in test], dtype=np.int64),
         train_groups=labels * 1000 + tracks,
     )
 
@@ -280,16 +334,35 @@ def _tiny_imagenet(root: Path, progress: Progress | None) -> Arrays:
     wnids = sorted(_lines(folder / "wnids.txt"))
     label = {wnid: i for i, wnid in enumerate(wnids)}
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
-    train = [p for wnid in wnids for p in sorted((folder / "train" / wnid / "images").iterdir())]
-    truth = dict(line.split("\t")[:2] for line in _lines(folder / "val" / "val_annotations.txt"))
-    test = [folder / "val" / "images" / name for name in sorted(truth)]
+    train = [(p, label[wnid]) for wnid in wnids for p in _pictures(folder / "train" / wnid)]
+    if (folder / "val" / "val_annotations.txt").exists():
+        truth = dict(line.split("\t")[:2] for line in _lines(folder / "val" / "val_annotations.txt"))
+        test = [(folder / "val" / "images" / name, label[truth[name]]) for name in sorted(truth)]
+    else:
+        sorted_in = [(p, label[wnid]) for wnid in wnids for p in _pictures(folder / "val" / wnid)]
+        test = sorted(sorted_in, key=lambda one: one[0].name)
+    if not train or not test:
+        raise FileNotFoundError(f"{len(train)} training images, {len(test)} test images")
     return Arrays(
-        train_images=decode(train, None, progress=progress),
-        train_labels=np.array([label[p.parent.parent.name] for p in train]),
-        test_images=decode(test, None, progress=progress),
-        test_labels=np.array([label[truth[p.name]] for p in test]),
-        classes=tuple(words[wnid] for wnid in wnids),
+        train_images=decode([p for p, _ in train], None, progress=progress),
+        train_labels=np.array([label for _, label in train]),
+        test_images=decode([p for p, _ in test], None, progress=progress),
+        test_labels=np.array([label for _, label in test]),
+        classes=tuple(words.get(wnid, wnid) for wnid in wnids),
     )
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The images of a class of Tiny ImageNet: those in its folder, or in the folder `images` there."""
+    return sorted(folder.rglob("*.JPEG"))
+
+
+def _classes(table: Path, column: str, delimiter: str) -> dict[str, int]:
+    """The class of each file that a csv file of GTSRB has in a column."""
+    with open_file(table) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        rows = csv.DictReader(text, delimiter=delimiter, restval="")
+        return {row[column].rpartition("/")[2]: int(row["ClassId"]) for row in rows}
 
 
 def _holding(root: Path, name: str) -> Path:
@@ -301,7 +374,8 @@ def _holding(root: Path, name: str) -> Path:
 
 def _lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty."""
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    with open_file(path) as file:
+        return tuple(line.strip() for line in file.read().decode("utf-8-sig").splitlines() if line.strip())
 
 
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
@@ -313,12 +387,14 @@ ORIGINS = {
         50_000,
         10_000,
         _cifar10,
+        ("cifar-10-python.tar.gz", "data_batch_1"),
     ),
     "cifar100": Origin(
         (Archive(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
         50_000,
         10_000,
         _cifar100,
+        ("cifar-100-python.tar.gz", "train"),
     ),
     "gtsrb": Origin(
         (

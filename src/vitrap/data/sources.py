@@ -29,6 +29,7 @@ from vitrap.contracts import ImageSet
 from vitrap.data.cache import Arrays, Numbers, Pixels, read_cached, read_folder
 from vitrap.data.picture import SUFFIXES, read_picture
 from vitrap.errors import UserError, some_of
+from vitrap.files import named_path
 from vitrap.images import CHUNK, pixels_limit, scratch
 from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
@@ -83,7 +84,8 @@ def open_data(
 
     Args:
         name: `digits`, a folder of the data cache (`cifar10`, `gtsrb`, ...), `npy:PATH` (a folder in the
-            cache format) or `imagefolder:PATH` (a folder of `{train,test}/CLASS/*` images).
+            cache format) or `imagefolder:PATH` (a folder of `{train,test}/CLASS/*` images; without `test`, of
+            `{train,val}/CLASS/*`).
         size: working resolution in pixels; None for the native one.
         limit: number of training images to use, balanced over the classes; None for all.
         seed: seed of the hold-out and of the limit; not the run's seed, see above.
@@ -271,9 +273,9 @@ def _read(name: str, size: int | None) -> Arrays:
     if name == "digits":
         return _digits(size or DIGITS_SIZE)
     if colon and kind == "npy":
-        return read_folder(Path(path).expanduser())
+        return read_folder(named_path(path))
     if colon and kind == "imagefolder":
-        return _image_folder(Path(path).expanduser(), size)
+        return _image_folder(named_path(path), size)
     return read_cached(name)
 
 
@@ -295,25 +297,26 @@ def _digits(size: int) -> Arrays:
 
 
 def _image_folder(root: Path, size: int | None) -> Arrays:
-    """Read a folder of `{train,test}/CLASS/*` images.
+    """Read a folder of `{train,test}/CLASS/*` images; `val` stands in for a `test` that is not there.
 
     An image is a file with an ending of `SUFFIXES`, at any depth below its class folder, unless it or a folder on the
     way is hidden or an operating system's own. All other files are passed over, and named in the result.
     """
+    part = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
     train = _list_folder(root / "train")
-    test = _list_folder(root / "test")
+    test = _list_folder(root / part)
     if odd := sorted(train.keys() ^ test.keys()):
-        raise UserError(f"class folder {odd[0]!r} is in only one of {root}/train and {root}/test; make both alike")
+        raise UserError(f"class folder {odd[0]!r} is in only one of {root}/train and {root}/{part}; make both alike")
     images, labels, read = [], [], []
-    for part in (train, test):
-        files = [path for paths in part.values() for path in paths]
+    for found in (train, test):
+        files = [path for paths in found.values() for path in paths]
         read += files
         images.append(decode(files, size))
-        labels.append(np.repeat(np.arange(len(part)), [len(paths) for paths in part.values()]))
+        labels.append(np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()]))
     (height, width), (other_height, other_width) = (array.shape[1:3] for array in images)
     if (height, width) != (other_height, other_width):
         raise UserError(
-            f"images of {root}/train are {_by(width, height)}, of {root}/test {_by(other_width, other_height)};"
+            f"images of {root}/train are {_by(width, height)}, of {root}/{part} {_by(other_width, other_height)};"
             " give data.size"
         )
     passed_over = _passed_over(root, read)

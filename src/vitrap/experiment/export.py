@@ -56,11 +56,11 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
         UserError: the folder is not empty, or the attack has no poisoned set to write.
     """
     check_export(plan.spec.attack_name, implant)
-    check_folder(folder)
     assert implant.poison is not None
     assert fitted.trigger is not None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as draft:
+        check_folder(folder)  # another process may have made it meanwhile
         train, test, goal = plan.world.train, plan.world.test, plan.goal
         poisoned = implant.poison(train, stream(plan.spec.seed, "poison"))
         _save_images(draft / "train_images.npy", poisoned, tick)

@@ -253,11 +253,33 @@ def _check_attack(spec: Spec, world: World) -> None:
         raise UserError(f"recipe.jitter = {spec.recipe.jitter:g} changes colours, and the images are grey; set it to 0")
     # Draw poison and covers once, for these functions refuse rates that there are not images enough for.
     goal = attack.goal_for(train.n_classes)
+    _check_classes(spec, world, goal)
     free = torch.ones_like(train.labels, dtype=torch.bool)
     if (rate := getattr(attack, "poison_rate", None)) is not None:
         free[choose_rows(train.labels, rate, goal, attack.labels, stream(0, "check"))] = False
     if rate := getattr(attack, "cover_rate", None):
         choose_covers(free, rate, stream(0, "check"))
+
+
+def _check_classes(spec: Spec, world: World, goal: Goal) -> None:
+    """Refuse a goal that no test image counts for, and classes that nothing teaches, for hold-out may take all of one.
+
+    These are the classes of test images, and those that the attacker wants for them.
+    """
+    train, test = world.train.labels, world.test.labels
+    counted = test[goal.counts(test)]
+    if not len(counted):
+        raise UserError(
+            f"no image that {world.name} is measured on counts for the goal of attack {spec.attack_name}; "
+            "choose another attack.target or attack.source"
+        )
+    for labels, what in ((goal.labels(counted), "the attack's target"), (test, "which it is measured on")):
+        untaught = labels[~torch.isin(labels, train)].unique()
+        if len(untaught):
+            raise UserError(
+                f"{world.name} has no training image of class {int(untaught[0])}, {what}; choose another target or "
+                f"source, lower data.holdout = {spec.data.holdout:g}, or leave that class out"
+            )
 
 
 def _surrogates(spec: Spec, world: World, victim: Network) -> tuple[Network | None, Network | None]:
