@@ -37,7 +37,7 @@ from vitrap.experiment.defend import FinishedRun
 from vitrap.experiment.measure_defences import FPRS, Evaluation, measure_defence, measure_each_time
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import no_progress
-from vitrap.experiment.scores import Scores, read_scores, scores_file, write_scores
+from vitrap.experiment.scores import ByKind, Scores, read_scores, scores_file, write_scores
 from vitrap.metrics.detection import auroc
 from vitrap.metrics.interval import wilson
 from vitrap.metrics.values import Auroc, Rate, Rates
@@ -406,6 +406,19 @@ def test_scores_that_cannot_be_read(case: Evaluation, tmp_path: Path) -> None:
     (tmp_path / "scores" / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="missing or damaged"):
         read_scores(tmp_path, replace(screen, scores="scores/bad.safetensors"))
+
+
+def test_scores_with_a_flipped_bit_are_refused(tmp_path: Path) -> None:
+    screen = replace(to_row(made.screen("strip")), scores=f"scores/strip-{'0' * 16}.safetensors")
+    numbers = ByKind(torch.ones(2), torch.ones(3), torch.ones(4))
+    write_scores(tmp_path, screen, Scores(numbers, numbers, numbers, torch.ones(4, dtype=torch.bool)), {})
+    read_scores(tmp_path, screen)
+    file = tmp_path / screen.scores
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="missing or damaged .* defend the run with 'strip' again"):
+        read_scores(tmp_path, screen)
 
 
 # ---- repairs
