@@ -19,6 +19,8 @@ from vitrap.errors import UserError
 
 LONGEST = 128
 """Bytes that must be left of the longest path for what is written into a folder."""
+DRAFTS = ".*-" + 8 * "[0-9a-f]"
+"""Matches the names of drafts in a folder."""
 
 
 def check_folder(folder: Path, named: str, remedy: str) -> None:

@@ -386,7 +386,7 @@ def test_a_file_of_scores_says_that_it_belongs_to_a_backdoor(case: Evaluation, t
     assert scores is not None
     kept = replace(found, params={"n": 1}, scores=scores_file("odd/na me", "f" * 16))
     write_scores(tmp_path, kept, scores, {"backdoor": True})
-    assert [p.name for p in (tmp_path / "scores").iterdir()] == [f"odd_na_me-{'f' * 16}.safetensors"]
+    assert [p.name for p in (tmp_path / "scores").glob("*.safetensors")] == [f"odd_na_me-{'f' * 16}.safetensors"]
     with safe_open(tmp_path / kept.scores, "pt") as file:
         about = file.metadata()
     assert about["vitrap"] == '{"backdoor": true}'
@@ -410,8 +410,8 @@ def test_scores_that_cannot_be_read(case: Evaluation, tmp_path: Path) -> None:
 
 def test_scores_with_a_flipped_bit_are_refused(tmp_path: Path) -> None:
     screen = replace(to_row(made.screen("strip")), scores=f"scores/strip-{'0' * 16}.safetensors")
-    numbers = ByKind(torch.ones(2), torch.ones(3), torch.ones(4))
-    write_scores(tmp_path, screen, Scores(numbers, numbers, numbers, torch.ones(4, dtype=torch.bool)), {})
+    victim, twin, index = (ByKind(torch.ones(2), torch.ones(3), torch.ones(4)) for _ in range(3))
+    write_scores(tmp_path, screen, Scores(victim, twin, index, torch.ones(4, dtype=torch.bool)), {})
     read_scores(tmp_path, screen)
     file = tmp_path / screen.scores
     content = bytearray(file.read_bytes())

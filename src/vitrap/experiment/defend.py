@@ -184,9 +184,7 @@ class FinishedRun:
         # Load the trigger that it made, and have the attack say how that gets into a training set.
         attack, train = plan.spec.attack, plan.world.train
         fitted = read_fitted(self.folder, attack, device=plan.device)
-        if fitted.trigger is None:
-            place = self.folder / "trigger.safetensors"
-            raise UserError(f"trigger file {str(place)!r} is missing or damaged; run its spec again")
+        assert fitted.trigger is not None, "a run without its trigger is refused before"
         other = plan.other.train if plan.other else None
         implant = attack.implant(Access(train, None, read_stream(self.folder, seed), other=other), fitted)
         return Evaluation(

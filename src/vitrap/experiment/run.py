@@ -35,7 +35,7 @@ from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.store import Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
-from vitrap.files import place_file, read_json, write_bytes
+from vitrap.files import DRAFTS, place_file, read_json, write_bytes
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Measures, Stealth
 from vitrap.models.classifier import load_weights, read_model
@@ -360,7 +360,7 @@ def set_record_aside(folder: Path, keep_rows: bool) -> None:
     Drafts that a killed process has left there go, too: whoever is here is the only one to write.
     """
     with locked(folder.parent, f"{folder.name}-record"):
-        for draft in folder.glob(".*"):
+        for draft in folder.glob(DRAFTS):
             draft.unlink()
         if not keep_rows:
             (folder / EARLIER).unlink(missing_ok=True)
