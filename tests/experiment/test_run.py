@@ -369,11 +369,11 @@ def test_a_run_without_its_files_is_no_answer_and_is_made_anew(
     spec = runs.specs["badnets"]
     folder = run_folder(spec, copied)
     run(spec, copied, device="cpu")
-    assert recall(spec.table(), copied, "cpu")
+    assert recall(spec.located_table(), copied, "cpu")
     damage(folder / file)
     with pytest.raises(UserError, match=rf"{file} is (missing|damaged)\); vitrap run with its spec and --out '.*runs'"):
         open_run(folder)
-    assert recall(spec.table(), copied, "cpu") is None
+    assert recall(spec.located_table(), copied, "cpu") is None
     assert lasting(run(spec, copied, device="cpu")) == lasting(runs.records["badnets"])
     (word,) = caplog.messages
     assert word.startswith(f"vitrap: run {str(folder)!r} is damaged ({file} is ")
