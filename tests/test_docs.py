@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from vitrap import registry
 from vitrap.experiment.answers import ANSWERS
+from vitrap.experiment.checksums import CHECKSUMS
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.run import run
 from vitrap.experiment.spec import load_spec
@@ -73,7 +74,7 @@ def test_record_page_lists_the_keys_of_a_record(finished: tuple[Record, Path]):
     before, _, after = text.partition("## Defences\n")  # rows of defences have keys of their own
     listed = first_column(before + after.partition("## Schema\n")[2])
     sums = {f"{name}.{key}" for name, keys in SUMMARIES.items() for key in keys}
-    files = {name for name in listed if name.endswith((".json", ".png", ".safetensors", ".npy", ".txt"))}
+    files = {name for name in listed if name.endswith((".json", ".png", ".safetensors", ".npy", ".txt", CHECKSUMS))}
     assert set(listed) - files == set(paths(to_table(finished[0]))) | sums | SOME
 
 

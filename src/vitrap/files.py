@@ -1,9 +1,14 @@
-"""Writes files and folders whole or not at all: if the process is killed, what was there before is unchanged."""
+"""Writes files and folders whole or not at all: if the process is killed, what was there before is unchanged.
+
+All that vitrap keeps is written here, in Python, so that a full disk is an `OSError` that names the file. Modes of
+files and folders follow the process's umask.
+"""
 
 import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -50,6 +55,48 @@ def open_file(path: Path) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
+LONGEST = 128
+"""Bytes that must be left of the longest path for what is written into a folder."""
+DRAFTS = ".*-" + 8 * "[0-9a-f]"
+"""Matches the names of drafts in a folder."""
+
+
+def check_folder(folder: Path, named: str, remedy: str) -> None:
+    """Refuse a folder that cannot be made, or written into, before any work is done; nothing is made yet.
+
+    Args:
+        folder: the folder; those above it may be missing, too.
+        named: what it is called in the message.
+        remedy: what to do about it.
+
+    Raises:
+        UserError: naming it and why.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+        # The system tells only by trying which names and paths are too long, and it tries what is there alone.
+        missing = folder.absolute().parts[len(there.absolute().parts) :]
+        for place in (*(there / name for name in missing), folder / ("x" * LONGEST)):
+            with suppress(FileNotFoundError):
+                place.lstat()
+        if missing and (there / missing[0]).is_symlink():
+            raise FileNotFoundError(errno.ENOENT, "it is a link to nothing")
+    except (OSError, ValueError) as error:  # the second where a name has a NUL
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{named} cannot be written ({why}); {remedy}") from error
+
+
+def check_file(path: Path, named: str, remedy: str) -> None:
+    """Refuse a file that cannot be written, or that is a folder or a device; arguments and error as `check_folder`."""
+    check_folder(path.parent, named, remedy)
+    if not os.path.exists(path):
+        check_folder(path, named, remedy)  # its name may be too long
+    elif not path.is_file():
+        raise UserError(f"{named} cannot be written (it is there, and no file); {remedy}")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
@@ -72,21 +119,37 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a draft beside `path` for the block to write; at the end it is flushed to disk and renamed to `path`.
+    """Yield a draft beside `path` for the block to make; at the end it is flushed to disk and renamed to `path`.
 
-    If the block raises an error, the draft is removed.
+    The draft never outlasts the block.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`, and what was there is as it was.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    draft = Path(name)
+    draft = _draft(path)
+    with named_errors(path):
+        try:
+            yield draft
+            _sync(draft)
+            os.replace(draft, path)
+        finally:
+            # Even after the renaming: POSIX does not rename one link of a file to another link of the same file.
+            with suppress(OSError):
+                draft.unlink()
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Have an error of the system within the block name `path`; that of a write names nothing."""
     try:
-        yield draft
-        _sync(draft)
-        draft.chmod(0o644)
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _draft(path: Path) -> Path:
+    """A new name for a draft of a file or a folder, beside it; the longest of names leaves no room for more."""
+    return path.with_name(f".{path.name[:50]}-{secrets.token_hex(4)}")
 
 
 @contextmanager
@@ -216,7 +279,6 @@ def put_in_place(draft: Path, folder: Path, replace: bool = False) -> None:
     """
     for file in draft.iterdir():
         _sync(file)
-    draft.chmod(0o755)
     if not replace:
         os.rename(draft, folder)
         return
@@ -231,14 +293,11 @@ def put_in_place(draft: Path, folder: Path, replace: bool = False) -> None:
 
 def place_file(source: Path, target: Path) -> None:
     """Put a file at another place: as a hard link where the file system has them, else as a copy."""
-    draft = target.with_name(f".{target.name}-{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    try:
-        os.link(source, draft)
-    except OSError:
-        shutil.copyfile(source, draft)
-    os.replace(draft, target)
-    draft.unlink(missing_ok=True)  # POSIX: renaming one link of a file to another of the same file does nothing
+    with whole_file(target) as draft:
+        try:
+            os.link(source, draft)
+        except OSError:
+            shutil.copyfile(source, draft)
 
 
 def _sync(file: Path) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitrap.errors import UserError
+from vitrap.files import named_errors
 from vitrap.memory import memory_limit
 from vitrap.tensors.pixels import to_bytes
 
@@ -341,7 +343,7 @@ def scratch(*shape: int) -> UInt8[Tensor, "..."]:
         OSError: the disk is full.
     """
     # The file's name is removed at the end of the block; the system keeps its content while it is mapped.
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file, named_errors(Path(file.name)):
         # Take the space now: if the disk is full this raises an error, where a later write would kill the process.
         if hasattr(os, "posix_fallocate") and prod(shape):
             os.posix_fallocate(file.fileno(), 0, prod(shape))

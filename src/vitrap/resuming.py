@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
-from vitrap.files import whole_file
+from vitrap.files import write_bytes
 
 EVERY = 180.0
 """The default number of seconds between two states; `VITRAP_STATE_SECONDS` changes it."""
@@ -194,7 +194,7 @@ class Keeper:
         if self.path is None or time.monotonic() - self._last < self.pause:
             return
         begun = time.monotonic()
-        with suppress(OSError, SafetensorError, RuntimeError):
+        with suppress(OSError, MemoryError, RuntimeError):
             self._write(self.path, moving, position)
         self._last = time.monotonic()
         self.pause = max(self.every, (self._last - begun) / SHARE)
@@ -213,8 +213,7 @@ class Keeper:
             tensors["stream/order"] = position.order
         # Copies, since a safetensors file refuses tensors that share memory.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        with whole_file(path) as draft:
-            save_file(copies, draft, {**self.about, "state": json.dumps(facts)})
+        write_bytes(path, save(copies, {**self.about, "state": json.dumps(facts)}))
 
 
 def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

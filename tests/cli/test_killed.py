@@ -18,15 +18,23 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import TINY, command, vitrap
 from tests.states import OFTEN, mark, marked, states
 from tests.waiting import wait_until
+from vitrap.experiment.checksums import CHECKSUMS, damage
 from vitrap.experiment.store import Stage
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
-AFTER = 2 * 6
-"""Operations on files after the record is there: two answers are written."""
+AFTER = 2 + 2 * 5
+"""Operations on files after the record is there: its draft and the earlier record go, and two answers are written."""
 STAGE_FILES = {
-    "clean": {"depends.json", "facts.json", "model.safetensors"},
-    "trigger": {"depends.json", "facts.json", "stream.safetensors", "trigger.safetensors"},
-    "victim": {"depends.json", "facts.json", "model.safetensors", "stream.safetensors", "trigger.safetensors"},
+    "clean": {"depends.json", "facts.json", "model.safetensors", CHECKSUMS},
+    "trigger": {"depends.json", "facts.json", "stream.safetensors", "trigger.safetensors", CHECKSUMS},
+    "victim": {
+        "depends.json",
+        "facts.json",
+        "model.safetensors",
+        "stream.safetensors",
+        "trigger.safetensors",
+        CHECKSUMS,
+    },
 }
 
 
@@ -104,6 +112,7 @@ def check_nothing_half(out: Path) -> None:
         assert place.name.endswith(Stage("any", depends).key)
         facts = json.loads((place / "facts.json").read_text())
         assert facts["seconds"]
+        assert damage(place) == ""
         for file in place.glob("*.safetensors"):
             assert load_file(file) or file.name == "trigger.safetensors"
             assert facts.get("curves") or file.name != "model.safetensors"

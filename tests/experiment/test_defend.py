@@ -28,7 +28,7 @@ from vitrap.experiment.make_stages import Retraining
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import Record, to_table
-from vitrap.experiment.records import read_record, read_records
+from vitrap.experiment.records import EARLIER, read_record, read_records
 from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
@@ -175,7 +175,9 @@ def test_another_number_of_images_is_another_row(folder: Path) -> None:
     assert few.auroc.n_clean == few.n_threshold == 20
     assert usual.auroc.n_clean > 20
     assert usual.key != few.key
-    assert {file.name for file in (folder / "scores").iterdir()} == {Path(row.scores).name for row in (usual, few)}
+    assert {file.name for file in (folder / "scores").glob("*.safetensors")} == {
+        Path(row.scores).name for row in (usual, few)
+    }
 
 
 def test_a_row_of_an_older_vitrap_counts_as_the_usual_number(runs: Runs, folder: Path) -> None:
@@ -241,9 +243,9 @@ def test_scores_are_there_before_the_row_that_names_them(folder: Path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             defend(folder, [replace(NULL, screened=20)], device="cpu")
     assert read_record(folder).defences == ()
-    assert len(list((folder / "scores").iterdir())) == 1
+    assert len(list((folder / "scores").glob("*.safetensors"))) == 1
     (row,) = defend(folder, [NULL], device="cpu").defences
-    assert [file.name for file in (folder / "scores").iterdir()] == [Path(row.scores).name]
+    assert [file.name for file in (folder / "scores").glob("*.safetensors")] == [Path(row.scores).name]
 
 
 # ---- what it rests on
@@ -260,9 +262,13 @@ def test_a_raised_version_leaves_no_row_standing(folder: Path, monkeypatch: pyte
     assert len(list((folder.parent / "stages").glob("defended-*"))) == 2
 
 
-def test_a_deleted_twin_is_made_anew(folder: Path, trainings: Trainings) -> None:
+@pytest.mark.parametrize("damage", ["deleted", "another's model"])
+def test_a_deleted_or_damaged_twin_is_made_anew(folder: Path, trainings: Trainings, damage: str) -> None:
     place = folder.parent / "stages" / f"clean-{read_record(folder).stages['twin']}"
-    shutil.rmtree(place)
+    if damage == "deleted":
+        shutil.rmtree(place)
+    else:
+        shutil.copyfile(folder / "model.safetensors", place / "model.safetensors")
     defend(folder, [NULL], device="cpu")
     assert trainings.since() == 1
     assert place.exists()
@@ -273,7 +279,7 @@ def test_a_twin_that_cannot_be_made_again_is_missed(folder: Path, edit: Callable
     shutil.rmtree(place)
     content = (folder / "record.json").read_bytes()
     edit("train/loop.py")
-    with pytest.raises(UserError, match=r"the clean twin of run .* is gone .*; run its spec again"):
+    with pytest.raises(UserError, match=r"the clean twin of run .* is gone or damaged .*; run its spec again"):
         defend(folder, [NULL], device="cpu")
     assert (folder / "record.json").read_bytes() == content
 
@@ -317,7 +323,7 @@ def test_no_finished_run(tmp_path: Path, content: str | None) -> None:
 @pytest.mark.parametrize("file", ["model.safetensors", "trigger.safetensors"])
 def test_a_run_without_its_files(folder: Path, file: str) -> None:
     (folder / file).unlink()
-    with pytest.raises(UserError, match=rf"{file}.* is (not there|missing or damaged)"):
+    with pytest.raises(UserError, match=rf"run .* is damaged \({file} is missing\)"):
         defend(folder, [NULL], device="cpu")
     assert read_record(folder).defences == ()
 
@@ -334,6 +340,30 @@ def test_rows_stay_when_a_run_is_measured_anew_and_go_when_it_is_forced(runs: Ru
         folder
     )
     assert run(spec, copied, device="cpu").defences == ()
+
+
+@pytest.mark.parametrize(
+    "failing", ["measure_victim", "draw_examples", "place_file", "write_checksums", "write_record"]
+)
+def test_rows_outlive_a_run_that_is_killed_while_it_is_made_anew(
+    runs: Runs, copied: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    spec = runs.specs["badnets"]
+    folder = run_folder(spec, copied)
+    row = to_row(judgement())
+    record = read_record(folder)
+    replace(record, stages={**record.stages, "measure": "outdated"}, defences=(row,)).write(folder)
+    monkeypatch.setattr(runner, "still_holding", lambda rows, _: tuple(rows))
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killing:
+        killing.setattr(runner, failing, kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, copied, device="cpu")
+    assert run(spec, copied, device="cpu").defences == (row,)
+    assert not (folder / EARLIER).exists()
 
 
 def test_a_trigger_that_no_longer_works_is_noticed(folder: Path) -> None:

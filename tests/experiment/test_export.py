@@ -10,6 +10,7 @@ import torch
 
 import vitrap.experiment.export as export
 from tests.experiment.conftest import Runs, Trainings, tiny
+from tests.full_disk import files_of_at_most
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment.measure_defences import Evaluation
@@ -69,6 +70,15 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"{name}' is there already and not an empty folder; give another with -o"):
             poison(tiny("attack.name=badnets"), tmp_path / name, tmp_path / "runs", device="cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    """Through a memory map it would be a signal that kills the process."""
+    poison(tiny("attack.name=badnets"), tmp_path / "whole", tmp_path / "runs", device="cpu")
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "whole").glob("*_images.npy")}
+    with files_of_at_most(max(sizes.values()) - 1), pytest.raises(OSError, match=r"(test|triggered)_images\.npy'$"):
+        poison(tiny("attack.name=badnets"), tmp_path / "poisoned", tmp_path / "runs", device="cpu")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "whole"]
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from vitrap.experiment.defend import FinishedRun
 from vitrap.experiment.measure_defences import FPRS, Evaluation, measure_defence, measure_each_time
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import no_progress
-from vitrap.experiment.scores import Scores, read_scores, scores_file, write_scores
+from vitrap.experiment.scores import ByKind, Scores, read_scores, scores_file, write_scores
 from vitrap.metrics.detection import auroc
 from vitrap.metrics.interval import wilson
 from vitrap.metrics.values import Auroc, Rate, Rates
@@ -386,7 +386,7 @@ def test_a_file_of_scores_says_that_it_belongs_to_a_backdoor(case: Evaluation, t
     assert scores is not None
     kept = replace(found, params={"n": 1}, scores=scores_file("odd/na me", "f" * 16))
     write_scores(tmp_path, kept, scores, {"backdoor": True})
-    assert [p.name for p in (tmp_path / "scores").iterdir()] == [f"odd_na_me-{'f' * 16}.safetensors"]
+    assert [p.name for p in (tmp_path / "scores").glob("*.safetensors")] == [f"odd_na_me-{'f' * 16}.safetensors"]
     with safe_open(tmp_path / kept.scores, "pt") as file:
         about = file.metadata()
     assert about["vitrap"] == '{"backdoor": true}'
@@ -406,6 +406,19 @@ def test_scores_that_cannot_be_read(case: Evaluation, tmp_path: Path) -> None:
     (tmp_path / "scores" / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="missing or damaged"):
         read_scores(tmp_path, replace(screen, scores="scores/bad.safetensors"))
+
+
+def test_scores_with_a_flipped_bit_are_refused(tmp_path: Path) -> None:
+    screen = replace(to_row(made.screen("strip")), scores=f"scores/strip-{'0' * 16}.safetensors")
+    victim, twin, index = (ByKind(torch.ones(2), torch.ones(3), torch.ones(4)) for _ in range(3))
+    write_scores(tmp_path, screen, Scores(victim, twin, index, torch.ones(4, dtype=torch.bool)), {})
+    read_scores(tmp_path, screen)
+    file = tmp_path / screen.scores
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="missing or damaged .* defend the run with 'strip' again"):
+        read_scores(tmp_path, screen)
 
 
 # ---- repairs

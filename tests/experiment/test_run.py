@@ -20,6 +20,7 @@ from tests.experiment.conftest import Runs, Trainings, tiny
 from vitrap.contracts import Access
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
+from vitrap.experiment.answers import recall
 from vitrap.experiment.plan import choose_device, make_plan
 from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.progress import no_progress
@@ -29,7 +30,9 @@ from vitrap.experiment.run import open_run, run, run_folder
 from vitrap.experiment.spec import parse_spec
 from vitrap.train.arithmetic import Arithmetic
 
-RUN_FILES = ["model.safetensors", "pictures.png", "record.json", "stream.safetensors", "trigger.safetensors"]
+RUN_FILES = [
+    "SHA256SUMS", "model.safetensors", "pictures.png", "record.json", "stream.safetensors", "trigger.safetensors",
+]  # fmt: skip
 BOTH = pytest.mark.parametrize("name", ["ageb", "badnets"])
 
 
@@ -325,14 +328,65 @@ def test_a_record_whose_stages_have_moved_is_made_anew(
     assert json.loads(file.read_text())["victim"]["cda"]["value"] <= 1
 
 
-def test_an_old_record_never_stands_beside_new_files(runs: Runs, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> bytes:
-        raise RuntimeError("no pictures")
+@pytest.mark.parametrize("failing", ["draw_examples", "place_file", "write_checksums", "write_record"])
+def test_an_old_record_never_stands_beside_new_files(
+    runs: Runs, copied: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    folder = run_folder(runs.specs["badnets"], copied)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    monkeypatch.setattr(runner, "draw_examples", fail)
-    with pytest.raises(RuntimeError, match="no pictures"):
+    def fail(*args: object) -> bytes:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(runner, failing, fail)
+    monkeypatch.setattr("vitrap.experiment.make_stages.train", lambda *args: {"cross_entropy": [0.0]})
+    with pytest.raises(RuntimeError, match="killed"):
         run(runs.specs["badnets"], copied, device="cpu", redo="victim")
-    assert not (run_folder(runs.specs["badnets"], copied) / "record.json").exists()
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert "record.json" not in after or after == before
+
+
+# ---- damaged
+
+
+RUN_PARTS = ["model.safetensors", "trigger.safetensors", "stream.safetensors", "pictures.png"]
+
+
+def flip(file: Path) -> None:
+    """Flip a bit in a file, which is no longer another's link then."""
+    text = bytearray(file.read_bytes())
+    text[-1] ^= 1
+    file.unlink()
+    file.write_bytes(text)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, flip])
+@pytest.mark.parametrize("file", RUN_PARTS)
+def test_a_run_without_its_files_is_no_answer_and_is_made_anew(
+    runs: Runs, copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, file: str, damage: Any
+) -> None:
+    refuse_training(monkeypatch)  # the victim's stage is whole
+    spec = runs.specs["badnets"]
+    folder = run_folder(spec, copied)
+    run(spec, copied, device="cpu")
+    assert recall(spec.located_table(), copied, "cpu")
+    damage(folder / file)
+    with pytest.raises(UserError, match=rf"{file} is (missing|damaged)\); vitrap run with its spec and --out '.*runs'"):
+        open_run(folder)
+    assert recall(spec.located_table(), copied, "cpu") is None
+    assert lasting(run(spec, copied, device="cpu")) == lasting(runs.records["badnets"])
+    (word,) = caplog.messages
+    assert word.startswith(f"vitrap: run {str(folder)!r} is damaged ({file} is ")
+    open_run(folder)
+
+
+def test_a_run_from_before_there_were_checksums_is_opened(runs: Runs, copied: Path) -> None:
+    folder = run_folder(runs.specs["badnets"], copied)
+    (folder / "SHA256SUMS").unlink()
+    assert open_run(folder).record == runs.records["badnets"]
+    (folder / "trigger.safetensors").unlink()
+    with pytest.raises(UserError, match=r"trigger\.safetensors is missing"):
+        open_run(folder)
 
 
 # ---- brought back

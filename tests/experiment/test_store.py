@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from vitrap.errors import UserError
+from vitrap.experiment.checksums import CHECKSUMS
 from vitrap.experiment.store import LOCKS, STALE, STATE, Stage, Store
 
 STAGE = Stage("clean", {"seed": 0, "data": {"limit": 3}})
@@ -47,9 +48,9 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
     place = Store(tmp_path).stage(STAGE, make("one"))
     assert place == tmp_path / "stages" / f"clean-{STAGE.key}"
     assert Store(tmp_path).stage(STAGE, make("two")) == place
-    assert content(place) == {"model": "one", "depends.json": content(place)["depends.json"]}
+    assert set(content(place)) == {"model", "depends.json", CHECKSUMS}
+    assert content(place)["model"] == "one"
     assert json.loads((place / "depends.json").read_text()) == STAGE.depends
-    assert place.stat().st_mode & 0o777 == 0o755
 
 
 def test_force_makes_it_anew_in_place_of_the_old(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_the_state_of_a_training_outlives_what_stopped_it(tmp_path: Path, error:
         Store(tmp_path).stage(STAGE, fail)
     assert list(content(tmp_path).values()) == ["step 7"]
     place = Store(tmp_path).stage(STAGE, go_on)
-    assert set(content(place)) == {"model", "depends.json"}
+    assert set(content(place)) == {"model", "depends.json", CHECKSUMS}
     assert hidden(tmp_path) == []
 
 
@@ -203,7 +204,73 @@ def test_two_processes_may_make_the_same_stages_at_once(tmp_path: Path) -> None:
     stages = list((tmp_path / "stages").iterdir())
     assert len(stages) == 40
     assert hidden(tmp_path) == []
-    assert all(len(list(stage.iterdir())) == 21 for stage in stages)
+    assert all(len(list(stage.iterdir())) == 22 for stage in stages)
+
+
+# ---- damage
+
+
+def flip(file: Path) -> None:
+    """Flip a bit of a file, in place."""
+    text = bytearray(file.read_bytes())
+    text[len(text) // 2] ^= 1
+    file.write_bytes(text)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, empty, Path.unlink, replace_by_folder])
+@pytest.mark.parametrize("file", ["model", "depends.json", CHECKSUMS])
+def test_a_damaged_stage_is_made_anew_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], object]
+) -> None:
+    place = Store(tmp_path).stage(STAGE, make("one"))
+    damage(place / file)
+    if (file, damage) == (CHECKSUMS, Path.unlink):  # as it is with stages from before there were checksums
+        assert content(Store(tmp_path).stage(STAGE, make("two")))["model"] == "one"
+        return
+    assert Store(tmp_path).find("clean", STAGE.key) is None
+    assert content(Store(tmp_path).stage(STAGE, make("two")))["model"] == "two"
+    assert Store(tmp_path).find("clean", STAGE.key) == place
+    (word,) = caplog.messages
+    assert word.startswith(f"vitrap: stage {str(place)!r} is damaged (")
+    assert word.endswith("; it is made anew")
+    assert os.listdir(tmp_path / "stages") == [place.name]
+
+
+def test_stages_that_were_exchanged_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stages = [Stage("clean", {"seed": seed}) for seed in (0, 1)]
+    one, two = (Store(tmp_path).stage(stage, make(f"of {stage.depends}")) for stage in stages)
+    two.rename(tmp_path / "aside")
+    one.rename(two)
+    (tmp_path / "aside").rename(one)
+    for stage in stages:
+        assert content(Store(tmp_path).stage(stage, make("anew")))["model"] == "anew"
+    assert [word.count("it is another stage") for word in caplog.messages] == [1, 1]
+
+
+def test_a_damaged_stage_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    place = Store(tmp_path).stage(STAGE, make("one"))
+    flip(place / "model")
+    before = content(place)
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        Store(tmp_path).stage(STAGE, fail)
+    assert content(place) == before
 
 
 # ---- the folder
@@ -237,6 +304,17 @@ def test_a_draft_that_is_gone_on_with_is_no_old_one(tmp_path: Path) -> None:
     (draft,) = (tmp_path / "stages").glob(".*-draft")
     then = time.time() - STALE - 60
     os.utime(draft, (then, then))
+    assert content(Store(tmp_path).stage(STAGE, slow))["model"] == "whole"
+
+
+def test_a_draft_that_is_worked_on_is_not_swept_however_old(tmp_path: Path) -> None:
+    def slow(folder: Path) -> None:
+        make("half")(folder)
+        then = time.time() - STALE - 60
+        os.utime(folder, (then, then))
+        Store(tmp_path).check()  # as another run does meanwhile
+        make("whole")(folder)
+
     assert content(Store(tmp_path).stage(STAGE, slow))["model"] == "whole"
 
 

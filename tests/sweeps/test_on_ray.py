@@ -1,7 +1,12 @@
-"""A sweep on a real Ray cluster: two nodes on loopback addresses, tokens on, workers and driver killed."""
+"""A sweep on a real Ray cluster: two nodes on loopback addresses, tokens on, workers and driver killed.
+
+Ray listens on all interfaces, whatever address a node has, so the cluster is in a network namespace that has loopback
+and nothing else.
+"""
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,11 +52,27 @@ PATIENT = {
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a cluster's head; both nodes run as `ray start` has them, with one core each."""
+def inside() -> Iterator[list[str]]:
+    """The words before a command that has loopback and no other network."""
     pytest.importorskip("ray")
-    if sys.platform != "linux":
-        pytest.skip("two nodes on one machine need two loopback addresses, which Linux has")
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
+        pytest.skip("a network of loopback alone needs Linux with util-linux and iproute2")
+    own = [] if os.geteuid() == 0 else ["--user"]
+    mapped = ["--map-root-user"] * len(own)
+    up = ["sh", "-c", "ip link set lo up && echo up && exec sleep infinity"]
+    with subprocess.Popen(["unshare", "--net", *own, *mapped, *up], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            if holder.stdout.readline() != "up\n":
+                pytest.skip("this system lets nobody make a network namespace")
+            kept = ["--preserve-credentials"] * len(own)
+            yield ["nsenter", "--target", str(holder.pid), "--net", *own, *kept]
+        finally:
+            holder.kill()
+
+
+@pytest.fixture
+def cluster(inside: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a cluster's head; both nodes run as `ray start` has them, with one core each."""
     with socket.socket() as free:
         free.bind(("127.0.0.2", 0))
         port = free.getsockname()[1]
@@ -69,16 +90,17 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         nodes = []
         try:
             for each in ([*head, "--temp-dir", own], node):
-                nodes.append(start(each))
+                nodes.append(start(inside, each))
             yield f"127.0.0.2:{port}"
         finally:
             for each in nodes:
                 end(each)
 
 
-def start(words: list[object]) -> subprocess.Popen[str]:
+def start(inside: list[str], words: list[object]) -> subprocess.Popen[str]:
     """A node that runs; one for which Ray's own half a minute was too short is started anew."""
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "1", *map(str, words)]
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [*inside, ray, "start", "--block", "--num-cpus", "1", *map(str, words)]
     said = "timed out during startup"
     while "timed out during startup" in said:
         node = subprocess.Popen(
@@ -117,14 +139,20 @@ def records(out: Path) -> dict[str, int]:
     return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/record.json")}
 
 
-def test_workers_and_driver_may_be_killed_and_every_run_is_done_once(cluster: str, tmp_path: Path):
+def network(pid: int | str) -> str:
+    """The network namespace of a process."""
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+def test_workers_and_driver_may_be_killed_and_every_run_is_done_once(cluster: str, inside: list[str], tmp_path: Path):
     (tmp_path / "sweep.toml").write_text(SWEEP)
     out = tmp_path / "runs"
-    words = [sys.executable, "-m", "vitrap.cli.main", "sweep", "sweep.toml", "--out", "runs", "--device", "cpu"]
-    words += ["--ray-address", cluster]
+    words = [*inside, sys.executable, "-m", "vitrap.cli.main", "sweep", "sweep.toml", "--out", "runs"]
+    words += ["--device", "cpu", "--ray-address", cluster]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
     driver = subprocess.Popen(words, **pipes)
     wait_until(lambda: len(tasks(out)) == 2, driver)  # one on each node
+    assert network("self") not in map(network, [driver.pid, *tasks(out)])  # nobody else can reach them
     killed = tasks(out)[0]
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: len(records(out)) >= 2 and tasks(out) and states(out), driver)

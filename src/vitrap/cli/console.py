@@ -86,7 +86,7 @@ class ProgressBars:
         if self._start_later.is_alive():
             self._start_later.join()
         live = self.progress.live
-        if isinstance(kind, type) and issubclass(kind, UserError):
+        if isinstance(kind, type) and issubclass(kind, UserError | OSError):
             live.transient = True  # the bars vanish, and the error is the only line that stays
             live.stop()
         elif live.is_started:

@@ -351,9 +351,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, `head` say, has closed it
         raise SystemExit(1) from None
     except OSError as failure:  # the disk is full, say: the draft under way is removed, finished stages stay
-        message = f"vitrap: {failure}; free some space or write elsewhere, the next call goes on"
-        err.print(message, markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        named = f"{failure.filename!r} cannot be written or read ({failure.strerror})"
+        what = named if failure.filename else str(failure)
+        message = f"vitrap: {what}; free some space or write elsewhere, the next call goes on"
+        err.print(message, highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2 if failure.filename else 1) from None
 
 
 def process() -> None:

@@ -1,5 +1,6 @@
 """`vitrap report`: writes a report page of all runs in a folder."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,15 @@ def report(
 ) -> None:
     """Make one page of all runs: tables, charts, and what was measured of each; it needs no network."""
     from vitrap.experiment.records import read_records
-    from vitrap.files import write_bytes
+    from vitrap.files import check_file, write_bytes
     from vitrap.report.page.make_page import make_page
 
-    _check(page)
+    # The page's folder must be there; so a mistyped one is noticed.
+    if not os.path.isdir(page.parent):
+        raise UserError(
+            f"report {str(page)!r} cannot be written ({str(page.parent)!r} is no folder); name another with -o"
+        )
+    check_file(page, f"report {str(page)!r}", "name another with -o")
     loaded = read_records(folder)
     tell_skipped(loaded.skipped)
     if not loaded.records and not loaded.failures:
@@ -32,31 +38,9 @@ def report(
         made = make_page(loaded, folder.resolve().name or str(folder), pictures, bars.fraction("report"))
     for note in made.notes:
         _warn(note)
-    try:
-        write_bytes(page, made.content)
-    except OSError as error:
-        raise _unwritable(page, error.strerror or "no reason given") from error
+    write_bytes(page, made.content)
     many = "run" if len(loaded.records) == 1 else "runs"
     out.print(f"report of {len(loaded.records)} {many}: {page}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _check(page: Path) -> None:
-    """Refuse a path where no page can be written, before any work is done.
-
-    Raises:
-        UserError: naming the path and why.
-    """
-    try:
-        if not page.parent.is_dir():
-            raise _unwritable(page, f"{str(page.parent)!r} is no folder")
-        if page.exists() and not page.is_file():
-            raise _unwritable(page, "it is there, and no file")
-    except OSError as error:  # the name is too long, say
-        raise _unwritable(page, error.strerror or "no reason given") from error
-
-
-def _unwritable(page: Path, why: str) -> UserError:
-    return UserError(f"report {str(page)!r} cannot be written ({why}); name another with -o")
 
 
 def _warn(line: str) -> None:

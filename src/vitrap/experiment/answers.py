@@ -1,9 +1,10 @@
 """Finds the record of a run that was made before, in milliseconds: no data are opened, and nothing is hashed.
 
 Beside the runs, the folder `answers` has a file for each pair of spec and device. It names the run's folder, and has a
-trace of everything that could change the result: of a file its size and time of change, of code a digest, of libraries
-their versions. If all traces are as they were, that run's record is the answer. If one differs, `run` compares keys,
-which takes longer since it digests contents, and `remember` writes the file again. This module imports no torch.
+trace of the files in it and of everything that could change the result: of a file its size and time of change, of code
+a digest, of libraries their versions. If all traces are as they were, that run's record is the answer. If one differs,
+`run` compares keys and checksums, which takes longer since it digests contents, and `remember` writes the file again.
+This module imports no torch.
 """
 
 import os
@@ -19,7 +20,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.code import PACKAGE, defending_code, fitting_code, measuring_code, training_code
 from vitrap.experiment.defence_rows import lacks_scores
 from vitrap.experiment.record import Record
-from vitrap.experiment.records import FAILURE, RECORD, read_record
+from vitrap.experiment.records import read_record
 from vitrap.experiment.spec import DEFAULT_NAMES, FOLDERS, digest
 from vitrap.files import read_json, write_json
 
@@ -39,12 +40,12 @@ def recall(spec: SpecMapping, out: Path, device: str, threads: int | None = None
         known = read_json(_answer_file(spec, out, device))
         traces = traces_of(spec, device)
         folder = out / known["folder"]
-        if traces is None or known["traces"] != traces or known["record"] != _size_and_time(folder / RECORD):
+        if traces is None or known["traces"] != traces or known["files"] != _files_of(folder):
             return None
         record = read_record(folder)
         if threads not in (None, record.environment.threads):
             return None
-        if not any(lacks_scores(row, folder) for row in record.defences) and not (folder / FAILURE).exists():
+        if not any(lacks_scores(row, folder) for row in record.defences):
             return record
     return None
 
@@ -58,7 +59,7 @@ def remember(spec: SpecMapping, out: Path, device: str, folder: Path, traces: Tr
         return
     place = _answer_file(spec, out, device)
     with suppress(OSError):  # the disk may be full: the next call then compares keys
-        known = {"folder": folder.name, "record": _size_and_time(folder / RECORD), "traces": traces}
+        known = {"folder": folder.name, "files": _files_of(folder), "traces": traces}
         place.parent.mkdir(exist_ok=True)
         write_json(place, known)
 
@@ -97,6 +98,11 @@ def _size_and_time(file: Path) -> list[int]:
     """A file's size in bytes and its time of change in nanoseconds."""
     found = file.stat()
     return [found.st_size, found.st_mtime_ns]
+
+
+def _files_of(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of each file in a run's folder: its record, its model, its trigger, ..."""
+    return {file.name: _size_and_time(file) for file in folder.iterdir() if file.is_file()}
 
 
 def _folders(spec: SpecMapping) -> set[Path]:

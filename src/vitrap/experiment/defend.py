@@ -18,6 +18,7 @@ from vitrap import registry
 from vitrap.contracts import Access, ImageSet, Implant
 from vitrap.data.sources import World
 from vitrap.errors import UserError
+from vitrap.experiment.checksums import check_run
 from vitrap.experiment.code import code_digest, defending_code, training_code
 from vitrap.experiment.defence_rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.defence_spec import DefenceSpec
@@ -74,6 +75,8 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     missing = unmeasured(record, defences, folder)
     if not missing:
         return record
+    Store(folder.parent).check(folder.name, "copy it to where it can be written, and defend the copy")
+    check_run(folder)
     # Find the files that its spec names, which may have moved.
     spec = found_again(parse_spec(record.spec), record.contents, folder.parent, data)
     place = spec.paths["data.name"].place if world is None and "data.name" in spec.paths else None
@@ -181,9 +184,7 @@ class FinishedRun:
         # Load the trigger that it made, and have the attack say how that gets into a training set.
         attack, train = plan.spec.attack, plan.world.train
         fitted = read_fitted(self.folder, attack, device=plan.device)
-        if fitted.trigger is None:
-            place = self.folder / "trigger.safetensors"
-            raise UserError(f"trigger file {str(place)!r} is missing or damaged; run its spec again")
+        assert fitted.trigger is not None, "a run without its trigger is refused before"
         other = plan.other.train if plan.other else None
         implant = attack.implant(Access(train, None, read_stream(self.folder, seed), other=other), fitted)
         return Evaluation(
@@ -214,16 +215,16 @@ class FinishedRun:
             )
 
     def _twin(self) -> Path:
-        """The folder of the twin's stage; a twin that was deleted is trained again if it would come out the same."""
+        """The folder of the twin's stage; one that is gone or damaged is trained again if it would come out equal."""
         key = self.record.stages["twin"]
-        place = self._store.root / "stages" / f"clean-{key}"
-        if place.exists():
+        if place := self._store.find("clean", key):
             return place
         stage = self.plan.twin_stage()
         if stage.key != key:
+            place = self._store.root / "stages" / f"clean-{key}"
             raise UserError(
-                f"the clean twin of run {str(self.folder)!r} is gone ({str(place)!r}), and code, data or libraries have"
-                " changed since; run its spec again"
+                f"the clean twin of run {str(self.folder)!r} is gone or damaged ({str(place)!r}), and code, data or"
+                " libraries have changed since; run its spec again"
             )
         bar = self.progress("train the twin", training_steps(self.plan.spec, len(self.plan.world.train)))
         return self._store.stage(stage, partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, bar))

@@ -1,6 +1,7 @@
 """Writes a poisoned data set for other tools: npy arrays, and `poison.json`, which says what they carry."""
 
-import tempfile
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +13,22 @@ from vitrap.experiment.plan import Plan
 from vitrap.experiment.predict import triggered
 from vitrap.experiment.progress import Tick
 from vitrap.experiment.streams import stream
-from vitrap.files import whole_folder, write_json
+from vitrap.files import check_folder, named_errors, whole_folder, write_bytes, write_json
 from vitrap.images import CHUNK
 from vitrap.printable import printable
 from vitrap.tensors.pixels import to_bytes
 
 
-def check_folder(folder: Path) -> None:
+def check_new(folder: Path) -> None:
     """Refuse a folder that is not empty, or that cannot be made.
 
     Raises:
         UserError: naming the folder.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if os.path.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} is there already and not an empty folder; give another with -o")
-    there = next(above for above in folder.absolute().parents if above.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be made ({error.strerror}); give another with -o") from error
+    for place in (folder.parent, folder):  # a draft is made beside it
+        check_folder(place, f"folder {str(folder)!r}", "give another with -o")
 
 
 def check_export(attack: str, implant: Implant) -> None:
@@ -60,7 +57,7 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
     assert fitted.trigger is not None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as draft:
-        check_folder(folder)  # another process may have made it meanwhile
+        check_new(folder)  # another process may have made it meanwhile
         train, test, goal = plan.world.train, plan.world.test, plan.goal
         poisoned = implant.poison(train, stream(plan.spec.seed, "poison"))
         _save_images(draft / "train_images.npy", poisoned, tick)
@@ -76,20 +73,25 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
             "triggered_labels": goal.labels(test.labels),
         }
         for name, values in numbers.items():
-            np.save(draft / f"{name}.npy", values.cpu().numpy(), allow_pickle=False)
+            content = io.BytesIO()
+            np.save(content, values.cpu().numpy(), allow_pickle=False)
+            write_bytes(draft / f"{name}.npy", content.getvalue())
         if test.classes:
             names = (" ".join(printable(name).split()) or str(label) for label, name in enumerate(test.classes))
-            (draft / "classes.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+            write_bytes(draft / "classes.txt", ("\n".join(names) + "\n").encode())
         write_json(
             draft / "poison.json", {**backdoor_notice(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat}
         )
 
 
 def _save_images(path: Path, data: ImageSet, tick: Tick) -> None:
-    """Write the images at working size as uint8 `n h w c`, a chunk at a time."""
+    """Write the images at working size as uint8 `n h w c`, a chunk at a time.
+
+    Not through a memory map: where the disk is full, writing to one kills the process.
+    """
     shape = (len(data), data.size, data.size, data.pixels.shape[1])
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    for rows in data.rows(CHUNK):
-        out[rows.cpu().numpy()] = to_bytes(data.images(rows)).permute(0, 2, 3, 1).cpu().numpy()
-        tick()
-    out.flush()
+    with named_errors(path), path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for rows in data.rows(CHUNK):
+            file.write(to_bytes(data.images(rows)).permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
+            tick()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from vitrap.contracts import Access, Along, Fitted, Goal, ImageSet, Implant, Keeper, Objective
@@ -26,7 +26,7 @@ from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import STATE
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, save_trigger
-from vitrap.files import place_file, read_json, write_json
+from vitrap.files import place_file, read_json, write_bytes, write_json
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.models.classifier import Classifier, save_model
 from vitrap.train.arithmetic import Arithmetic
@@ -120,7 +120,7 @@ def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], 
     save_triggers(spec, fitted, folder)
     # `implant` goes on drawing where `fit` ended.
     notice = {"vitrap": json.dumps(backdoor_notice(spec, "trigger"))}
-    save_file({"state": access.generator.get_state()}, folder / STREAM, notice)
+    write_bytes(folder / STREAM, save({"state": access.generator.get_state()}, notice))
     seconds = keeper.seconds + time.perf_counter() - start
     write_json(folder / "facts.json", {"report": dict(fitted.report), "seconds": seconds})
 
@@ -320,7 +320,7 @@ def _save_along(along: Mapping[str, Along], folder: Path, notice: dict[str, Any]
     """Write the modules that were trained along with the victim, each weight under the name of its module."""
     weights = {f"{name}.{k}": v for name, each in along.items() for k, v in each.module.state_dict().items()}
     kept = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    save_file(kept, folder / "along.safetensors", {"vitrap": json.dumps(notice)})
+    write_bytes(folder / "along.safetensors", save(kept, {"vitrap": json.dumps(notice)}))
 
 
 def _save_stage(model: nn.Module, folder: Path, facts: dict[str, Any], notice: dict[str, Any]) -> None:
@@ -331,5 +331,7 @@ def _save_stage(model: nn.Module, folder: Path, facts: dict[str, Any], notice: d
         save_model(model, folder / "model.safetensors", **metadata)
         return
     # A network of the user's own; each weight is copied, for safetensors refuses tensors that share memory.
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    save_file({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}, folder / "model.safetensors", metadata)
+    kept = {
+        k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)
+    }
+    write_bytes(folder / "model.safetensors", save(kept, metadata))

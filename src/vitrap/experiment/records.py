@@ -22,6 +22,8 @@ from vitrap.experiment.record import SCHEMA, Failure, Record
 RECORD = "record.json"
 FAILURE = "failure.json"
 """File in a run's folder that says why a run of a sweep failed."""
+EARLIER = "record.earlier"
+"""File in a run's folder: its earlier record, while the run is being written anew."""
 MOST = 1e100
 """Greatest number that a record may have: sums and differences of greater ones could overflow."""
 DEEPEST = 50
@@ -53,13 +55,13 @@ class Loaded:
     skipped: tuple[str, ...]
 
 
-def read_record(folder: Path) -> Record:
-    """The record in a run's folder.
+def read_record(folder: Path, name: str = RECORD) -> Record:
+    """The record in a run's folder; `name` is that of its file.
 
     Raises:
         UserError: there is none, it is damaged, or a later vitrap wrote it.
     """
-    path = folder / RECORD
+    path = folder / name
     try:
         return parse(_bytes(path), Record)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -3,7 +3,9 @@
 Also `poison`, which writes the poisoned training set alone, and `open_run`, which loads a finished run.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,9 +16,10 @@ from vitrap.contracts import Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError, some_of
 from vitrap.experiment.answers import recall, remember, traces_of
+from vitrap.experiment.checksums import check_run, run_damage, write_checksums
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defend import FinishedRun, add_defences, recorded_threads, still_holding, unmeasured
-from vitrap.experiment.export import check_export, check_folder, write_poisoned
+from vitrap.experiment.export import check_export, check_new, write_poisoned
 from vitrap.experiment.machine import computing_threads, environment, memory, reset_peaks
 from vitrap.experiment.make_stages import STREAM, read_stream
 from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
@@ -27,12 +30,12 @@ from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import SCHEMA, Data, Record, Table
-from vitrap.experiment.records import FAILURE, RECORD, read_record
+from vitrap.experiment.records import EARLIER, FAILURE, RECORD, read_record
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.store import Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
-from vitrap.files import place_file, read_json, write_bytes
+from vitrap.files import DRAFTS, place_file, read_json, write_bytes
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Measures, Stealth
 from vitrap.models.classifier import load_weights, read_model
@@ -40,6 +43,8 @@ from vitrap.probe import check_type
 
 RUN_FILES = ("model.safetensors", TRIGGER, STORED, STREAM)
 """Files that a run's folder shares with the stage of its victim."""
+PICTURES = "pictures.png"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
         return known
     # These traces are taken before anything is read, so that a file that changes during the run makes them invalid.
     traces = None if from_outside else traces_of(table, device)
+    # The folder must take what is to be made; where there is a record, perhaps nothing is.
+    if redo != "nothing" or not os.path.exists(folder / RECORD):
+        Store(folder.parent).check(folder.name)
     with computing_threads(_threads_of(folder) if threads is None else threads):
         # Open the data, and check all that can be checked before work starts.
         plan = make_plan(spec, device, model, world, progress)
@@ -103,16 +111,19 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
 def _carry_out(plan: Plan, folder: Path, redo: Redo, progress: Progress) -> Record:
     """Make the record of a planned run, or complete the one that is there."""
     store = Store(folder.parent, lambda name: progress(name, None))
-    # A record whose keys are those of the plan is still the answer.
+    # A record whose keys are those of the plan is still the answer, if the files beside it are whole.
     record = _valid_record(folder, plan.keys()) if redo == "nothing" else None
     if record is None:
-        store.check()
+        store.check(folder.name)
         with store.alone(folder.name, "wait for another's run"):
             # Another process may have made this very run while we waited for it.
             record = _valid_record(folder, plan.keys()) if redo == "nothing" else None
-            record = record or make_run(Stages(plan, store, redo, progress), folder)
+            if record is None:
+                _tell_damage(folder)
+                record = make_run(Stages(plan, store, redo, progress), folder)
     # Defences accumulate on a record: only those that it lacks are measured.
     if unmeasured(record, plan.spec.defences, folder):
+        store.check(folder.name)
         with store.alone(folder.name, "wait for another's defences"):
             record = add_defences(FinishedRun(folder, read_record(folder), plan, progress))
     # The run has succeeded, so the failure of an earlier try no longer stands.
@@ -144,14 +155,14 @@ def poison(
 
 def _write_poison(spec: Spec, folder: Path, out: Path, device: str, progress: Progress) -> None:
     """Make a spec's trigger, and write the training set that it poisons."""
+    store = Store(out, lambda name: progress(name, None))
+    check_new(folder)
+    store.check()
     # Open the data, and check all that can be checked before work starts.
     plan = make_plan(spec, device, progress=progress)
-    store = Store(out, lambda name: progress(name, None))
     # An attack that edits weights poisons no image, whatever its trigger: it is refused before that is fitted.
     if spec.attack.threat == "weights":
         check_export(spec.attack_name, Implant())
-    check_folder(folder)
-    store.check()
     # Make the trigger, or take it from the store.
     stages = Stages(plan, store, "nothing", progress)
     surrogates = stages.surrogates()
@@ -179,10 +190,11 @@ def open_run(
         networks: your own networks, if the trigger holds any, by field name.
 
     Raises:
-        UserError: the folder holds no finished run, or a file of it is damaged.
+        UserError: the folder holds no finished run, or a file of it is missing or damaged.
     """
     folder = Path(folder)
     record = read_record(folder)
+    check_run(folder)
     if model is None:
         model = read_model(folder / "model.safetensors")
     else:
@@ -193,12 +205,18 @@ def open_run(
 
 
 def _valid_record(folder: Path, keys: Mapping[str, str]) -> Record | None:
-    """The record in `folder` if its keys are these, which cover all that it rests on; else None."""
-    try:
+    """The record in `folder` if its keys, which cover all that it rests on, are these and its files are whole."""
+    with suppress(UserError):
         found = read_record(folder)
-    except UserError:
-        return None
-    return found if found.stages == keys else None
+        if found.stages == keys and not run_damage(folder):
+            return found
+    return None
+
+
+def _tell_damage(folder: Path) -> None:
+    """Log that a finished run is made anew because files of it are missing or damaged, if that is so."""
+    if (folder / RECORD).exists() and (wrong := run_damage(folder)):
+        log.warning("vitrap: run %r is damaged (%s); it is made anew", str(folder), wrong)
 
 
 def _threads_of(folder: Path) -> int | None:
@@ -210,9 +228,10 @@ def _threads_of(folder: Path) -> int | None:
 
 
 def _defence_rows(folder: Path) -> tuple[Row, ...]:
-    """The rows of defences of the record in `folder`; none where there is no readable record."""
-    with suppress(UserError):
-        return read_record(folder).defences
+    """The rows of defences of the record in `folder`, or of the earlier one; none where neither can be read."""
+    for name in (RECORD, EARLIER):
+        with suppress(UserError):
+            return read_record(folder, name).defences
     return ()
 
 
@@ -228,15 +247,14 @@ def make_run(stages: Stages, folder: Path) -> Record:
     twin = stages.twin() if plan.spec.attack.threat == "weights" else None
     victim = stages.victim(trigger, twin)
     twin = twin or stages.twin()
-    # Rows of an earlier record may still hold. That record is removed before the files beside it are replaced.
-    earlier = _defence_rows(folder) if stages.redo == "nothing" else ()
-    (folder / RECORD).unlink(missing_ok=True)
-    # Measure, and write the record once everything that it speaks of is in the folder.
     models = {**surrogates, "victim": victim, "twin": twin}
-    measured = measure_run(plan, models, trigger, folder, stages.progress)
-    place_files(victim, folder)
+    measured = measure_run(plan, models, trigger, stages.progress)
     record = build_record(plan, models, trigger, measured)
-    return write_record(record, earlier, folder)
+    # No record stands beside files of another run: an earlier one goes first, and the new one comes last.
+    folder.mkdir(exist_ok=True)
+    set_record_aside(folder, keep_rows=stages.redo == "nothing")
+    place_files(victim, measured.pictures, folder)
+    return write_record(record, folder)
 
 
 @dataclass(frozen=True)
@@ -247,21 +265,22 @@ class Measured:
         victim: accuracy and success rates of victim and twin, and the trigger's stealth.
         attack: what the attack itself reports of victim and twin.
         seconds: how long measuring took.
+        pictures: the content of `pictures.png`.
     """
 
     victim: Measures
     attack: Table
     seconds: dict[str, float]
+    pictures: bytes
 
 
-def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, folder: Path, progress: Progress) -> Measured:
-    """Measure victim and twin, and draw the pictures into the run's folder.
+def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, progress: Progress) -> Measured:
+    """Measure victim and twin, and draw the pictures.
 
     Args:
         plan: the run's plan.
         models: folders of the trained models' stages, by role; "victim" and "twin" are among them.
         trigger: folder of the trigger's stage.
-        folder: the run's folder.
         progress: displays how far measuring is.
     """
     test = plan.world.test
@@ -280,9 +299,8 @@ def measure_run(plan: Plan, models: Mapping[str, Path], trigger: Path, folder: P
         examined = examine(victim, twin, test, backdoor)
     # Where poisoned training images carry another trigger than test images, its stealth is measured, too.
     stored = stored_stealth(plan, implant) if fitted.stored else None
-    folder.mkdir(exist_ok=True)
-    write_bytes(folder / "pictures.png", draw_examples(test, backdoor, victim, plan.arithmetic))
-    return Measured(replace(measures, stealth_stored=stored), examined, seconds)
+    pictures = draw_examples(test, backdoor, victim, plan.arithmetic)
+    return Measured(replace(measures, stealth_stored=stored), examined, seconds, pictures)
 
 
 def build_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured: Measured) -> Record:
@@ -339,20 +357,36 @@ def stored_stealth(plan: Plan, implant: Implant) -> Stealth | None:
     return stealth_of(train, poisoned, poisoned.poisoned.nonzero().squeeze(1))
 
 
-def place_files(victim: Path, folder: Path) -> None:
-    """Put the model, the triggers and the random stream of the victim's stage into the run's folder."""
+def set_record_aside(folder: Path, keep_rows: bool) -> None:
+    """Remove the record in a run's folder; where its rows of defences are kept, it stays under another name.
+
+    Drafts that a killed process has left there go, too: whoever is here is the only one to write.
+    """
+    with locked(folder.parent, f"{folder.name}-record"):
+        for draft in folder.glob(DRAFTS):
+            draft.unlink()
+        if not keep_rows:
+            (folder / EARLIER).unlink(missing_ok=True)
+            (folder / RECORD).unlink(missing_ok=True)
+        elif (folder / RECORD).exists():
+            (folder / RECORD).replace(folder / EARLIER)
+
+
+def place_files(victim: Path, pictures: bytes, folder: Path) -> None:
+    """Put the files of the victim's stage and the pictures into the run's folder, and their checksums."""
+    write_bytes(folder / PICTURES, pictures)
     for name in RUN_FILES:
-        # A file of an earlier run goes, even where the new victim has none of that name.
-        (folder / name).unlink(missing_ok=True)
         if (victim / name).exists():
             place_file(victim / name, folder / name)
+        else:  # an earlier run may have had it
+            (folder / name).unlink(missing_ok=True)
+    write_checksums(folder, [name for name in (*RUN_FILES, PICTURES) if (folder / name).exists()])
 
 
-def write_record(record: Record, earlier: Sequence[Row], folder: Path) -> Record:
-    """Write the record, with those rows of an earlier record that still hold."""
+def write_record(record: Record, folder: Path) -> Record:
+    """Write the record, with those rows of defences of an earlier record that still hold."""
     with locked(folder.parent, f"{folder.name}-record"):
-        # Another process may have written a record, and rows of defences, since `earlier` was read.
-        rows = [*earlier, *(row for row in _defence_rows(folder) if row not in earlier)]
-        record = replace(record, defences=still_holding(rows, record))
+        record = replace(record, defences=still_holding(_defence_rows(folder), record))
         record.write(folder)
+        (folder / EARLIER).unlink(missing_ok=True)
     return record

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vitrap.errors import UserError
+from vitrap.experiment.checksums import damage, write_checksums
 from vitrap.experiment.defence_rows import Row, ScreenRow, row_settings
 from vitrap.files import write_bytes
 
@@ -80,6 +81,7 @@ def write_scores(folder: Path, row: ScreenRow, scores: Scores, carried: Mapping[
     path = folder / row.scores
     path.parent.mkdir(exist_ok=True)
     write_bytes(path, save({**tensors, "hits": scores.hits.contiguous()}, about))
+    write_checksums(path.parent, [file.name for file in path.parent.glob("*.safetensors")])
 
 
 def read_scores(folder: str | Path, row: Row) -> Scores:
@@ -98,6 +100,8 @@ def read_scores(folder: str | Path, row: Row) -> Scores:
         raise UserError(f"the row of {row.name!r} was measured before scores were kept; defend the run with it again")
     path = Path(folder) / FOLDER / PurePath(row.scores).name
     try:
+        if wrong := damage(path.parent, path.name):
+            raise OSError(wrong)
         found = load_file(path)
         victim, twin, index = (ByKind(*(found[f"{part}.{kind}"] for kind in KINDS)) for part in PARTS)
         return Scores(victim, twin, index, found["hits"])

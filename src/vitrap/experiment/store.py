@@ -7,9 +7,9 @@ whose state the draft holds.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,15 +20,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vitrap.errors import UserError
-from vitrap.files import put_in_place, write_json
+from vitrap.experiment.checksums import damage, write_checksums
+from vitrap.files import check_folder, put_in_place, read_json, write_json
 
 STALE = 7 * 24 * 3600
-"""Seconds after which a draft counts as left behind."""
+"""Seconds after which a draft counts as left behind, unless it is being worked on."""
+DEPENDS = "depends.json"
+"""In a stage: all that it depends on."""
 STATE = "training.safetensors"
 """In a draft: the state of the training under way, from which the next call goes on."""
 LOCKS = "locks"
 OFTEN = 0.2
 """Seconds after which a process that waits for a lock asks again."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,56 +61,65 @@ class Store:
     root: Path
     waiting: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
-    def check(self) -> None:
+    def check(self, run: str = "", remedy: str = "choose another with --out") -> None:
         """Refuse a folder that cannot be written, before any work is done; nothing is made yet.
+
+        Args:
+            run: name of the folder below it that a run is to be written into.
+            remedy: what to do about it.
 
         Raises:
             UserError: naming the folder and why.
         """
-        there = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"output folder {str(self.root)!r} cannot be written ({error.strerror}); choose another with --out"
-            ) from error
+        for folder in (self.root, self.root / LOCKS, self.root / "stages", self.root / run):
+            check_folder(folder, f"output folder {str(folder)!r}", remedy)
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove the drafts that killed processes left behind: those so old that no stage can still be made there."""
+        """Remove the drafts that killed processes left behind a while ago: nobody holds the locks of their stages."""
         for draft in (self.root / "stages").glob(".*"):
-            with suppress(OSError):  # another process may be sweeping, too
+            with suppress(OSError):  # another process holds the lock, or has swept the draft
                 if time.time() - draft.stat().st_mtime > STALE:
-                    shutil.rmtree(draft)
+                    stage = "-".join(draft.name.removeprefix(".").split("-")[:2])
+                    with _lock(self.root, stage).acquire(blocking=False):
+                        shutil.rmtree(draft)
 
     def stage(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
         """The folder of a stage, made by `make(folder)` unless it is there already (or `force`).
 
-        Of several processes that need it, one makes it and the others wait. What `make` finds in its folder is the
-        state of a training that an earlier process began, or nothing.
+        One that is there but damaged is made anew, and the log says so. Of several processes that need it, one makes
+        it and the others wait. What `make` finds in its folder is the state of a training that an earlier process
+        began, or nothing.
         """
         place = self.root / "stages" / f"{stage.kind}-{stage.key}"
-        if place.exists() and not force:
+        if not force and self.find(stage.kind, stage.key):
             return place
         with self.alone(place.name, f"wait for another's {stage.kind}"):
-            if place.exists() and not force:
+            if not force and self.find(stage.kind, stage.key):
                 return place
+            if place.exists() and not force:
+                log.warning("vitrap: stage %r is damaged (%s); it is made anew", str(place), stage_damage(place))
             draft = place.with_name(f".{place.name}-draft")
             _clear(draft, whole=force)
             draft.mkdir(parents=True, exist_ok=True)
-            os.utime(draft)  # it is under way again: nobody sweeps it
+            os.utime(draft)  # it is not left behind since then
             try:
                 make(draft)
-                write_json(draft / "depends.json", stage.depends)
+                write_json(draft / DEPENDS, stage.depends)
                 (draft / STATE).unlink(missing_ok=True)
-                _keep(draft, place, force)
+                write_checksums(draft, os.listdir(draft))
+                put_in_place(draft, place, replace=place.exists())
             except UserError:  # it would come again
                 _clear(draft, whole=True)
                 raise
             finally:
                 _clear(draft)
         return place
+
+    def find(self, kind: str, key: str) -> Path | None:
+        """The folder of the stage of this kind and key; None where it is missing or damaged."""
+        place = self.root / "stages" / f"{kind}-{key}"
+        return place if place.exists() and not stage_damage(place) else None
 
     @contextmanager
     def alone(self, name: str, waiting: str) -> Iterator[None]:
@@ -123,9 +136,7 @@ def locked(out: Path, name: str, waiting: Callable[[], AbstractContextManager[An
     the folder `locks`, since to remove one that another process may be opening lets two of them in. Processes of
     several machines see each other's locks where the file system has POSIX locks over them, as NFS does.
     """
-    folder = out / LOCKS
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name}.lock")
+    lock = _lock(out, name)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -137,6 +148,22 @@ def locked(out: Path, name: str, waiting: Callable[[], AbstractContextManager[An
         lock.release()
 
 
+def _lock(out: Path, name: str) -> FileLock:
+    """The lock of a name for a folder of runs, not yet acquired."""
+    folder = out / LOCKS
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{name}.lock")
+
+
+def stage_damage(place: Path) -> str:
+    """What is wrong with the folder of a stage; "" if nothing is."""
+    try:
+        key = Stage("", read_json(place / DEPENDS)).key
+    except (OSError, ValueError, RecursionError):
+        return f"{DEPENDS} is missing or damaged"
+    return damage(place) if place.name.endswith(key) else "it is another stage"
+
+
 def _clear(draft: Path, whole: bool = False) -> None:
     """Remove a draft: all of it, or what is not the state of a training."""
     if whole or not (draft / STATE).exists():
@@ -145,12 +172,3 @@ def _clear(draft: Path, whole: bool = False) -> None:
     for file in draft.iterdir():
         if file.name != STATE:
             file.unlink()
-
-
-def _keep(draft: Path, place: Path, force: bool) -> None:
-    """Put a draft in its place; where another process was faster, its equal result stays (unless `force`)."""
-    try:
-        put_in_place(draft, place, replace=force)
-    except OSError:
-        if not place.exists():
-            raise

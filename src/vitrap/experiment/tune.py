@@ -17,7 +17,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.plan import make_plan, training_steps
 from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.spec import load_spec
-from vitrap.files import write_bytes
+from vitrap.files import check_file, write_bytes
 from vitrap.train.arithmetic import Arithmetic, compiled
 
 PLAIN = (
@@ -68,9 +68,11 @@ def tune(
         write: False to measure only.
 
     Raises:
-        UserError: the spec is wrong, or no training step fits the device's memory.
+        UserError: the spec is wrong or cannot be written, or no training step fits the device's memory.
     """
     spec = load_spec(path, overrides)
+    if write:
+        check_file(Path(path), f"spec {str(path)!r}", "copy it to where it can be, or give --dry-run")
     plan = make_plan(spec, device, progress=progress, attacking=False)
     train = plan.world.train
     size = (train.pixels.shape[1], train.size, train.n_classes)

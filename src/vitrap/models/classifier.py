@@ -19,11 +19,12 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.contracts import Images
 from vitrap.errors import UserError
+from vitrap.files import write_bytes
 from vitrap.images import misshapen
 from vitrap.models.arguments import overridable, refuse_body, refuse_overrides
 from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
@@ -223,9 +224,9 @@ def load_weights(body: nn.Module, path: Path) -> None:
 
 
 def save_model(model: Classifier, path: Path, **facts: str) -> None:
-    """Write the weights as safetensors; `facts` go into its metadata, such as what the model carries."""
+    """Write the weights as safetensors, whole or not at all; `facts` go into its metadata: what the model carries."""
     weights = {k: v.detach().cpu().contiguous() for k, v in model.body.state_dict().items()}
-    save_file(weights, path, {"architecture": json.dumps(asdict(model.architecture)), **facts})
+    write_bytes(path, save(weights, {"architecture": json.dumps(asdict(model.architecture)), **facts}))
 
 
 def read_model(path: Path) -> Classifier:

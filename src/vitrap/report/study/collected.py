@@ -7,7 +7,7 @@ from pathlib import Path
 from vitrap.errors import UserError
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import parse, read_records
-from vitrap.files import write_bytes
+from vitrap.files import check_folder, write_bytes
 from vitrap.report.study.entries import find, key_of, today
 from vitrap.report.study.layout import read_page
 from vitrap.sweeps.grid import load_sweep
@@ -48,12 +48,14 @@ def collect(spec: str | Path, runs: str | Path) -> Collected:
     A record that is in the file already is replaced if that in `runs` is another; all other lines stay as they are.
 
     Raises:
-        UserError: the spec is wrong or does not say where the records lie, or there is no folder of runs.
+        UserError: the spec is wrong or does not say where the records lie, these cannot be written there, or there is
+            no folder of runs.
     """
     sweep = load_sweep(spec)
     records = read_page(sweep, Path(spec).parent).records
     if records is None:
         raise UserError(f"the spec of sweep {sweep.name!r} has no page.records: it does not say where to keep them")
+    check_folder(records, f"folder {str(records)!r}", "name another as page.records in the spec")
     loaded = read_records(runs)
     known = find(loaded)
     # The lines of the file, and on which line each run's record is.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitrap.errors import UserError
 from vitrap.experiment.records import read_records
-from vitrap.files import write_bytes
+from vitrap.files import check_file, write_bytes
 from vitrap.report.study.drawings import draw, is_current
 from vitrap.report.study.entries import Entry, entries
 from vitrap.report.study.layout import Page, read_page
@@ -79,8 +79,12 @@ def fill_page(study: Study, write: bool = True) -> list[Change]:
         The page, then the figures.
 
     Raises:
-        UserError: the page is not there or has no such part, or a table or figure cannot be made as the spec says.
+        UserError: a file cannot be written, the page is not there or has no such part, or a table or figure cannot be
+            made as the spec says.
     """
+    files = [study.page.file, *(Path(figure.file) for figure in study.page.figures)]
+    for file in filter(None, files if write else []):
+        check_file(file, repr(str(file)), "name another file in the spec")
     # Make everything first, so that a mistake in the spec leaves all files as they are.
     drafts: list[tuple[Change, bytes]] = []
     if study.page.file is not None and study.page.tables:
