@@ -119,7 +119,7 @@ def child(call: dict[str, Any], said: int, told: int, report: int) -> None:
 
 def everything(pipes: list[int]) -> list[str]:
     """All that comes out of these pipes, until nobody can write to them any more."""
-    found = {pipe: b"" for pipe in pipes}
+    found = dict.fromkeys(pipes, b"")
     with selectors.DefaultSelector() as selector:
         for pipe in pipes:
             selector.register(pipe, selectors.EVENT_READ)

@@ -69,7 +69,8 @@ def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Calla
         ended = call(forks, folder / "after", command.words)
         assert ended.code == 0, ended.said
         before, after = look(folder / "before"), look(folder / "after")
-        assert not before.half and not after.half
+        assert not before.half
+        assert not after.half
         written = [name for name, content in after.whole.items() if before.whole.get(name) != content]
         sizes = {(folder / "after" / name).stat().st_size for name in written}
         return Undisturbed(folder / "before", before, after, ended, tuple(sorted(sizes)))
@@ -139,7 +140,9 @@ def wrong_at_its_end(kind: str, ended: Ended, command: Command) -> Iterator[str]
             yield f"not one line on stderr but {len(lines)}: {lines[-1:]}"
 
 
-def wrong_with(forks: Forks, command: Command, whole: Undisturbed, place: Path, fault: tuple[str, int]) -> Iterator[str]:
+def wrong_with(
+    forks: Forks, command: Command, whole: Undisturbed, place: Path, fault: tuple[str, int]
+) -> Iterator[str]:
     """What is wrong with a disturbed call, with what it leaves, and with the call after it."""
     kind = fault[0]
     ended = call(forks, place, command.words, None if kind == "pages" else fault)
