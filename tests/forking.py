@@ -13,6 +13,7 @@ A fault is a kind and a number n:
 
 import contextlib
 import errno
+import gc
 import json
 import mmap
 import multiprocessing
@@ -22,6 +23,7 @@ import selectors
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,9 +147,12 @@ def warm_up(words: list[str]) -> None:
 
 def serve() -> None:
     torch.set_num_threads(1)
+    console.PATIENCE = threading.TIMEOUT_MAX  # no bars, which come or not with the machine's load
     ours = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {ours[os.getpid() % len(ours)]})  # so that a sweep's worker has one thread, too
     warm_up(sys.argv[1:])
+    gc.collect()
+    gc.freeze()  # no fork looks through what is here already
     print("ready", flush=True)
     for line in sys.stdin:
         pipes = [os.pipe() for _ in range(3)]

@@ -123,7 +123,6 @@ DEFEND = ("defend", "runs/small-*", "--defence", "max_softmax", "--device", "cpu
 TABLE = ("table", "sweep.toml", "--collect", "runs")
 COMMANDS = {
     "run": Command(RUN),
-    "run, defences": Command(RUN, (PLAIN,)),
     "run --force": Command((*RUN, "--force"), (RUN,), again=RUN, redone=("runs/small-*/*", "runs/stages/victim-*/*")),
     "run, measured anew": Command(PLAIN, (PLAIN, DEFEND), age, redone=("runs/small-*/*",)),
     "sweep": Command(SWEEP, several=True),

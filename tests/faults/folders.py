@@ -67,7 +67,7 @@ def said(file: Path) -> Any:
             return Image.open(file).convert("RGBA").tobytes()
         case ".html":
             text = file.read_text()
-            assert text.endswith("</html>\n"), text[-40:]
+            assert text.endswith("</html>"), text[-40:]
             return text
         case ".safetensors":
             with safe_open(file, "np") as tensors:
