@@ -30,8 +30,10 @@ class Ended:
 
     @property
     def before_record(self) -> int:
-        """How many operations were done until the record was there."""
-        return max(n for n, operation in enumerate(self.operations, 1) if "record.json" in operation)
+        """How many operations were done until the record was there, that which brought it there included."""
+        return max(
+            n for n, what in enumerate(self.operations, 1) if what.startswith("rename") and ".record.json" in what
+        )
 
 
 class Forks:
