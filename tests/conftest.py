@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.forks import Forks
 from vitrap.data.sources import World, open_data
 from vitrap.models.classifier import Architecture, Classifier, open_model
 
@@ -40,6 +41,14 @@ def two_cores() -> Iterator[None]:
     os.sched_setaffinity(0, {ours[first], ours[first - 1]})
     yield
     os.sched_setaffinity(0, before)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """A process that forks calls of `vitrap`."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

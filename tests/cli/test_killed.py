@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ STAGE_FILES = {
     "trigger": {"depends.json", "facts.json", "stream.safetensors", "trigger.safetensors"},
     "victim": {"depends.json", "facts.json", "model.safetensors", "stream.safetensors", "trigger.safetensors"},
 }
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="session")

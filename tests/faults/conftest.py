@@ -2,12 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pytest
-
-from tests.forks import Forks
 
 ALL = os.environ.get("VITRAP_FAULTS") == "all"
 Tally = Callable[[str, int, int], None]
@@ -20,13 +18,6 @@ def sample(things: Sequence[T], n: int, turn: int = 0) -> Sequence[T]:
         return things
     shift = (0.5 + turn * 0.618) % 1
     return [things[int((i + shift) * len(things) / n)] for i in range(n)]
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture

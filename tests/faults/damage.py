@@ -22,9 +22,16 @@ ODD: list[Any] = [
 """Values of every kind that a reader may meet where it expects another."""
 
 
+ENDLESS = ["", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, "1e" + "9" * 5000, "x" * 100_000, "a." * 10_000]
+"""Texts that a parser may choke on, wherever a value is expected."""
+
+
 def contents(valid: bytes, suffix: str) -> SearchStrategy[bytes]:
-    """Contents for a file that should have the content `valid`."""
-    return st.one_of(st.binary(max_size=200), st.text(max_size=200).map(_coded), _damaged(valid), _odd(valid, suffix))
+    """Contents for a file that should have the content `valid`: of five, three are whole and say something odd."""
+    texts = st.text(max_size=200) | st.sampled_from([*ENDLESS, *(f"x = {text}" for text in ENDLESS)])
+    other = st.sampled_from([b"\xef\xbb\xbf" + valid, valid.decode("latin1").encode("utf-16"), bytes(len(valid))])
+    odd = _odd(valid, suffix)
+    return st.one_of(st.binary(max_size=200) | texts.map(_coded) | other, _damaged(valid), odd, odd, odd)
 
 
 def _coded(text: str) -> bytes:
