@@ -73,7 +73,7 @@ def disturbing(folder: str, kind: str, number: int, report: int) -> Callable[[st
         if kind == "full" and n >= number:
             no_growth(0)
             if event in GROW:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[0])
 
     return hook
 

@@ -22,7 +22,7 @@ from tests.faults.folders import Content, look, wrong_between
 from tests.forks import Ended, Fault, Forks
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs fork and the folders of Linux")
-KINDS = {"kill": 2, "torn": 1, "full": 2, "small": 1, "pages": 1}
+KINDS = {"kill": 2, "torn": 1, "full": 1, "small": 1, "pages": 1}
 """Kinds of faults, and how many of each are tried of a command in a sample."""
 PAGE = 4096
 
