@@ -4,7 +4,7 @@ BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check format bench clean
+.PHONY: help run test faults check format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,9 @@ run: .venv/.ready ## one experiment from attack to report; no spec: the embedded
 # One thread a worker: workers already fill the cores. A worker keeps neighbouring tests, and so the models they share.
 test: .venv/.ready-test ## every test; VITRAP_DATA names the data cache
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+faults: .venv/.ready-test ## a kill and a full disk at every operation on files, any bytes in every file; hours
+	VITRAP_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: .venv/.ready-dev ## format, lint, types, import floors
 	$(BIN)/ruff format --check

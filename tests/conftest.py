@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.forks import Forks
 from vitrap.data.sources import World, open_data
 from vitrap.models.classifier import Architecture, Classifier, open_model
 
@@ -47,6 +48,14 @@ def two_cores() -> Iterator[None]:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Types are not checked at run time, as for users: what they get wrong must be refused by the package itself."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """A process that forks calls of `vitrap`."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

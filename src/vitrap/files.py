@@ -6,6 +6,7 @@ files and folders follow the process's umask.
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
@@ -57,7 +58,9 @@ def open_file(path: Path) -> BufferedReader:
 
 LONGEST = 128
 """Bytes that must be left of the longest path for what is written into a folder."""
-DRAFTS = ".*-" + 8 * "[0-9a-f]"
+SUFFIX = 8 * "[0-9a-f]"
+"""Matches how the name of a draft ends."""
+DRAFTS = ".*-" + SUFFIX
 """Matches the names of drafts in a folder."""
 
 
@@ -128,14 +131,32 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     draft = _draft(path)
     with named_errors(path):
-        try:
-            yield draft
-            _sync(draft)
-            os.replace(draft, path)
-        finally:
-            # Even after the renaming: POSIX does not rename one link of a file to another link of the same file.
-            with suppress(OSError):
-                draft.unlink()
+        _clear_drafts(path)
+        with draft.open("wb") as held:
+            _hold(held)
+            try:
+                yield draft
+                _sync(draft)
+                os.replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
+
+
+def _hold(file: BinaryIO) -> bool:
+    """Lock a file for as long as it is open here; False where another process has it, or the system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _clear_drafts(path: Path) -> None:
+    """Remove the drafts of a file whose processes were killed: those that nobody holds."""
+    for left in path.parent.glob(glob.escape(_draft_name(path)) + SUFFIX):
+        with suppress(OSError), left.open("rb") as draft:
+            if _hold(draft):
+                left.unlink()
 
 
 @contextmanager
@@ -149,7 +170,12 @@ def named_errors(path: Path) -> Iterator[None]:
 
 def _draft(path: Path) -> Path:
     """A new name for a draft of a file or a folder, beside it; the longest of names leaves no room for more."""
-    return path.with_name(f".{path.name[:50]}-{secrets.token_hex(4)}")
+    return path.with_name(_draft_name(path) + secrets.token_hex(4))
+
+
+def _draft_name(path: Path) -> str:
+    """How the names of a file's or folder's drafts begin."""
+    return f".{path.name[:50]}-"
 
 
 @contextmanager
@@ -293,11 +319,17 @@ def put_in_place(draft: Path, folder: Path, replace: bool = False) -> None:
 
 def place_file(source: Path, target: Path) -> None:
     """Put a file at another place: as a hard link where the file system has them, else as a copy."""
-    with whole_file(target) as draft:
-        try:
-            os.link(source, draft)
-        except OSError:
-            shutil.copyfile(source, draft)
+    _clear_drafts(target)
+    draft = _draft(target)
+    try:
+        os.link(source, draft)
+    except OSError:
+        with whole_file(target) as copy:
+            shutil.copyfile(source, copy)
+        return
+    with named_errors(target):
+        os.replace(draft, target)
+        draft.unlink(missing_ok=True)  # POSIX does not rename one link of a file to another link of the same file
 
 
 def _sync(file: Path) -> None:

@@ -4,9 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import TINY, command, vitrap
+from tests.forks import Ended, Forks
 from tests.states import OFTEN, mark, marked, states
 from tests.waiting import wait_until
 from vitrap.experiment.checksums import CHECKSUMS, damage
 from vitrap.experiment.store import Stage
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
-AFTER = 2 + 2 * 5
-"""Operations on files after the record is there: its draft and the earlier record go, and two answers are written."""
 STAGE_FILES = {
     "clean": {"depends.json", "facts.json", "model.safetensors", CHECKSUMS},
     "trigger": {"depends.json", "facts.json", "stream.safetensors", "trigger.safetensors", CHECKSUMS},
@@ -36,56 +32,6 @@ STAGE_FILES = {
         CHECKSUMS,
     },
 }
-
-
-Within = tuple[str, int, int] | None
-"""A kind of stage, a signal, and the training step of that stage in which it comes."""
-
-
-@dataclass
-class Ended:
-    """How a call ended: exit code (minus a signal's number), events on files, and all it said."""
-
-    code: int
-    events: int
-    said: str
-
-
-class Forks:
-    """Calls of `vitrap run`, each in a process of its own that is quick to start."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("forking.py")
-        self.server: Any = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.server.stdout.readline() == "ready\n"
-
-    def run(self, out: Path, *words: str, dies_at: int = 0, within: Within = None, **environment: str) -> Ended:
-        """A tiny run, killed at an operation on files, or sent a signal `within` the training of a kind of stage."""
-        words = ("run", *TINY, *words, "--device", "cpu", "--out", str(out))
-        return self.call(out, list(words), dies_at, within, **environment)
-
-    def call(self, out: Path, words: list[str], dies_at: int = 0, within: Within = None, **environment: str) -> Ended:
-        """`vitrap WORDS`, which works below `out`."""
-        said = out.with_name(f"{out.name}.log")
-        call = {"words": words, "said": str(said), "out": str(out), "dies_at": dies_at, "within": within}
-        call["environment"] = environment
-        self.server.stdin.write(json.dumps(call) + "\n")
-        self.server.stdin.flush()
-        return Ended(*json.loads(self.server.stdout.readline()), said.read_text())
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.stdout.close()
-        self.server.wait()
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +69,7 @@ def test_killed_at_an_operation_on_a_file(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path, share: float
 ) -> None:
     whole, wanted = undisturbed
-    ended = forks.run(tmp_path / "runs", dies_at=max(1, round(share * (whole.events - AFTER))))
+    ended = forks.run(tmp_path / "runs", dies_at=max(1, round(share * whole.before_record)))
     assert ended.code == -signal.SIGKILL
     check_nothing_half(tmp_path / "runs")
     there = {place: place.stat().st_ino for place in (tmp_path / "runs").glob("stages/[!.]*")}
@@ -137,7 +83,7 @@ def test_killed_while_it_holds_locks_the_record_answers_and_work_goes_on(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
-    assert forks.run(out, dies_at=undisturbed[0].events - AFTER + 1).code == -signal.SIGKILL
+    assert forks.run(out, dies_at=undisturbed[0].before_record + 1).code == -signal.SIGKILL
     assert record(out) == undisturbed[1]
     for words in ([], ["--force"]):
         assert forks.run(out, *words).code == 0
@@ -149,7 +95,7 @@ def test_killed_again_and_again_it_still_comes_to_its_end(
     forks: Forks, undisturbed: tuple[Ended, dict[str, Any]], tmp_path: Path
 ) -> None:
     out, codes = tmp_path / "runs", []
-    for dies_at in (7, 16, 25, 0):
+    for dies_at in (4, 8, 12, 0):
         codes.append(forks.run(out, dies_at=dies_at).code)
         if codes[-1]:
             check_nothing_half(out)
@@ -168,7 +114,7 @@ def test_killed_while_defending_the_record_is_whole(
     rows: list[int] = []
     for dies_at in range(1, 100):
         file.write_bytes(before)
-        ended = forks.call(tmp_path / "runs", words, dies_at)
+        ended = forks.call(tmp_path / "runs", words, ("kill", dies_at))
         content = json.loads(file.read_text())
         rows.append(len(content["defences"]))
         assert {**content, "defences": []} == json.loads(before)
@@ -177,7 +123,7 @@ def test_killed_while_defending_the_record_is_whole(
         assert ended.code == -signal.SIGKILL, ended.said
     assert rows[0] == 0
     assert rows[-1] == 1
-    assert len(rows) > 10
+    assert len(rows) > 5
 
 
 @pytest.mark.parametrize("kind", ["clean", "victim"])

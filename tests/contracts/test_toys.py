@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cli.test_killed import AFTER, Forks
+from tests.forks import Fault, Forks
 from tests.states import OFTEN, mark, marked, states
 from vitrap import registry
 from vitrap.contracts import AllToOne, ImageSet, Threat, undeclared
@@ -306,13 +306,13 @@ def forks(toys: None) -> Iterator[Forks]:
 def test_killed_in_the_middle_the_next_call_goes_on(name: str, forks: Forks, made: Made, tmp_path: Path) -> None:
     words = ["run", *SMALL, f"name={name}", *ATTACKS[name], "--device", "cpu"]
 
-    def call(out: Path, dies_at: int = 0) -> Any:
-        return forks.call(out, [*words, "--out", str(out)], dies_at)
+    def call(out: Path, fault: Fault = None) -> Any:
+        return forks.call(out, [*words, "--out", str(out)], fault)
 
     whole = call(tmp_path / "whole")
     assert whole.code == 0, whole.said
     part = 0.3 + 0.6 * list(ATTACKS).index(name) / len(ATTACKS)
-    killed = call(tmp_path / "runs", max(1, round(part * (whole.events - AFTER))))
+    killed = call(tmp_path / "runs", ("kill", max(1, round(part * whole.before_record))))
     assert killed.code == -signal.SIGKILL
     assert list((tmp_path / "runs").glob("*/record.json")) == []
     ended = call(tmp_path / "runs")
