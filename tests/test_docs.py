@@ -35,7 +35,7 @@ FREE = {"contents",   # what is in them, spec or attack decides
 }  # fmt: skip
 NEWER = {  # keys of rows that records of older vitraps lack
     "version", "screened", "scores", "suspected_classes", "suspected_classes_clean_model", "by_class",
-    "by_class_clean_model", "tied_at_fpr",
+    "by_class_clean_model", "tied_at_fpr", "no_backdoor", "unresolved",
 }  # fmt: skip
 CLAIM = {"measure", "value", "unit", "data", "model", "setting", "source", "where", "note"}
 

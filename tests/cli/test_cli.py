@@ -203,7 +203,7 @@ def test_defend_prints_a_row_and_the_same_again(call: Call, tiny_run, tmp_path: 
     said = call(*words)
     assert said.code == 0, said.err
     assert said.out.startswith("strip (overlays = 2")
-    for text in ("AUROC", "TPR at 5 % FPR", "clean twin", "405 / 450"):
+    for text in ("AUROC, no backdoor", "no backdoor (", "needs 100 held-out", "clean twin", "405 / 450"):
         assert text in said.out
     row = call(*words, "--json")
     assert row.err == ""

@@ -34,6 +34,7 @@ from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
 from vitrap.experiment.store import locked
 from vitrap.metrics.detection import auroc
+from vitrap.metrics.diagnosis import no_backdoor
 from vitrap.sweeps.ahead import look_ahead
 from vitrap.sweeps.grid import Point, Sweep
 
@@ -166,6 +167,14 @@ def test_the_number_of_images_is_a_setting_of_a_screen(tmp_path: Path) -> None:
 def test_a_wrong_number_of_images(name: str, screened: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_defence(name, [f"screened={screened}"])
+
+
+def test_a_row_says_that_there_was_no_backdoor(folder: Path) -> None:
+    record = defend(folder, [NULL], device="cpu")
+    faults = no_backdoor(record.victim, record.data.classes)
+    assert record.defences[0].no_backdoor == faults != ()
+    assert record.diagnosis is not None
+    assert set(faults) <= set(record.diagnosis)
 
 
 def test_another_number_of_images_is_another_row(folder: Path) -> None:

@@ -103,8 +103,8 @@ def test_settings_are_chosen_on_what_was_held_out(tmp_path: Path) -> None:
 @BOTH
 def test_a_record_has_rates_with_intervals_and_stealth(runs: Runs, name: str) -> None:
     victim = runs.records[name].victim
-    rates = {"cda": 450, "asr": 405, "ra": 405, "asr_clean_model": 405, "cda_clean_model": 450}
-    assert set(to_table(victim)) == {*rates, "stealth"}
+    rates = {"cda": 450, "asr": 405, "ra": 405, "asr_clean_model": 405, "cda_clean_model": 450, "asr_clean_images": 405}
+    assert set(to_table(victim)) == {*rates, "stealth", "majority"}
     for name, n in rates.items():
         rate = getattr(victim, name)
         assert 0 <= rate.low <= rate.value <= rate.high <= 1

@@ -55,11 +55,20 @@ def test_the_embedded_default_is_ageb_on_digits() -> None:
         (["attack.name=badnets", "data.name=gtsrb"], "badnets-gtsrb"),
         (["data.name=imagefolder:/some/where/flowers/"], "ageb-flowers"),
         (["data.name=imagefolder:/"], "ageb-data"),
+        (["attack.name=megatron", "data.name=gtsrb"], "megatron-training-gtsrb"),
+        (["attack.name=megatron", "attack.setting=clean-label"], "megatron-clean-label-digits"),
+        (["attack.name=megatron", r'data.name="npy:a\\b\u0007"'], "megatron-training-a-b-"),
+        (["data.name=npy:" + 200 * "x"], f"ageb-{60 * 'x'}"),
         (["name=mine", "attack.name=badnets"], "mine"),
     ],
 )
-def test_a_run_without_a_name_is_called_by_attack_and_data(overrides: list[str], name: str) -> None:
+def test_a_run_without_a_name_is_called_by_attack_setting_and_data(overrides: list[str], name: str) -> None:
     assert load_spec(None, overrides).name == name
+
+
+def test_the_name_is_no_part_of_the_hash() -> None:
+    overrides = ["attack.name=megatron", "attack.setting=clean-label"]
+    assert load_spec(None, overrides).hash() == load_spec(None, [*overrides, "name=mine"]).hash()
 
 
 def test_an_empty_spec_is_whole() -> None:

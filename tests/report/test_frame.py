@@ -67,6 +67,14 @@ def test_a_row_is_a_run_and_a_measure(tmp_path: Path):
     assert len(frame[frame["name"] == "two"]) == 5 + 5
 
 
+def test_a_run_has_its_diagnosis(tmp_path: Path):
+    write(tmp_path, made.record("good"))
+    write(tmp_path, made.record("bad", cda=0.1))
+    frame = vitrap.load_records(tmp_path)
+    assert set(frame[frame["name"] == "good"]["diagnosis"]) == {""}
+    assert frame[frame["name"] == "bad"]["diagnosis"].str.startswith("the victim is at chance").all()
+
+
 def test_means_over_seeds_are_a_line(tmp_path: Path):
     for seed, hits in enumerate((2, 4, 6)):
         content = record(seed=seed)

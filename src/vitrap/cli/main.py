@@ -7,7 +7,7 @@ itself, so that only commands that compute import torch.
 import gc
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -173,7 +173,7 @@ def defend(
     if as_json:
         print_json(to_table(row))
         return
-    _print_defences([row])
+    _print_defences([row], record)
 
 
 @app.command()
@@ -318,22 +318,27 @@ def _print_record(record: "Record", folder: Path) -> None:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in adapted(record.models):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(in_a_line(diagnose(record.victim)), highlight=False, markup=False, soft_wrap=True)
-    _print_defences(record.defences)
+    diagnosis = diagnose(record.victim, record.data.classes)
+    out.print(in_a_line(diagnosis), highlight=False, markup=False, soft_wrap=True)
+    _print_defences(record.defences, record)
     out.print(f"record, pictures, model and trigger: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_defences(rows: "Iterable[Row]") -> None:
-    """Print a table for each row of defences."""
+def _print_defences(rows: "Sequence[Row]", record: "Record") -> None:
+    """Print a table for each of these rows of a record's defences."""
     from vitrap.experiment.defence_rows import row_settings
+    from vitrap.metrics.diagnosis import in_short, no_backdoor
     from vitrap.report.tables import defence_measures
 
+    faults = in_short(no_backdoor(record.victim, record.data.classes))
     for row in rows:
         settings = ", ".join(f"{k} = {v}" for k, v in row_settings(row).items() if v is not None)
         seconds = ", ".join(f"{name} {took:.1f} s" for name, took in row.seconds.items())
         out.print(f"[bold]{escape(row.name)}[/] ({escape(settings)}): {seconds}", highlight=False)
+        if faults:
+            out.print(f"no backdoor ({', '.join(faults)}): no credit to the defence", highlight=False, soft_wrap=True)
         table = Table("measure", "victim", "clean twin", "n", header_style="bold")
-        for line in defence_measures(row):
+        for line in defence_measures(row, backdoor=not faults):
             table.add_row(*line)
         out.print(table)
 

@@ -8,9 +8,12 @@ There is a class for each kind of outcome. docs/record.md explains the keys. All
 - `seconds`: wall-clock time on the victim, by step;
 - `layer`: the layer that the defence looks at; "" where it looks at the model's outputs alone;
 - `report`: numbers that the defence reports;
-- `key`: hash of all that the row rests on; "" until the row is in a record.
+- `key`: hash of all that the row rests on; "" until the row is in a record;
+- `no_backdoor`: the faults of the run's diagnosis by which there is no backdoor, so that nothing in the row is to the
+  defence's credit; empty where there is one, and in older rows.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +26,10 @@ from vitrap.metrics.values import Auroc, Count, Rate, Rates, Share
 Table = dict[str, Any]
 OPTIONAL = {"optional": True}
 """Marks a field that is not written to a record while it has its default."""
+RatesByFpr = dict[str, Rate | None]
+"""A rate for each false positive rate, which is written as in `0.05`; None where no threshold resolves that."""
+RATES_BY_FPR = ("tpr_at_fpr", "tied_at_fpr", "fpr_on_test", "tpr_at_fpr_on_hits", "fpr_on_clean_model")
+"""The fields of a screen's row that are such rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,7 @@ class ScreenRow:
     """A screen: how well its scores tell triggered images from clean ones.
 
     Rates are given for each false positive rate, at the threshold that so large a share of held-out images exceeds.
+    They are None where that share is less than one image, and no threshold has such a rate.
 
     Attributes:
         auroc: of triggered against clean test images.
@@ -41,6 +49,7 @@ class ScreenRow:
         auroc_clean_model: as `auroc`, for the clean twin.
         fpr_on_clean_model: as `fpr_on_test`, for the clean twin and its own thresholds.
         n_threshold: number of held-out images.
+        unresolved: for each false positive rate without a threshold, how many held-out images that needs.
         screened: number of images of each kind that are scored; all where there are fewer.
         scores: the file in the run's folder with the score of each image; "" in older rows.
     """
@@ -53,17 +62,44 @@ class ScreenRow:
     layer: str
     report: Table
     key: str = ""
+    no_backdoor: tuple[str, ...] = field(default=(), metadata=OPTIONAL)
     auroc: Auroc
-    tpr_at_fpr: dict[str, Rate]
-    tied_at_fpr: dict[str, Rate] = field(default_factory=dict, metadata=OPTIONAL)
-    fpr_on_test: dict[str, Rate]
+    tpr_at_fpr: RatesByFpr
+    tied_at_fpr: RatesByFpr = field(default_factory=dict, metadata=OPTIONAL)
+    fpr_on_test: RatesByFpr
     auroc_on_hits: Auroc
-    tpr_at_fpr_on_hits: dict[str, Rate]
+    tpr_at_fpr_on_hits: RatesByFpr
     auroc_clean_model: Auroc
-    fpr_on_clean_model: dict[str, Rate]
+    fpr_on_clean_model: RatesByFpr
     n_threshold: Count
+    unresolved: dict[str, str] = field(default_factory=dict, metadata=OPTIONAL)
     screened: Count = SCREENED
     scores: str = field(default="", metadata=OPTIONAL)
+
+    def __post_init__(self) -> None:
+        """Leave out the rates at thresholds that the held-out images cannot resolve, of older rows as well.
+
+        Raises:
+            ValueError: a key is no false positive rate, or a rate is missing.
+        """
+        why = {fpr: reason for fpr in self.tpr_at_fpr if (reason := _unresolved(fpr, self.n_threshold))}
+        object.__setattr__(self, "unresolved", why)
+        for name in RATES_BY_FPR:
+            table = getattr(self, name)
+            if name == "tied_at_fpr" and not table:  # an older row
+                continue
+            rates = {fpr: None if fpr in why else table.get(fpr) for fpr in self.tpr_at_fpr}
+            if missing := [fpr for fpr, rate in rates.items() if rate is None and fpr not in why]:
+                raise ValueError(f"{name} has no rate for {missing[0]!r}")
+            object.__setattr__(self, name, rates)
+
+
+def _unresolved(fpr: str, n_threshold: int) -> str:
+    """Why so many held-out images give no threshold of this false positive rate; "" where they do."""
+    if not 1e-6 <= float(fpr) < 1:
+        raise ValueError(f"{fpr!r} is no false positive rate")
+    needed = math.ceil(1 / float(fpr))
+    return "" if n_threshold >= needed else f"needs {needed} held-out images, has {n_threshold}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +122,7 @@ class RepairRow:
     layer: str
     report: Table
     key: str = ""
+    no_backdoor: tuple[str, ...] = field(default=(), metadata=OPTIONAL)
     cda: Rate
     asr: Rate
     ra: Rate
@@ -116,6 +153,7 @@ class FilterRow:
     layer: str
     report: Table
     key: str = ""
+    no_backdoor: tuple[str, ...] = field(default=(), metadata=OPTIONAL)
     auroc: Auroc
     tpr: Rate
     fpr: Rate
@@ -162,6 +200,7 @@ class JudgementRow:
     layer: str
     report: Table
     key: str = ""
+    no_backdoor: tuple[str, ...] = field(default=(), metadata=OPTIONAL)
     score: float
     backdoored: bool
     suspected: int | None

@@ -36,6 +36,7 @@ from vitrap.experiment.store import Stage, Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import read_fitted
 from vitrap.files import write_json
+from vitrap.metrics.diagnosis import no_backdoor
 from vitrap.train.arithmetic import Arithmetic
 
 SAME_ASR = 0.01
@@ -285,7 +286,9 @@ def add_defences(run: FinishedRun) -> Record:
     for defence in missing:
         with run.progress(f"defend with {defence.name}", None) as tick:
             row, scores = measure_defence(defence, evaluation, tick)
-        record = add_row(run.folder, replace(row, key=row_key(record, defence)), scores)
+        # A defence gets no credit for a victim without a backdoor.
+        faults = no_backdoor(record.victim, record.data.classes)
+        record = add_row(run.folder, replace(row, key=row_key(record, defence), no_backdoor=faults), scores)
     return record
 
 

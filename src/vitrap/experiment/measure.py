@@ -48,7 +48,7 @@ def measure_victim(
     arithmetic: Arithmetic,
     tick: Callable[[], None] = no_tick,
 ) -> Measures:
-    """CDA, ASR and RA of the victim, the twin's base rates, and the trigger's stealth.
+    """CDA, ASR and RA of the victim, the base rates, and the trigger's stealth.
 
     It calls `tick` `5 * ceil(n / batch_of(test))` times.
     """
@@ -59,7 +59,7 @@ def measure_victim(
     fired = predict(victim, attacked, arithmetic, tick)
     clean_twin = predict(twin, test, arithmetic, tick)
     fired_twin = predict(twin, attacked, arithmetic, tick)
-    # The twin's rates on triggered images are the base rates: what happens without a backdoor.
+    # Base rates of the ASR: the twin has no backdoor, and clean images have no trigger.
     true = test.labels
     goal = backdoor.goal
     return Measures(
@@ -69,6 +69,8 @@ def measure_victim(
         asr_clean_model=attack_success(fired_twin, true, goal),
         cda_clean_model=clean_accuracy(clean_twin, true),
         stealth=stealth_of(test, attacked, every_row(test)),
+        asr_clean_images=attack_success(clean, true, goal),
+        majority=int(true.bincount().max()) / len(true),
     )
 
 

@@ -130,7 +130,7 @@ class Record:
         environment: versions, device, cores.
         data: sizes, classes, content fingerprint.
         models: how victim and surrogates are built; the surrogate is None where the attack has none.
-        victim: CDA, ASR, RA, the clean twin's base rates, stealth.
+        victim: CDA, ASR, RA, base rates, stealth.
         contents: SHA-256 of each file or folder that the spec names by a path, by dotted key.
         diagnosis: what is wrong with the attack by these figures, one line for each fault; empty where the backdoor
             works; None in older records.

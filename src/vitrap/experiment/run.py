@@ -332,7 +332,7 @@ def build_record(plan: Plan, models: Mapping[str, Path], trigger: Path, measured
             **{name: network.shown() for name, (network, _) in plan.surrogates().items()},
         },
         victim=measured.victim,
-        diagnosis=diagnose(measured.victim),
+        diagnosis=diagnose(measured.victim, world.test.n_classes),
         attack={**about["report"], **measured.attack},
         attack_version=spec.attack.version,
         curves={name: fact["curves"] for name, fact in facts.items()},

@@ -32,6 +32,8 @@ KEPT_KEYS = {"attack": ("target",), "model": (), "surrogate": (), "test_surrogat
 """Tables with a name; if an override changes the name, the table loses its other keys except these."""
 DEFAULT_NAMES = {"attack": "ageb", "data": "digits"}
 """The names of tables that have no name."""
+LONGEST_NAME = 100
+"""Letters that the name of a run may have."""
 FEWEST_SCREENED = 10
 """Least number of images of each kind that a screen scores; a threshold from fewer scores means nothing."""
 FOLDERS = "folders"
@@ -108,7 +110,7 @@ class Spec:
     """One experiment: everything that decides its result.
 
     Attributes:
-        name: a name for people; it does not change the result. Left out: attack and data set.
+        name: a name for people; it does not change the result. Left out: attack, its setting if it has any, and data.
         seed: the seed of victim and twin; every random stream derives from it.
         data: which images.
         model: the victim's network.
@@ -255,8 +257,8 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     # Attack and defences come last, for their files import torch.
     attack_name, attack = _attack(table.get("attack", {}))
     defences = _defences(table.get("defences", []))
-    named = {"name": f"{attack_name}-{data.short_name}"} | {k: v for k, v in table.items() if k in {"name", "seed"}}
-    head = build(_NameAndSeed, named, "")
+    named = {"name": _default_name(attack_name, attack, data)}
+    head = build(_NameAndSeed, named | {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
     return Spec(
         head.name,
         head.seed,
@@ -318,8 +320,9 @@ class _NameAndSeed:
     seed: int = param(0, "seed of victim and twin", low=0)
 
     def check_settings(self) -> None:
-        if not 0 < len(self.name) <= 100 or set(self.name) & set("/\\\0") or self.name.startswith("."):
-            raise UserError(f"name = {self.name!r} cannot name a folder; use at most 100 letters, digits and dashes")
+        if not 0 < len(self.name) <= LONGEST_NAME or set(self.name) & set("/\\\0") or self.name.startswith("."):
+            letters = f"{LONGEST_NAME} letters, digits and dashes"
+            raise UserError(f"name = {self.name!r} cannot name a folder; use at most {letters}")
 
 
 def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
@@ -329,6 +332,12 @@ def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
         raise UserError(f"attack.name = {name!r} is wrong: it must be one of {', '.join(registry.names('attacks'))}")
     settings = {k: v for k, v in table.items() if k != "name"}
     return name, build(registry.get("attacks", name), settings, "attack", ("name",))
+
+
+def _default_name(attack_name: str, attack: Any, data: DataTable) -> str:
+    """The attack, its setting if it has any, and the data set, as a folder can be named."""
+    name = "-".join(filter(None, [attack_name, str(getattr(attack, "setting", "")), data.short_name]))
+    return "".join(letter if letter.isprintable() and letter != "\\" else "-" for letter in name)[:LONGEST_NAME]
 
 
 def _defences(tables: Any) -> tuple[DefenceSpec, ...]:

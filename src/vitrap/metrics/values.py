@@ -73,6 +73,9 @@ class Measures:
         cda_clean_model: the clean twin's CDA.
         stealth: how far triggered test images are from clean ones.
         stealth_stored: how far poisoned training images are, where they carry another trigger than test images.
+        asr_clean_images: the victim's ASR without the trigger, on the same images; None in older records.
+        majority: share of the test images in their most frequent class, the CDA of a model that puts everything in that
+            one; None in older records.
     """
 
     cda: Rate
@@ -82,6 +85,8 @@ class Measures:
     cda_clean_model: Rate
     stealth: Stealth
     stealth_stored: Stealth | None = field(default=None, metadata={"optional": True})
+    asr_clean_images: Rate | None = field(default=None, metadata={"optional": True})
+    majority: Share | None = field(default=None, metadata={"optional": True})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pandas
 from vitrap.experiment.defence_rows import Row, row_settings
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found, read_records
+from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Auroc, Centre, Rate
 
 ABOUT_ROW = ("name", "kind", "version", "params", "screened", "key", "layer", "scores")
@@ -26,6 +27,7 @@ def load_records(place: str | Path = "runs") -> pandas.DataFrame:
     Columns:
 
     - `run` (the run's folder), `name`, `hash`, `seed`;
+    - `diagnosis`: the faults of the attack in a line, "" where the backdoor is in;
     - every setting of the spec by its dotted key (`attack.poison_rate`, `recipe.lr`, ...), missing where a run has no
       such setting;
     - `defence`, `defence.kind` and `defence.params` (its settings as JSON, with `screened` where it is not 1,000); all
@@ -60,7 +62,7 @@ def to_frame(records: Sequence[Found]) -> pandas.DataFrame:
     columns = ["run", "defence", "defence.kind", "defence.params", "measure", "value", "low", "high", "n"]
     measures = pandas.DataFrame(lines, columns=columns)
     if not len(runs):
-        return measures.assign(name="", hash="", seed=0)
+        return measures.assign(name="", hash="", seed=0, diagnosis="")
     measures = measures.astype({"value": float, "low": float, "high": float, "n": "Int64"})
     settings = runs.take(measures.pop("run")).reset_index(drop=True)
     return pandas.concat([settings, measures], axis="columns")
@@ -70,7 +72,8 @@ def _run(found: Found) -> dict[str, Any]:
     """The columns of a run: folder, name, hash, seed and settings."""
     record = found.record
     head = {"run": found.place.name, "name": record.name, "hash": record.hash, "seed": record.seed}
-    return {**head, **dict(settings({k: v for k, v in record.spec.items() if k not in head}))}
+    faults = "; ".join(diagnose(record.victim, record.data.classes))
+    return {**head, "diagnosis": faults, **dict(settings({k: v for k, v in record.spec.items() if k not in head}))}
 
 
 def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

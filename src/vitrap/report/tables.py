@@ -9,6 +9,8 @@ from vitrap.metrics.values import Auroc, Centre, Measures, Rate
 
 Line = tuple[str, str, str, str]
 """A line: the measure, its value for victim and clean twin, and the number of images."""
+MERITS = ("AUROC", "DER")
+"""Measures that are a defence's merit only where there is a backdoor."""
 
 
 def percent(rate: Rate) -> str:
@@ -35,8 +37,10 @@ def measures(victim: Measures) -> list[Line]:
     lines = [
         ("clean accuracy (CDA)", percent(victim.cda), percent(victim.cda_clean_model), str(victim.cda.n)),
         ("attack success (ASR)", percent(victim.asr), percent(victim.asr_clean_model), str(victim.asr.n)),
-        ("robust accuracy (RA)", percent(victim.ra), "", str(victim.ra.n)),
     ]
+    if without := victim.asr_clean_images:
+        lines.append(("  without the trigger", percent(without), "", str(without.n)))
+    lines.append(("robust accuracy (RA)", percent(victim.ra), "", str(victim.ra.n)))
     for name, centre in (
         ("PSNR, dB", stealth.psnr_db),
         ("SSIM", stealth.ssim),
@@ -66,8 +70,17 @@ def adapted(models: Mapping[str, BuiltNetwork | OwnNetwork | None]) -> list[str]
     ]
 
 
-def defence_measures(row: Row) -> list[Line]:
-    """The lines for the measures of a row of defences."""
+def defence_measures(row: Row, backdoor: bool = True) -> list[Line]:
+    """The lines for the measures of a row of defences; AUROC and DER are marked where the run has no backdoor."""
+    marked = () if backdoor else MERITS
+    return [
+        (f"{name}, no backdoor" if name.startswith(marked) else name, victim, twin, n)
+        for name, victim, twin, n in _lines(row)
+    ]
+
+
+def _lines(row: Row) -> list[Line]:
+    """The lines without marks."""
     match row:
         case ScreenRow():
             return _screen(row)
@@ -90,14 +103,19 @@ def _screen(row: ScreenRow) -> list[Line]:
     lines = [
         ("AUROC", _area(row.auroc), _area(row.auroc_clean_model), count(row.auroc)),
         ("AUROC, triggered images that hit", _area(row.auroc_on_hits), "", count(row.auroc_on_hits)),
+        ("held-out images, for thresholds", "", "", str(row.n_threshold)),
     ]
     for fpr, found in row.tpr_at_fpr.items():
-        lines.append((f"TPR at {100 * float(fpr):.0f} % FPR", percent(found), "", str(found.n)))
+        name = f"TPR at {100 * float(fpr):.3g} % FPR"
+        on_test = row.fpr_on_test[fpr]
+        twin = row.fpr_on_clean_model[fpr]
+        if found is None or on_test is None or twin is None:
+            lines.append((name, row.unresolved[fpr], "", ""))
+            continue
+        lines.append((name, percent(found), "", str(found.n)))
         tied = row.tied_at_fpr.get(fpr)
         if tied and tied.value:
             lines.append(("  more that tie with the threshold", percent(tied), "", str(tied.n)))
-        on_test = row.fpr_on_test[fpr]
-        twin = row.fpr_on_clean_model[fpr]
         lines.append(("  FPR then on clean test images", percent(on_test), percent(twin), str(on_test.n)))
     return lines
 

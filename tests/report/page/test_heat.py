@@ -3,8 +3,7 @@
 from typing import Any
 
 from tests.report.made import found, judgement, record, repair, screen, sift, to_row
-from vitrap.experiment.defence_rows import Row
-from vitrap.report.page.heat import Heat, to_cell, to_heat
+from vitrap.report.page.heat import Heat, Tried, to_cell, to_heat
 from vitrap.report.page.summary import to_runs
 
 
@@ -12,8 +11,8 @@ def heat(*records: dict[str, Any]) -> Heat:
     return to_heat(to_runs([found(one) for one in records]))
 
 
-def rows(*contents: dict[str, Any]) -> list[Row]:
-    return [to_row(content) for content in contents]
+def rows(*contents: dict[str, Any]) -> list[Tried]:
+    return [(to_row(content), True) for content in contents]
 
 
 def test_a_cell_is_the_mean_over_runs() -> None:
@@ -82,6 +81,15 @@ def test_a_judgement_is_coloured_by_how_many_are_judged_backdoored() -> None:
     assert cell is not None
     assert (cell.value, cell.step) == ("0.750", 2)
     assert cell.notes == ("0.500 to 1.000", "clean twin 0.250", "judged backdoored: 1 of 2, twins 0")
+
+
+def test_a_cell_without_a_backdoor_has_no_colour_and_says_so() -> None:
+    kinds = [screen(value=1.0), sift(value=1.0), repair(der=1.0), judgement(score=1.0)]
+    sound = record(defences=kinds)
+    for broken in (record(number=1, cda=0.1, defences=kinds), record(number=1, asr=0.1, defences=kinds)):
+        cells = [line.cells[0] for line in heat(sound, broken).lines]
+        assert [(cell.step, cell.notes[0]) for cell in cells if cell] == [(0, "⚠ no backdoor in 1 of 2")] * len(kinds)
+        assert all(cell and cell.step == 4 for line in heat(sound).lines for cell in line.cells)
 
 
 def test_nothing_is_no_cell() -> None:

@@ -33,6 +33,15 @@ def test_faults_are_those_of_the_verdict() -> None:
     assert run.faults == ("the trigger is not embedded", "clean images suffer", "the trigger shows")
 
 
+@pytest.mark.parametrize(
+    ("changes", "backdoor"),
+    [({}, True), ({"psnr": 12.0}, True), ({"cda": 0.8}, True), ({"asr": 0.4}, False), ({"cda_twin": 0.1}, False)],
+)
+def test_only_some_faults_leave_no_backdoor(changes: dict[str, float], backdoor: bool) -> None:
+    (run,) = runs(record(**changes))
+    assert run.backdoor == backdoor
+
+
 def test_lines_are_ordered_by_attack_data_name_and_seed() -> None:
     ordered = runs(
         record("b", "badnets", 1, 1),

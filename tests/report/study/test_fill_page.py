@@ -168,6 +168,40 @@ def test_settings_of_defences_are_keys_and_a_measure_that_a_run_lacks_is_a_dash(
     ]
 
 
+DEFENDED = HEAD.replace("[data]", '[[defences]]\nname = "strip"\n[[defences]]\nname = "fine_tune"\n[data]')
+ONE = "[grid]\nseed = [0, 1]\n"
+
+
+@pytest.mark.parametrize(("kind", "measure"), [("screen", "auroc"), ("repair", "der"), ("screen", "tpr_at_fpr.0.05")])
+def test_a_defence_without_a_backdoor_is_marked(tmp_path: Path, kind: str, measure: str) -> None:
+    table = f'[[table]]\npart = "a"\nrows = "defence"\nkind = "{kind}"\nmeasures = "{measure}"\n'
+    rows = [screen(), repair()]
+    good, bad = record(defences=rows), record(seed=1, number=1, asr=0.1, defences=rows)
+    text = made(tmp_path, [good, bad], table, ONE, DEFENDED)
+    assert cells(text)[1][1].endswith(" †")
+    assert "† no backdoor, so no credit to the defence" in text
+    good["seed"] = good["spec"]["seed"] = 1
+    (tmp_path / "good").mkdir()
+    text = made(tmp_path / "good", [record(defences=rows), {**good, "hash": bad["hash"]}], table, ONE, DEFENDED)
+    assert "†" not in text
+
+
+def test_a_threshold_stands_with_its_held_out_images_or_is_none(tmp_path: Path) -> None:
+    table = '[[table]]\npart = "a"\nrows = "defence"\nkind = "screen"\nmeasures = "tpr_at_fpr.0.05"\n'
+    for folder, counts, shown, said in (
+        ("both", (100, 1306), "30.00 ± 0.00", "thresholds from 100 to 1,306 held-out images."),
+        ("one", (10, 100), "30.00 [28.00, 32.00] (1 of 2 seeds)", "– where these are too few for the false positive"),
+        ("none", (1, 19), "–", "Thresholds from 1 to 19 held-out images; – where these are too few"),
+    ):
+        found = [
+            record(seed=i, number=i, defences=[{**screen(), "n_threshold": count}]) for i, count in enumerate(counts)
+        ]
+        (tmp_path / folder).mkdir()
+        text = made(tmp_path / folder, found, table, ONE, DEFENDED)
+        assert said in text
+        assert cells(text)[1][1] == shown, text
+
+
 def test_a_mean_is_over_the_seeds_that_have_the_measure(tmp_path: Path) -> None:
     found = at((0.5, 0.5, 0.5))
     for content, lpips in zip(found, (0.1, None, 0.3), strict=True):

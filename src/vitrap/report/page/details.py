@@ -9,7 +9,7 @@ from vitrap.experiment.record import to_table
 from vitrap.report.frame import settings
 from vitrap.report.page.claims import model_of
 from vitrap.report.page.figures import Chart, to_charts
-from vitrap.report.page.heat import KINDS, describe, measure_of, notes_of, setting_names
+from vitrap.report.page.heat import KINDS, NO_BACKDOOR, describe, measure_of, notes_of, setting_names
 from vitrap.report.page.summary import Run, text
 from vitrap.report.tables import defence_measures, measures
 
@@ -79,7 +79,7 @@ def to_detail(run: Run, curves: bool = True) -> Detail:
         run,
         model_of(record),
         measures(run.victim),
-        tuple(to_tried(row, describe(row, setting_names(run.defences))) for row in run.defences),
+        tuple(to_tried(row, describe(row, setting_names(run.defences)), run.backdoor) for row in run.defences),
         to_charts(record) if curves else (),
         {name: found for name, found in parts.items() if found},
     )
@@ -90,17 +90,17 @@ def pairs(table: Mapping[str, Any]) -> tuple[Pair, ...]:
     return tuple((key, text(value)) for key, value in settings(table))
 
 
-def to_tried(row: Row, own: str) -> Tried:
-    """A row of defences as the section shows it."""
+def to_tried(row: Row, own: str, backdoor: bool) -> Tried:
+    """A row of defences as the section shows it, marked where its run has no backdoor."""
     report = [(f"reports: {key}", said, "", "") for key, said in pairs(row.report)]
     return Tried(
         row.name,
         own,
         ", ".join(f"{key} {said}" for key, said in pairs(row_settings(row)) if said != "none"),
         row.kind,
-        "; ".join([f"{KINDS[row.kind]} {measure_of(row):.3f}", *notes_of([row])]),
+        "; ".join([*([] if backdoor else [NO_BACKDOOR]), f"{KINDS[row.kind]} {measure_of(row):.3f}", *notes_of([row])]),
         ", ".join(f"{key} {_seconds(took)}" for key, took in row.seconds.items()),
-        [*defence_measures(row), *report],
+        [*defence_measures(row, backdoor), *report],
     )
 
 

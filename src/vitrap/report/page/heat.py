@@ -15,6 +15,10 @@ STEPS = 4
 """Number of colours on either side of the middle."""
 BROKEN = 0.1
 """A repair gets a warning sign if it loses more clean accuracy than this."""
+NO_BACKDOOR = "⚠ no backdoor"
+"""Marks figures of a defence that had no backdoor to find."""
+Tried = tuple[Row, bool]
+"""A row, and whether there is a backdoor in its run."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ def to_heat(runs: Sequence[Run]) -> Heat:
     tried = [(run, row) for run in runs for row in run.defences]
     columns = tuple(sorted({(run.attack, run.data) for run, _ in tried}))
     named = setting_names([row for _, row in tried])
-    groups: dict[tuple[str, str, str], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str, str], dict[tuple[str, str], list[Tried]]] = defaultdict(lambda: defaultdict(list))
     for run, row in tried:
         line = (row.kind, row.name, describe(row, named))
-        groups[line][run.attack, run.data].append(row)
+        groups[line][run.attack, run.data].append((row, run.backdoor))
     order = list(KINDS)
     lines = sorted(groups, key=lambda line: (order.index(line[0]), *line[1:]))
     return Heat(
@@ -90,10 +94,12 @@ def describe(row: Row, named: Mapping[str, tuple[str, ...]]) -> str:
     return ", ".join(f"{k} {text(how[k])}" for k in named.get(row.name, ()) if k in how)
 
 
-def to_cell(rows: Sequence[Row]) -> Cell | None:
-    """The cell of some rows of one kind; None without rows."""
-    if not rows:
+def to_cell(tried: Sequence[Tried]) -> Cell | None:
+    """The cell of some rows of one kind; None without rows. Runs without a backdoor take its colour away."""
+    if not tried:
         return None
+    rows = [row for row, _ in tried]
+    without = sum(not backdoor for _, backdoor in tried)
     values = [measure_of(row) for row in rows]
     middle = statistics.fmean(values)
     # A judgement's score has no fixed range, so its colour is the share of models that are judged backdoored.
@@ -103,7 +109,10 @@ def to_cell(rows: Sequence[Row]) -> Cell | None:
     notes = notes_of(rows)
     if len(values) > 1:
         notes = [f"{min(values):.{digits}f} to {max(values):.{digits}f}", *notes]
-    return Cell(f"{middle:.{digits}f}", len(values), max(-STEPS, min(STEPS, round(STEPS * share))), tuple(notes))
+    if without:
+        notes = [f"{NO_BACKDOOR} in {without} of {len(rows)}", *notes]
+    step = 0 if without else max(-STEPS, min(STEPS, round(STEPS * share)))
+    return Cell(f"{middle:.{digits}f}", len(values), step, tuple(notes))
 
 
 def measure_of(row: Row) -> float:

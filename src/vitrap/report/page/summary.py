@@ -13,7 +13,7 @@ from typing import Any
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found
-from vitrap.metrics.diagnosis import diagnose, in_a_line, in_short
+from vitrap.metrics.diagnosis import diagnose, in_a_line, in_short, no_backdoor
 from vitrap.metrics.values import Measures
 from vitrap.report.frame import settings
 from vitrap.report.tables import measured_on
@@ -37,6 +37,7 @@ class Run:
         psnr: mean over images, dB.
         verdict: the diagnosis in a line.
         faults: the diagnosis in keywords; empty where the backdoor works.
+        backdoor: whether there is one for a defence to find.
     """
 
     record: Record
@@ -49,6 +50,7 @@ class Run:
     psnr: float
     verdict: str
     faults: tuple[str, ...]
+    backdoor: bool
 
     @property
     def victim(self) -> Measures:
@@ -117,7 +119,7 @@ def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
     """The line of a record."""
     record = found.record
     victim = record.victim
-    faults = diagnose(victim)
+    faults = diagnose(victim, record.data.classes)
     return Run(
         record,
         found.place,
@@ -129,6 +131,7 @@ def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
         victim.stealth.psnr_db.mean,
         in_a_line(faults),
         in_short(faults),
+        not no_backdoor(victim, record.data.classes),
     )
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure as Canvas
 from vitrap.data.picture import open_picture
 from vitrap.errors import UserError
 from vitrap.printable import drawable, plain_text
-from vitrap.report.study.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
+from vitrap.report.study.entries import NO_BACKDOOR, Entry, Wanted, check_alike, choose, grouped, label, measure
 from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
 
 DIGEST = "vitrap"
@@ -118,8 +118,9 @@ def _heat_data(figure: Heat, found: Sequence[Entry]) -> Data:
             check_alike(seeds)
             values = [v.value for entry in seeds if (v := measure(entry, block.measure))]
             missing = "failed" if any(entry.state == "failed" for entry in seeds) else "not run"
-            data.append({"row": row.replace("`", ""), "column": column, "measure": block.heading, "missing": missing,
-                         "value": _rounded(mean(values)) if values else None, "seeds": len(values)})  # fmt: skip
+            cell = {"row": row.replace("`", ""), "column": column, "measure": block.heading, "missing": missing,
+                    "value": _rounded(mean(values)) if values else None, "seeds": len(values)}  # fmt: skip
+            data.append(cell if all(entry.backdoor for entry in seeds) else {**cell, "mark": NO_BACKDOOR})
     return data
 
 
@@ -146,14 +147,16 @@ def _heat(axis: Axes, figure: Heat, data: Data) -> None:
     # Write each value into its cell, or why there is none.
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            missing = cells.get((*rows[y], columns[x]), {}).get("missing", "not run")
-            axis.text(x, y, f"{value:.2f}" if value == value else missing, ha="center", va="center", fontsize=9)
+            cell = cells.get((*rows[y], columns[x]), {"missing": "not run"})
+            text = f"{value:.2f}{cell.get('mark', '')}" if value == value else cell["missing"]
+            axis.text(x, y, text, ha="center", va="center", fontsize=9)
     # A line between blocks, whose measures differ.
     for y, ((_, above), (_, below)) in enumerate(pairwise(rows)):
         if above != below:
             axis.axhline(y + 0.5, color="black", linewidth=1.5)
     if axis.figure is not None:
-        axis.figure.colorbar(shown).set_label(figure.scale)
+        marked = any("mark" in cell for cell in data)
+        axis.figure.colorbar(shown).set_label(f"{figure.scale}{f'; {NO_BACKDOOR} no backdoor' * marked}")
 
 
 def _value(cell: dict[str, Any] | None) -> float:

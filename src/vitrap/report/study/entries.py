@@ -12,16 +12,19 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from vitrap.errors import UserError, unknown
-from vitrap.experiment.defence_rows import Row, row_settings
+from vitrap.experiment.defence_rows import RATES_BY_FPR, Row, ScreenRow, row_settings
 from vitrap.experiment.defence_spec import SCREENED, DefenceSpec
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Loaded
 from vitrap.experiment.spec import Spec, parse_defence, parse_spec
+from vitrap.metrics.diagnosis import no_backdoor
 from vitrap.report.frame import Measured, of_row, of_run, settings
 from vitrap.report.study.layout import DEFENCE
 from vitrap.sweeps.grid import DEFENCES, Point, Sweep
 
 SEED, NAME = "seed", "name"
+NO_BACKDOOR = "†"
+"""Marks figures of a defence whose victim has no backdoor."""
 T = TypeVar("T")
 
 
@@ -45,6 +48,8 @@ class Entry:
         state: "found", "not run" or "failed".
         values: the measures, by the names of docs/record.md.
         reference: the entry of equal seed that this one is compared with; None where there is none.
+        unresolved: the measures that it lacks since the held-out images are too few for their threshold.
+        backdoor: whether there is one for the defence to find.
     """
 
     keys: Mapping[str, Any]
@@ -52,6 +57,8 @@ class Entry:
     state: str = "found"
     values: Mapping[str, Value] = field(default_factory=dict)
     reference: "Entry | None" = None
+    unresolved: tuple[str, ...] = ()
+    backdoor: bool = True
 
 
 def today(record: Record | Failure) -> str:
@@ -114,13 +121,17 @@ def _of_point(
     else:
         yield Entry(keys, "", "found", _values(of_run(record)))
     rows = [(row, _defence(row)) for row in record.defences] if record else []
+    backdoor = record is None or not no_backdoor(record.victim, record.data.classes)
     for defence in point.spec.defences:
         own = {**keys, DEFENCE: next(label for each, label in named if each == defence)}
         how = {**defence.table(), **({"screened": defence.screened} if defence.method.kind == "screen" else {})}
         own |= {f"{DEFENCE}.{key}": value for key, value in how.items()}
         row = next((row for row, met in rows if met == defence), None)
-        state = "not run" if row is None else "found"
-        yield Entry(own, defence.method.kind, state if record else missing, _values(of_row(row)) if row else {})
+        if row is None:
+            yield Entry(own, defence.method.kind, "not run" if record else missing)
+        else:
+            values = _values(of_row(row))
+            yield Entry(own, row.kind, values=values, unresolved=tuple(_unresolved(row)), backdoor=backdoor)
 
 
 def _defence(row: Row) -> DefenceSpec | None:
@@ -129,6 +140,12 @@ def _defence(row: Row) -> DefenceSpec | None:
         return parse_defence({**{k: v for k, v in row_settings(row).items() if v is not None}, "name": row.name})
     except UserError:
         return None
+
+
+def _unresolved(row: Row) -> Iterator[str]:
+    """The measures of a row that need more held-out images than there are."""
+    if isinstance(row, ScreenRow):
+        yield from (f"{name}.{fpr}" for name in RATES_BY_FPR for fpr in row.unresolved)
 
 
 def _values(lines: Iterable[Measured]) -> dict[str, Value]:
@@ -192,7 +209,7 @@ def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
     for key in (*wanted.keys, *wanted.where):
         if key not in known:
             raise unknown("key of rows, columns or where", key, known)
-    measured = {name for entry in mine for name in entry.values}
+    measured = {name for entry in mine for name in (*entry.values, *entry.unresolved)}
     for name in {part for each in wanted.measures for part in re.split(" / | - ", each)}:
         if measured and name not in measured:
             raise unknown("measure", name, measured)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from vitrap.errors import UserError
+from vitrap.experiment.defence_rows import RATES_BY_FPR
 from vitrap.report.study.entries import (
+    NO_BACKDOOR,
     Entry,
     Value,
     Wanted,
@@ -42,6 +44,9 @@ class Cell:
         images: the number of images of each rate.
         paired: number of seeds of a mean difference from a reference; 0 where it is none.
         reach: the greatest half-width of the intervals of a mean's seeds, as text; "" where it is no mean.
+        thresholds: the numbers of held-out images that thresholds come from; of other measures none.
+        unresolved: whether some seed's are too few for the threshold.
+        backdoor: whether the victims of all seeds have one for the defence to find.
     """
 
     text: str
@@ -53,6 +58,9 @@ class Cell:
     images: tuple[int, ...] = ()
     paired: int = 0
     reach: str = ""
+    thresholds: tuple[int, ...] = ()
+    unresolved: bool = False
+    backdoor: bool = True
 
 
 MISSING = Cell("not run")
@@ -119,7 +127,8 @@ def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
         return Cell("failed") if any(entry.state == "failed" for entry in seeds) else MISSING
     # The values of all seeds, for each of the cell's measures.
     of = change if column.show == "against" else measure
-    each = [[v for entry in there if (v := of(entry, name))] for name in column.measure.split(" / ")]
+    names = column.measure.split(" / ")
+    each = [[v for entry in there if (v := of(entry, name))] for name in names]
     shown = column.show in ("interval", "mean")
     several = max(map(len, each)) > 1
     return Cell(
@@ -134,7 +143,17 @@ def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
         images=tuple(v.n for vs in each for v in vs if v.n is not None and shown),
         paired=max(map(len, each)) if column.show == "against" and several else 0,
         reach=_reach(column, [v for vs in each for v in vs]) if shown and several else "",
+        thresholds=_thresholds(names, there),
+        unresolved=any(name in entry.unresolved for name in names for entry in there),
+        backdoor=all(entry.backdoor for entry in there),
     )
+
+
+def _thresholds(names: Sequence[str], seeds: Sequence[Entry]) -> tuple[int, ...]:
+    """The number of held-out images of each seed, if one of the measures is a rate at a threshold from them."""
+    at_thresholds = any(name.partition(".")[0] in RATES_BY_FPR and "." in name for name in names)
+    counts = [entry.values.get("n_threshold") for entry in seeds] if at_thresholds else []
+    return tuple(int(count.value) for count in counts if count)
 
 
 def _reach(column: Column, values: Sequence[Value]) -> str:
@@ -174,10 +193,11 @@ def _figure(column: Column, values: Sequence[Value]) -> str:
 
 
 def _text(cell: Cell, most: int) -> str:
-    """A cell's text, with its number of seeds where that differs from the table's."""
+    """A cell's text, with a mark where there is no backdoor, and its number of seeds where that is not the table's."""
+    text = cell.text if cell.backdoor else f"{cell.text} {NO_BACKDOOR}"
     if cell.found < cell.meant:
-        return f"{cell.text} ({cell.found} of {cell.meant} seeds)"
-    return f"{cell.text} ({cell.found} seeds)" if cell.summed and cell.found != most else cell.text
+        return f"{text} ({cell.found} of {cell.meant} seeds)"
+    return f"{text} ({cell.found} seeds)" if cell.summed and cell.found != most else text
 
 
 def _note(cells: Collection[Cell], most: int) -> list[str]:
@@ -185,6 +205,7 @@ def _note(cells: Collection[Cell], most: int) -> list[str]:
     single = any(cell.number for cell in cells)
     paired = {cell.paired for cell in cells if cell.paired}
     counts = sorted({n for cell in cells for n in cell.images})
+    held_out = sorted({n for cell in cells for n in cell.thresholds})
     reach = max((cell.reach for cell in cells if cell.reach), key=float, default="")
     said = [
         f"mean ± standard deviation over {most} seeds" if most else "",
@@ -194,7 +215,15 @@ def _note(cells: Collection[Cell], most: int) -> list[str]:
         else "",
         ("without ±: one seed" if most else "one seed") if single else "",
         "in brackets: 95 % interval over images" if any(cell.interval for cell in cells) else "",
-        f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))} images" if counts else "",
+        f"n = {_span(counts)} images" if counts else "",
+        f"thresholds from {_span(held_out)} held-out images" if held_out else "",
+        f"{NOTHING} where these are too few for the false positive rate" if any(c.unresolved for c in cells) else "",
+        f"{NO_BACKDOOR} no backdoor, so no credit to the defence" if not all(c.backdoor for c in cells) else "",
     ]
     note = "; ".join(filter(None, said))
     return ["", f"{note[0].upper()}{note[1:]}."] if note else []
+
+
+def _span(counts: Sequence[int]) -> str:
+    """Sorted numbers in words: the number, or the least and the greatest."""
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))
