@@ -6,12 +6,11 @@ refused at once.
 
 import hashlib
 import json
-import math
-import tomllib
+import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from datetime import date, time
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +18,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from vitrap import registry
-from vitrap.errors import UserError, unknown
+from vitrap.errors import UserError, shown, unknown
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.spec_paths import SpecPath, folders_of, is_data_path, set_leaf
+from vitrap.files import open_file
+from vitrap.formats import DEEPEST, check_plain, parse_toml
 from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
 
@@ -37,6 +38,14 @@ FEWEST_SCREENED = 10
 FOLDERS = "folders"
 """Key that `read_spec` adds: for the dotted key of each text, the folder that a path there is relative to."""
 NETWORKS = ("model", "surrogate", "test_surrogate")
+MOST_SCREENED = 10**9
+"""Greatest number of images of each kind that a screen scores: of all, where there are fewer."""
+MOST_BYTES = 2**16
+"""Greatest size of a spec's file."""
+LONGEST = 255, 4000
+"""Greatest length in bytes of a file's name, and of a path."""
+ENCODINGS = {BOM_UTF32_LE: "UTF-32", BOM_UTF32_BE: "UTF-32", BOM_UTF16_LE: "UTF-16", BOM_UTF16_BE: "UTF-16"}
+"""Encodings by the bytes that a file begins with; the first that fits holds."""
 PAGE = ("page", "table", "figure")
 """Keys of a sweep's spec that say which tables and figures `vitrap table` makes of its records."""
 
@@ -50,9 +59,15 @@ class DataTable:
         "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache, imagefolder:PATH or npy:PATH",
     )
     size: int | None = param(
-        None, "working resolution: where triggers are applied and models look; left out: native", unit="px", low=1
+        None,
+        "working resolution: where triggers are applied and models look; left out: native",
+        unit="px",
+        low=1,
+        high=4096,
     )
-    limit: int | None = param(None, "a class-balanced training subset of so many images; left out: all", low=1)
+    limit: int | None = param(
+        None, "a class-balanced training subset of so many images; left out: all", low=1, high=10**9
+    )
     holdout: float = param(
         0.1,
         "share of the training set held out: a third each to choose settings on, for defenders, and for thresholds",
@@ -232,12 +247,7 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     Raises:
         UserError: a key, name, type or value is wrong.
     """
-    # TOML allows values that a record, which is JSON, cannot hold.
-    for key, value in _leaves(table):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} = {value} is no finite number")
-        if isinstance(value, date | time):
-            raise UserError(f"{key} = {value} is a date or a time; put a string in quotes")
+    _check_values(table)
     # Refuse unknown keys, and values where tables belong.
     tables = ("data", *NETWORKS, "attack", "recipe", FOLDERS)
     for key in table:
@@ -245,7 +255,7 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
             raise unknown("key", key, ["name", "seed", "defences", *tables])
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
-            raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
+            raise UserError(f"{key} = {shown(table[key])} must be a table: [{key}]")
     table, paths = _with_paths(table)
     # Build each part; the defaults of the recipe are those of the data set.
     data = build(DataTable, table.get("data", {}), "data")
@@ -275,6 +285,8 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
 def _with_paths(table: Mapping[str, Any]) -> tuple[Table, dict[str, SpecPath]]:
     """The table with its paths relative to the working folder, and the paths as they are written, by dotted key."""
     folders = table.get(FOLDERS, {})
+    if not all(isinstance(folder, str) for folder in folders.values()):
+        raise UserError(f"{FOLDERS} = {shown(folders)} must name a folder for each key")
     paths = {key: SpecPath(value, folders.get(key, "")) for key, value in _leaves(table) if _is_path(table, key, value)}
     located = {key: deepcopy(value) for key, value in table.items() if key != FOLDERS}
     for key, path in paths.items():
@@ -315,18 +327,24 @@ def load_defence(name: str, overrides: Sequence[str] = ()) -> DefenceSpec:
 @hyperparameters
 class _NameAndSeed:
     name: str = field(metadata={})
-    seed: int = param(0, "seed of victim and twin", low=0)
+    seed: int = param(0, "seed of victim and twin", low=0, high=2**53)
 
     def check_settings(self) -> None:
-        if not 0 < len(self.name) <= 100 or set(self.name) & set("/\\\0") or self.name.startswith("."):
-            raise UserError(f"name = {self.name!r} cannot name a folder; use at most 100 letters, digits and dashes")
+        # Names of folders, locks and drafts are made of it, which may have 255 bytes.
+        fits = 0 < len(self.name) <= 100 and len(self.name.encode()) <= 200
+        if not fits or not self.name.isprintable() or set(self.name) & set("/\\") or self.name.startswith("."):
+            raise UserError(
+                f"name = {shown(self.name)} cannot name a folder; use at most 100 letters, digits and dashes"
+            )
 
 
 def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
     """The attack's name and the attack."""
     name = table.get("name", DEFAULT_NAMES["attack"])
     if not isinstance(name, str):
-        raise UserError(f"attack.name = {name!r} is wrong: it must be one of {', '.join(registry.names('attacks'))}")
+        raise UserError(
+            f"attack.name = {shown(name)} is wrong: it must be one of {', '.join(registry.names('attacks'))}"
+        )
     settings = {k: v for k, v in table.items() if k != "name"}
     return name, build(registry.get("attacks", name), settings, "attack", ("name",))
 
@@ -334,7 +352,7 @@ def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
 def _defences(tables: Any) -> tuple[DefenceSpec, ...]:
     """The defences of a spec in its order, each once."""
     if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
-        raise UserError(f"defences = {tables!r} must be tables with a name each: [[defences]]")
+        raise UserError(f"defences = {shown(tables)} must be tables with a name each: [[defences]]")
     found = [parse_defence(table, f"defences[{i}]") for i, table in enumerate(tables)]
     return tuple(defence for i, defence in enumerate(found) if defence not in found[:i])
 
@@ -346,10 +364,10 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> DefenceSp
         UserError: the name, a key, type or value is wrong.
     """
     if not isinstance(name := table.get("name"), str):
-        raise UserError(f"{where}.name = {name!r} is wrong: it must be one of {', '.join(registry.names('defences'))}")
-    for key, value in _leaves(table):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}.{key} = {value} is no finite number")
+        raise UserError(
+            f"{where}.name = {shown(name)} is wrong: it must be one of {', '.join(registry.names('defences'))}"
+        )
+    _check_values(table, where)
     settings = {k: v for k, v in table.items() if k not in ("name", "screened")}
     defence = build(registry.get("defences", name), settings, where, ("name", "screened"))
     if "screened" not in table:
@@ -357,12 +375,13 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> DefenceSp
     screened = table["screened"]
     if defence.kind != "screen":
         raise UserError(
-            f"{where}.screened = {screened!r} means nothing for {name}, a {defence.kind}, since only a screen scores"
-            " images at test time; leave it out"
+            f"{where}.screened = {shown(screened)} means nothing for {name}, a {defence.kind}, since only a screen"
+            " scores images at test time; leave it out"
         )
-    if not isinstance(screened, int) or isinstance(screened, bool) or screened < FEWEST_SCREENED:
+    if type(screened) is not int or not FEWEST_SCREENED <= screened <= MOST_SCREENED:
         raise UserError(
-            f"{where}.screened = {screened!r} is wrong: it must be a whole number of {FEWEST_SCREENED} or more"
+            f"{where}.screened = {shown(screened)} is wrong: it must be a whole number"
+            f" from {FEWEST_SCREENED} to {MOST_SCREENED:,}"
         )
     return DefenceSpec(name, defence, screened)
 
@@ -409,24 +428,27 @@ def _sentence(error: Table, dot: str) -> str:
     if error["type"] == "value_error":
         return dot + str(error["ctx"]["error"])
     place = ".".join(str(p) for p in error["loc"])
-    return f"{dot}{place} = {error['input']!r} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{dot}{place} = {shown(error['input'])} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
+def read_table(path: Path, seen: tuple[tuple[int, int], ...] = ()) -> Table:
     """Read a spec's file as a table; its keys replace those of the spec that its `base` names.
+
+    Args:
+        path: the file.
+        seen: device and number of each file that led here by its `base`.
 
     Raises:
         UserError: a file is missing or not TOML, or is its own base.
     """
-    if path.resolve() in seen:
+    text, identity = _read_text(path)
+    if identity in seen:
         raise UserError(f"spec {str(path)!r} is its own base; remove the circle")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text file"
-        raise UserError(f"spec {str(path)!r} cannot be read: {why}; give the path of a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"spec {str(path)!r} is not TOML: {error}") from error
+        table = parse_toml(text)
+        check_plain(table)
+    except UserError as error:
+        raise UserError(f"spec {str(path)!r} cannot be read: {error}") from error
     if FOLDERS in table:
         raise unknown("key", FOLDERS, ["name", "seed", "data", *NETWORKS, "attack", "recipe", "defences"])
     table |= _folders(table, str(path.parent)) if path.parent != Path() else {}
@@ -434,10 +456,32 @@ def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
     if base is None:
         return table
     if not isinstance(base, str):
-        raise UserError(f"base = {base!r} in spec {str(path)!r} must be the path of another spec")
-    start = read_table(path.parent / base, (*seen, path.resolve()))
+        raise UserError(f"base = {shown(base)} in spec {str(path)!r} must be the path of another spec")
+    if len(seen) == DEEPEST:
+        raise UserError(f"spec {str(path)!r} is the base of a base, more than {DEEPEST} times; leave some out")
+    start = read_table(path.parent / base, (*seen, identity))
     start = {key: value for key, value in start.items() if key not in ("grid", *PAGE)}
     return lay_over(start, table)
+
+
+def _read_text(path: Path) -> tuple[str, tuple[int, int]]:
+    """The text of a spec's file, and the device and the number by which the system knows the file."""
+    try:
+        with open_file(path, MOST_BYTES) as file:
+            content = file.read()
+            found = os.fstat(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"spec {shown(str(path), 300)} cannot be read: {error.strerror}; give the path of a TOML file"
+        ) from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        encoding = next((name for start, name in ENCODINGS.items() if content.startswith(start)), None)
+        line = content.count(b"\n", 0, error.start) + 1
+        why = f"it is {encoding}" if encoding else f"byte {content[error.start]:#04x} in line {line} is no UTF-8"
+        raise UserError(f"spec {str(path)!r} cannot be read: {why}; save it as UTF-8") from error
+    return text, (found.st_dev, found.st_ino)
 
 
 def lay_over(table: Table, over: Mapping[str, Any]) -> Table:
@@ -459,14 +503,18 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     Raises:
         UserError: it is not of that form.
     """
+    if len(text.strip().splitlines()) > 1:
+        raise UserError(f"override {shown(text)} has more than one line; give each key=value by itself")
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {text!r} is not of the form key=value or table.key=value")
+    if not equals or not all(keys) or len(keys) > DEEPEST:
+        raise UserError(f"override {shown(text)} is not of the form key=value or table.key=value")
     try:
-        return keys, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = parse_toml(f"value = {value}")["value"]
+    except UserError:
         return keys, value.strip()
+    check_plain(read, ".".join(keys))
+    return keys, read
 
 
 def nest(keys: Sequence[str], value: Any) -> Table:
@@ -476,15 +524,42 @@ def nest(keys: Sequence[str], value: Any) -> Table:
     return value
 
 
+def _check_values(table: Mapping[str, Any], place: str = "") -> None:
+    """Refuse values of a table that a record could not hold, and texts that can be no file's name.
+
+    Raises:
+        UserError: naming the dotted key.
+    """
+    check_plain(table, place)
+    for key, text in _texts(table, place):
+        try:
+            name = text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{key} = {shown(text)} is no Unicode text") from error
+        longest = max(map(len, name.split(b"/")))
+        if b"\0" in name or longest > LONGEST[0] or len(name) > LONGEST[1]:
+            raise UserError(f"{key} = {shown(text)} is no name and no path: it has a NUL, or is too long")
+
+
 def _leaves(table: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a nested table by its dotted key; of a list each entry."""
+    """Every value of a nested table by its dotted key."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{place}{key}.")
-        elif isinstance(value, list):
-            yield from ((f"{place}{key}", entry) for entry in value)
         else:
             yield f"{place}{key}", value
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Every text in a nested value, with its dotted key."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, place)
 
 
 def _without_none(table: Table) -> Table:
