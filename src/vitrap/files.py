@@ -11,8 +11,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vitrap.errors import UserError
 from vitrap.formats import parse_json
@@ -21,7 +22,7 @@ MOST_BYTES = 2**28
 """Greatest size of a text file, such as one of records."""
 
 
-def open_file(path: str | Path, most: int | None = None) -> BinaryIO:
+def open_file(path: str | Path, most: int | None = None) -> BufferedReader:
     """Open a regular file for reading. A pipe or a device is refused, since reading it might never end.
 
     Args:

@@ -11,6 +11,7 @@ There is a class for each kind of outcome. docs/record.md explains the keys. All
 - `key`: hash of all that the row rests on; "" until the row is in a record.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -203,4 +204,4 @@ def row_settings(row: Row) -> Table:
 
 def lacks_scores(row: Row, folder: Path) -> bool:
     """Whether a row names a file of scores that is missing from the run's folder."""
-    return isinstance(row, ScreenRow) and row.scores != "" and not (folder / row.scores).exists()
+    return isinstance(row, ScreenRow) and row.scores != "" and not os.path.exists(folder / row.scores)

@@ -15,9 +15,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vitrap.errors import UserError
+from vitrap.files import read_bytes
 from vitrap.report.study.entries import Entry, Wanted, check_alike, choose, grouped, label, measure
 from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
 
@@ -47,11 +48,16 @@ def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
 
 def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
     """Whether the figure's file was drawn from the same values, by the same lines of the spec."""
+    return drawn_from(Path(figure.file)) == digest(figure, figure_data(figure, found))
+
+
+def drawn_from(file: Path) -> str | None:
+    """The digest of what a figure's file was drawn from; None where vitrap did not draw it."""
     try:
-        with Image.open(figure.file) as image:
-            return image.info.get(DIGEST) == digest(figure, figure_data(figure, found))
-    except (OSError, UnidentifiedImageError):
-        return False
+        with Image.open(io.BytesIO(read_bytes(file)), formats=["PNG"]) as image:
+            return image.info.get(DIGEST)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 def digest(figure: Figure, data: Data) -> str:
