@@ -72,7 +72,7 @@ def check_plain(content: Any, place: str = "") -> None:
                 _check_value(where or "it", value)
         level = below
     if level:
-        raise UserError(f"{level[0][0][:40]} is nested more than {DEEPEST} deep")
+        raise UserError(f"{level[0][0][:40] or 'it'} is nested more than {DEEPEST} deep")
 
 
 def _check_value(place: str, value: Any) -> None:
