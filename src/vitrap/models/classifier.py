@@ -248,7 +248,10 @@ def read_model(path: Path) -> Classifier:
             f"{str(path)!r} {error}, so it does not say how to build its model; name the network in [model] and give"
             " the file as its checkpoint"
         ) from error
-    model = blank_model(architecture)
+    try:
+        model = blank_model(architecture)
+    except UserError as error:
+        raise UserError(f"{str(path)!r} names a network that cannot be built: {error}") from error
     load_weights(model.body, path)
     return model
 
