@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError, shown
-from vitrap.experiment.spec import PAGE, Spec, Table, parse_override, parse_spec, read_table, set_keys
+from vitrap.experiment.spec import Spec, Table, parse_spec
+from vitrap.experiment.spec_file import PAGE, parse_override, read_table, set_keys
 
 MOST = 10_000
 """A sweep of more runs needs `--yes`."""
