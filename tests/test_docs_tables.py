@@ -125,7 +125,7 @@ def test_a_changed_digit_is_noticed(copy: Path):
     page.write_text(text.replace("97.53 [95.52", "97.54 [95.52"), "utf-8")
     assert page.read_text("utf-8") != text
     assert outdated(copy) == [("ageb_strength.md", ("digits",))]
-    fill_page(open_study(copy))
+    fill_page(open_study(copy), out=copy.parents[2])
     assert page.read_text("utf-8") == text
 
 
@@ -139,7 +139,7 @@ def test_a_changed_and_a_missing_record_are_noticed(copy: Path):
     assert outdated(copy) == [page, picture]
     records.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     assert outdated(copy) == [page, picture]
-    fill_page(open_study(copy))
+    fill_page(open_study(copy), out=copy.parents[2])
     assert "| not run | not run |" in (copy.parents[2] / "docs" / "studies" / page[0]).read_text("utf-8")
     assert outdated(copy) == []
 

@@ -23,6 +23,8 @@ from vitrap.files import (
     open_file,
     own_draft,
     place_file,
+    read_bytes,
+    read_json,
     replace_folder,
     standing,
     whole_folder,
@@ -34,6 +36,45 @@ from vitrap.files import (
 def content(folder: Path) -> dict[str, str]:
     """All files below a folder, hidden ones included."""
     return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "pipe")
+    return folder / "pipe"
+
+
+def circle(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "link")
+    return folder / "link"
+
+
+ODD = {
+    "a pipe": (pipe, "it is a pipe or a device, not a file"),
+    "a device": (lambda folder: Path("/dev/zero"), "it is a pipe or a device, not a file"),
+    "a folder": (lambda folder: folder, "Is a directory"),
+    "a circle of links": (circle, "Too many levels of symbolic links"),
+    "a name with a NUL": (lambda folder: folder / "a\0b", "no file can have such a name"),
+    "a name of no text": (lambda folder: folder / "\ud800", "no file can have such a name"),
+    "a long name": (lambda folder: folder / ("x" * 300), "File name too long"),
+    "nothing": (lambda folder: folder / "none", "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
+    make, said = ODD[kind]
+    path = make(tmp_path)
+    with pytest.raises(OSError, match=said):
+        open_file(path)
+    with pytest.raises(UserError, match=said):
+        read_json(path)
+
+
+def test_a_file_larger_than_its_format_allows_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(OSError, match="it has 5 bytes, more than 4"):
+        read_bytes(tmp_path / "file", 4)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -250,13 +291,3 @@ def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path: Path, left:
 def test_what_is_no_path_is_refused(written: str) -> None:
     with pytest.raises(UserError, match="is no path that can be read .*; give another"):
         named_path(written)
-
-
-def test_only_regular_files_are_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises(OSError, match="not a regular file|directory"):
-            open_file(path)
-    (tmp_path / "file").write_bytes(b"1")
-    with open_file(tmp_path / "file") as file:
-        assert file.read() == b"1"

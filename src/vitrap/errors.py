@@ -8,6 +8,20 @@ class UserError(ValueError):
     """A user's mistake. The command line prints its message without a traceback, and exits with code 2."""
 
 
+def shown(value: object, most: int = 100) -> str:
+    """A value as a message shows it: as Python writes it, cut in the middle where that is longer than `most`.
+
+    >>> shown("abc"), shown("a" * 1000, 20)
+    ("'abc'", "'aaaaaaa...aaaaaaa'")
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, say
+        return f"a huge {type(value).__name__}"
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error that `name` is no known `kind`; it suggests the most similar name, and lists the known ones.
 
@@ -15,10 +29,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     "unknown attack 'agbe'; did you mean 'ageb'? known: ageb, badnets"
     """
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    wanted = str(name)[:100]
+    near = get_close_matches(wanted, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    shown = names if len(names) <= 40 else get_close_matches(str(name), names, n=8, cutoff=0.3)
-    return UserError(f"unknown {kind} {name!r}{hint} {'known' if shown is names else 'close'}: {', '.join(shown)}")
+    listed = names if len(names) <= 40 else get_close_matches(wanted, names, n=8, cutoff=0.3)
+    how = "known" if listed is names else "close"
+    return UserError(f"unknown {kind} {shown(name)}{hint} {how}: {', '.join(listed)}")
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:

@@ -1,7 +1,7 @@
-"""Writes files and folders whole or not at all: if the process is killed, what was there before is unchanged.
+"""Reads regular files alone, and writes files and folders whole or not at all.
 
-All that vitrap keeps is written here, in Python, so that a full disk is an `OSError` that names the file. Modes of
-files and folders follow the process's umask.
+If the process is killed while it writes, what was there before is unchanged. All that vitrap keeps is written here, in
+Python, so that a full disk is an `OSError` that names the file. Modes of files and folders follow the process's umask.
 """
 
 import errno
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vitrap.errors import UserError
+from vitrap.formats import parse_json
 
 LOCK = "lock"
 """In a draft folder: the file that its process holds locked."""
@@ -41,19 +42,6 @@ def named_path(written: str) -> Path:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(f"{written[:100]!r} is no path that can be read ({why}); give another") from error
     return path
-
-
-def open_file(path: Path) -> BufferedReader:
-    """Open a file to read its bytes. A pipe or a device is refused: reading it might never end.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without the second flag, opening a pipe waits for a writer
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(handle, "rb")
 
 
 LONGEST = 128
@@ -100,9 +88,60 @@ def check_file(path: Path, named: str, remedy: str) -> None:
         raise UserError(f"{named} cannot be written (it is there, and no file); {remedy}")
 
 
+MOST_BYTES = 2**28
+"""Greatest size of a text file, such as one of records."""
+
+
+def open_file(path: str | Path, most: int | None = None) -> BufferedReader:
+    """Open a regular file for reading. A pipe or a device is refused, since reading it might never end.
+
+    Args:
+        path: the file.
+        most: its greatest size in bytes; None for any.
+
+    Raises:
+        OSError: it is not there, cannot be read, is no regular file or too large, or no file can have such a name.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    except ValueError as error:  # the name has a NUL, or is no Unicode text
+        raise OSError(errno.EINVAL, "no file can have such a name") from error
+    try:
+        found = os.fstat(handle)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+        if most is not None and found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most:,}")
+        return os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most so many bytes.
+
+    Raises:
+        OSError: as for `open_file`.
+    """
+    with open_file(path, most) as file:
+        return file.read()
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file that vitrap wrote.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    try:
+        return parse_json(read_bytes(path))
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(f"{str(path)!r} is damaged ({error})") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -6,12 +6,14 @@ from functools import wraps
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
-from vitrap.errors import UserError, unknown
+from vitrap.errors import UserError, shown, unknown
 
 T = TypeVar("T")
 
 Source = Literal["paper", "code", "field", "assumed"]
 """Where a default comes from: the paper, its public code, common use in the field, or our own assumption."""
+GREATEST = 1e6
+"""The greatest number, of either sign, that a setting without a bound of its own may have."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Param:
         unit: its unit, "" for a pure number.
         source: where the default comes from.
         low: the least allowed value, of several values of each; None for no bound.
-        high: the greatest allowed value, None for no bound.
+        high: the greatest allowed value; None for no bound but `GREATEST`.
         open: whether `low` and `high` themselves are refused; "low" where only `low` is.
         odd: whether only odd numbers are allowed.
         choices: the allowed strings, () for any.
@@ -169,6 +171,17 @@ def check(record: Any) -> None:
     for f in fields(record):
         about: Param | None = f.metadata.get("param")
         value = getattr(record, f.name)
-        if about is not None and not about.allows(value):
-            which = "each" if isinstance(value, tuple | list) else "it"
-            raise UserError(f"{f.name} = {value!r} is out of range: {which} must be {about.range()}")
+        if about is None:
+            continue
+        which = "each" if isinstance(value, tuple | list) else "it"
+        if not about.allows(value):
+            raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be {about.range()}")
+        if not _at_most(value, most := max(GREATEST, about.high or 0)):
+            raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be at most {most:g}")
+
+
+def _at_most(value: Any, most: float) -> bool:
+    """Whether a number, or each of several, is at most so far from 0; NaN is not, and what is no number is."""
+    if isinstance(value, tuple | list):
+        return all(_at_most(each, most) for each in value)
+    return isinstance(value, bool) or not isinstance(value, int | float) or abs(value) <= most

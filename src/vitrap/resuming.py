@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError, safe_open
+from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
 from vitrap.files import write_bytes
+from vitrap.tensor_file import read_tensor_file
 
 EVERY = 180.0
 """The default number of seconds between two states; `VITRAP_STATE_SECONDS` changes it."""
@@ -46,6 +47,17 @@ class Position:
     order: UInt8[Tensor, " _"] | None = None
     terms: Mapping[str, Float[Tensor, " batches"]] = field(default_factory=dict)
     counts: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What of a state is no tensor, as JSON in the file's metadata."""
+
+    epoch: int
+    steps: int
+    counts: dict[str, list[int]]
+    curves: dict[str, list[float]]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -174,19 +186,18 @@ class Keeper:
         if self.path is None:
             return Position()
         try:
-            with safe_open(self.path, "pt") as file:
-                facts = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            terms = {name: term.to(moving.device) for name, term in _below(tensors, "term").items()}
-            position = Position(facts["epoch"], facts["steps"], tensors.get("stream/order"), terms, facts["counts"])
-            curves, seconds = facts["curves"], facts["seconds"]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            file = read_tensor_file(self.path)
+            facts = TypeAdapter(_Facts).validate_json(json.dumps(file.table("state")), strict=True)
+        except (OSError, ValueError):  # errors of pydantic's and of vitrap's are ValueErrors
             return Position()
+        tensors = file.tensors
+        terms = {name: term.to(moving.device) for name, term in _below(tensors, "term").items()}
+        position = Position(facts.epoch, facts.steps, tensors.get("stream/order"), terms, facts.counts)
         if not moving.fits(tensors):
             return Position()
         moving.fill(tensors)
-        moving.curves.update(curves)
-        self.seconds = seconds
+        moving.curves.update(facts.curves)
+        self.seconds = facts.seconds
         return position
 
     def __call__(self, moving: Moving, position: Position) -> None:

@@ -364,3 +364,25 @@ def test_a_smoke_run_on_real_images(
     assert record["data"]["n_poisoned"] == round(0.1 * record["data"]["n_train"])
     assert record["data"]["n_test"] == record["victim"]["cda"]["n"] == {"gtsrb": 12_630, "cifar10": 10_000}[name]
     assert record["spec"]["data"]["limit"] == limit
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (["s.toml", "seed=1"], "s.toml"),
+        (["seed=1"], None),
+        (["attack.picture=a/b.png"], None),
+        (["./a=b/s.toml", "seed=1"], "./a=b/s.toml"),
+        (["there=1.toml", "seed=1"], "there=1.toml"),
+        (["gone=1.toml", "seed=1"], None),
+        (["x" * 5000], "x" * 5000),
+        ([], None),
+    ],
+)
+def test_a_path_may_have_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], path: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there=1.toml").touch()
+    found = console.split(words)
+    assert found == (Path(path) if path else None, words[1:] if path else words)

@@ -74,7 +74,7 @@ def test_a_record_that_cannot_be_read_is_passed_over(copied: Path):
     file.mkdir()
     found = read_records(copied)
     assert len(found.records) == 1
-    assert "cannot be read (it is no file)" in found.skipped[0]
+    assert "cannot be read (Is a directory)" in found.skipped[0]
 
 
 def test_records_of_earlier_days_lack_what_came_later(copied: Path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitrap
@@ -28,6 +28,7 @@ from vitrap.experiment.record import SCHEMA, Record, to_table
 from vitrap.experiment.records import read_record
 from vitrap.experiment.run import open_run, run, run_folder
 from vitrap.experiment.spec import parse_spec
+from vitrap.tensor_file import read_tensor_file
 from vitrap.train.arithmetic import Arithmetic
 
 RUN_FILES = [
@@ -403,6 +404,39 @@ def test_a_run_comes_back_with_its_model_and_trigger(runs: Runs, name: str) -> N
     fired = predict(back.model, triggered(test, back.trigger), Arithmetic())
     counted = test.labels != 0
     assert (fired == 0)[counted].float().mean().item() == pytest.approx(back.record.victim.asr.value)
+
+
+DEEP, STRANGE = "[" * 100_000, '{"name": "vit_tiny_patch16_224", "size": 16, "n_classes": 10, "overrides": '
+ODD_FACTS = [
+    *[("model", "architecture", text) for text in ("{", "[]", "null", DEEP, "{}", '{"x": 1}', '{"size": NaN}')],
+    ("model", "architecture", '{"name": [1], "size": 16, "n_classes": 10, "overrides": {}}'),
+    *[("model", "architecture", f"{STRANGE}{over}}}") for over in ("null", '{"depth": 1000000000}', '{"depth": []}')],
+    ("model", "architecture", STRANGE.replace("16,", "1000000,") + "{}}"),
+    *[("trigger", "fields", text) for text in ("{", "null", DEEP, '{"size": 3}', "{}", '{"size": {"value": "x"}}')],
+    ("trigger", "fields", '{"value": {"module": "vitrap.__main__:x", "arguments": {}}}'),
+    *[("trigger", "trigger", name) for name in ("", "Implant", "AllToOne", "BadNets", "Patch.x", "\0")],
+]
+
+
+@pytest.mark.parametrize(("file", "fact", "text"), ODD_FACTS, ids=lambda text: text[:40])
+def test_odd_metadata_are_refused_in_one_line(runs: Runs, copied: Path, file: str, fact: str, text: str) -> None:
+    path = copied / runs.folder("badnets").name / f"{file}.safetensors"
+    whole = read_tensor_file(path)
+    path.unlink()  # stages have it, too, as a hard link
+    save_file(dict(whole.tensors), path, {**whole.facts, fact: text})
+    with pytest.raises(UserError) as refused:
+        open_run(path.parent)
+    assert "\n" not in str(refused.value)
+    assert path.name in str(refused.value)
+
+
+@pytest.mark.parametrize("file", ["record.json", "model.safetensors", "trigger.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(runs: Runs, copied: Path, file: str) -> None:
+    path = copied / runs.folder("badnets").name / file
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=file):
+        open_run(path.parent)
 
 
 def test_agebs_trigger_fires_as_it_did(runs: Runs) -> None:

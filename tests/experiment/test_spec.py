@@ -1,19 +1,23 @@
 """Specs: bases, overrides, every refusal, the hash, and that a spec's table reads back as the spec."""
 
 import json
+import os
 import tomllib
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitrap import registry
 from vitrap.attacks.ageb import Ageb
 from vitrap.attacks.badnets import BadNets
 from vitrap.errors import UserError
-from vitrap.experiment.spec import DataTable, ModelTable, Spec, digest, load_spec, parse_spec
+from vitrap.experiment.spec import DataTable, ModelTable, Spec, digest, load_defence, load_spec, parse_spec
 from vitrap.train.recipe import RECIPES, Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -253,15 +257,15 @@ def test_a_wrong_type_is_named_with_its_value(override: str, start: str) -> None
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=-1", "seed = -1 is out of range: it must be >= 0"),
-        ("data.size=0", "data.size = 0 is out of range: it must be >= 1"),
-        ("data.limit=-5", "data.limit = -5 is out of range: it must be >= 1"),
+        ("seed=-1", "seed = -1 is out of range: it must be in [0, 9.0072e+15]"),
+        ("data.size=0", "data.size = 0 is out of range: it must be in [1, 4096]"),
+        ("data.limit=-5", "data.limit = -5 is out of range: it must be in [1, 1e+09]"),
         ("data.holdout=1.0", "data.holdout = 1.0 is out of range: it must be in (0, 1)"),
         ("attack.poison_rate=0.0", "attack.poison_rate = 0.0 is out of range: it must be in (0, 1)"),
         ("attack.poison_rate=1.0", "attack.poison_rate = 1.0 is out of range: it must be in (0, 1)"),
         ("attack.poison_rate=-1.0", "attack.poison_rate = -1.0 is out of range: it must be in (0, 1)"),
-        ("attack.size=4", "attack.size = 4 is out of range: it must be odd, >= 1"),
-        ("attack.size=0", "attack.size = 0 is out of range: it must be odd, >= 1"),
+        ("attack.size=4", "attack.size = 4 is out of range: it must be odd, in [1, 255]"),
+        ("attack.size=0", "attack.size = 0 is out of range: it must be odd, in [1, 255]"),
         ("attack.target=-1", "attack.target = -1 is out of range: it must be >= 0"),
         ("recipe.epochs=0", "recipe.epochs = 0 is out of range: it must be >= 1"),
     ],
@@ -270,7 +274,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(override: str, messa
     assert refusal(override) == message
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\\b", "a\0b"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\\b", "a\nb", "\x1b[2J", "a" * 101, "\U0001f600" * 60])
 def test_a_name_that_cannot_name_a_folder_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="cannot name a folder"):
         parse_spec({"name": name})
@@ -285,7 +289,92 @@ def test_a_spec_that_is_not_there_or_not_toml_is_refused(tmp_path: Path, write) 
     assert "is not TOML: " in refusal(path=write("bad.toml", "name = [1,"))
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
-    assert "it is no text file" in refusal(path=binary)
+    assert "it is UTF-16; save it as UTF-8" in refusal(path=binary)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "latin-1"])
+def test_a_spec_is_utf8_with_or_without_a_mark(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "spec.toml"
+    path.write_text('name = "fünf"\n', encoding=encoding)
+    if encoding == "utf-8-sig":
+        assert load_spec(path).name == "fünf"
+    else:
+        said = {"latin-1": "byte 0xfc in line 1 is no UTF-8"}.get(encoding, f"it is {encoding.upper()}")
+        assert f"{said}; save it as UTF-8" in refusal(path=path)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_circle_of_bases_by_other_names_is_refused(tmp_path: Path, write, link: Any) -> None:
+    one = write("one.toml", 'base = "two.toml"')
+    link(one, tmp_path / "two.toml")
+    assert "is its own base" in refusal(path=one)
+
+
+def test_bases_have_an_end(write) -> None:
+    for i in range(100):
+        write(f"{i}.toml", f'base = "{i + 1}.toml"')
+    assert "is the base of a base, more than 50 times" in refusal(path=write("100.toml", 'base = "0.toml"'))
+
+
+@pytest.mark.parametrize("text", ["data.limit=5\nseed=3", "name=a\nb", "seed=1\r\n[attack]\ntarget = 2"])
+def test_an_override_is_one_line(text: str) -> None:
+    assert "has more than one line; give each key=value by itself" in refusal(text)
+
+
+BOUND = ("data.size=10000000", "data.name=" + "a" * 300, "data.name=" + "a/" * 3000, "seed=" + "9" * 5000,
+         f"seed={2**64}", "recipe.batch_size=99999999999999999999", "recipe.lr=1e300", "recipe.crop=100000",
+         ".".join(["model"] * 60) + "=1", "model.patch_size=[[2020-01-01]]", "model.x=" + "[" * 3000)  # fmt: skip
+
+
+@pytest.mark.parametrize("override", BOUND, ids=lambda text: text[:30])
+def test_nothing_is_too_large_to_be_refused(override: str) -> None:
+    assert len(refusal(override)) < 1000
+
+
+@pytest.mark.parametrize("name", registry.names("defences"))
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e99", "-1e99", str(10**30), "9" * 5000, "[[1]]", "2020-01-01"])
+def test_a_defences_settings_are_in_range(name: str, value: str) -> None:
+    for each in fields(registry.get("defences", name)):
+        with pytest.raises(UserError) as refused:
+            load_defence(name, [f"{each.name}={value}"])
+        assert each.name in str(refused.value)
+        assert len(str(refused.value)) < 500
+
+
+def result_or_refusal(make: Any, *given: Any) -> None:
+    with suppress(UserError):
+        make(*given)
+
+
+signs = st.text(alphabet='[]{}=".,\n 019aeuft-+#\\\0\ud800')
+
+
+@given(st.binary(max_size=300) | signs.map(lambda text: text.encode(errors="surrogatepass")))
+def test_any_bytes_are_a_spec_or_refused(content: bytes) -> None:
+    with NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        result_or_refusal(load_spec, file.name)
+
+
+KEYS = ("seed", "name", "data.name", "data.limit", "model.depth", "attack.target", "recipe", "defences", "x.y", "base")
+
+
+@given(st.sampled_from(KEYS), signs | st.text())
+def test_any_text_is_an_override_or_refused(key: str, text: str) -> None:
+    result_or_refusal(load_spec, None, [f"{key}={text}"])
+    result_or_refusal(load_spec, None, [text])
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "size", "target"]), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*KEYS, "model", "data", "attack", "surrogate"]), anything))
+def test_any_table_is_a_spec_or_refused(table: dict[str, Any]) -> None:
+    result_or_refusal(parse_spec, table)
 
 
 # ---- identity
@@ -304,7 +393,8 @@ def _values(f: Any) -> st.SearchStrategy[Any]:
         return st.booleans()
     if f.type is int or f.type == int | None:
         low = int(about.low or 0)
-        return st.integers(low, 10**6).map(lambda n: n + (n % 2 == 0) if about.odd else n)
+        high = min(10**6, int(about.high or 10**6))
+        return st.integers(low, high).map(lambda n: n - (n % 2 == 0) if about.odd else n)
     return st.floats(
         0 if about.low is None else about.low,
         1 if about.high is None else about.high,

@@ -162,3 +162,16 @@ def test_a_base_that_is_a_sweep_gives_its_settings_alone(write: Write):
 def test_a_sweep_is_no_single_run(write: Write):
     with pytest.raises(UserError, match=r"has a \[grid\].*vitrap sweep"):
         load_spec(write("[grid]\nseed = [0]\n"))
+
+
+HUGE = {
+    "axes": "\n".join(f'"attack.a{i}" = {list(range(100))}' for i in range(20)),
+    "a case": "[[grid.case]]\n" + "\n".join(f"a{i} = {list(range(100))}" for i in range(20)),
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize("any_number", [False, True])
+def test_the_runs_are_counted_before_they_are_made(write: Write, kind: str, any_number: bool):
+    with pytest.raises(UserError, match="runs, more than 1,000,000; split it"):
+        load_sweep(write(f"[grid]\n{HUGE[kind]}\n"), any_number=any_number)

@@ -97,7 +97,7 @@ class Ageb:
         source="paper",
     )
     shape: Literal["square", "cross", "disc"] = param("square", "structuring element", symbol="b")
-    size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, odd=True)
+    size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, high=255, odd=True)
     iterations: int = param(1, "how often each step of the operation is repeated", low=1)
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
     signal: float = param(4.0, "constant added to selected pixels", symbol="c", unit="1/255", low=0, high=255)

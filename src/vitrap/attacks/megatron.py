@@ -111,7 +111,9 @@ class Megatron:
     linf: float = param(0.0, "greatest change of a pixel before rounding; 0: no bound", unit="1/255", low=0, high=255)
     latent: float = param(by_setting(0.1, 1.0), "weight of the latent loss", symbol="α", low=0)
     layers: Literal["all", "last"] = param(by_setting("all", "last"), "layers of the latent loss", source="paper")
-    batch: int = param(16, "target images x_t that each step draws; 1: always the first", symbol="x_t", low=1)
+    batch: int = param(
+        16, "target images x_t that each step draws; 1: always the first", symbol="x_t", low=1, high=1024
+    )
     diffusion: float = param(by_setting(0.1, 1.0), "weight of the attention diffusion loss", symbol="β, γ", low=0)
     attention: AttentionMap = param("last", "map A: last layer, rollout, or gradient rollout", symbol="A")
     discard: float = param(0.9, "share of each layer that gradient rollout drops", source="code", low=0, high=0.99)

@@ -4,6 +4,8 @@ All of it goes through `out` and `err`, which let no text from a file steer the 
 """
 
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,8 @@ out = PrintableConsole(emoji=False)
 err = PrintableConsole(stderr=True, emoji=False)
 PATIENCE = 1.0
 """Seconds before bars appear, so that a quick error is the only line."""
+KEY = re.compile(r"[^=/\\]*=")
+"""The beginning of an override, `key=value`."""
 EVERY = 30.0
 """Seconds between two lines of progress where stderr is no terminal and bars cannot be drawn."""
 
@@ -127,8 +131,11 @@ def tell_skipped(lines: Sequence[str]) -> None:
 
 
 def split(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Split a command's words into the spec's path, if the first word is one, and the overrides."""
-    if words and "=" not in words[0]:
+    """Split a command's words into the spec's path, if the first word is one, and the overrides.
+
+    A word with a `=` is a path if there is such a file, or if what stands before the `=` can be no key.
+    """
+    if words and (os.path.exists(words[0]) or not KEY.match(words[0])):
         return Path(words[0]), words[1:]
     return None, words
 

@@ -23,6 +23,10 @@ def table(
             metavar="RUNS", help="first take the sweep's records from RUNS, abridged, to where the page's lie"
         ),
     ] = None,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="write page, figures and records below this folder; left out: below the spec's"),
+    ] = None,
 ) -> None:
     """Make the tables and figures of a page from the records that a sweep's spec names.
 
@@ -34,7 +38,7 @@ def table(
     if sum((check, records is not None, collect is not None)) > 1:
         raise UserError("--check, --records and --collect exclude each other; give one")
     if collect is not None:
-        taken = take(spec, collect)
+        taken = take(spec, collect, out_folder)
         tell_skipped(taken.skipped)
         _line(f"{taken.file}: {taken.new} new, {taken.superseded} superseded, {taken.missing} of the sweep not run")
     study = open_study(spec, records)
@@ -44,7 +48,7 @@ def table(
         _line("\n\n".join(f"{part}:\n\n{text}" for part, text in study.tables().items()))
     if study.page.file is not None and records is not None:
         return
-    changes = fill_page(study, write=not check)
+    changes = fill_page(study, write=not check, out=out_folder)
     for change in changes:
         which = f" ({', '.join(change.parts)})" if change.parts else ""
         news = f"outdated{which}; make it with vitrap table {spec}" if check else f"made anew{which}"

@@ -58,7 +58,7 @@ class FineTune:
     batch_size: int = param(256, "images per step, at most all there are", source="field", low=1)
     weight_decay: float = param(5e-4, "decay of weight matrices", source="field", low=0)
     clip: float = param(0.0, "greatest norm of the gradient; 0 for no limit", source="field", low=0)
-    crop: int = param(0, "padding of the random crop; 0 for no crop", unit="px", low=0)
+    crop: int = param(0, "padding of the random crop; 0 for no crop", unit="px", low=0, high=256)
     flip: bool = param(False, "flip half of the images")
 
     def apply(self, suspect: Suspect) -> Repaired:

@@ -63,7 +63,7 @@ class MmBd:
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
 
-    starts: int = param(30, "random images that each class starts from", source="code", low=1)
+    starts: int = param(30, "random images that each class starts from", source="code", low=1, high=1000)
     steps: int = param(300, "most steps of gradient ascent", source="code", low=1)
     lr: float = param(0.01, "size of a step along the gradient of the margin", source="code", low=0, open=True)
     momentum: float = param(

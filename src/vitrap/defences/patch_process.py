@@ -79,7 +79,7 @@ class PatchProcess:
         "how patches are changed; both, since the defender does not know the kind of trigger",
         source="paper",
     )
-    trials: int = param(10, "changed copies of an image for each transform", low=1)
+    trials: int = param(10, "changed copies of an image for each transform", low=1, high=1000)
     drop: float = param(0.3, "share of the patches that PatchDrop blanks, at least one", low=0, high=1)
     blank: Literal["black", "mean"] = param(
         "black", "a dropped patch's colour: black, or the clean images' mean", source="field"

@@ -77,7 +77,7 @@ class Psbd:
         "how far the class's probability falls: as a difference, or as a share of that without dropout",
         source="code",
     )
-    passes: int = param(20, "forward passes with dropout (the code makes 3)", symbol="k", low=1)
+    passes: int = param(20, "forward passes with dropout (the code makes 3)", symbol="k", low=1, high=1000)
     rate: float | None = param(
         None,
         "dropout rate; where left out, it is chosen by shift ratios",
@@ -87,7 +87,7 @@ class Psbd:
         high=1,
         open=True,
     )
-    rates: int = param(9, "rates to choose from: multiples of 1 / (rates + 1) below 1", source="code", low=1)
+    rates: int = param(9, "rates to choose from: multiples of 1 / (rates + 1) below 1", source="code", low=1, high=1000)
     shift: float = param(0.8, "shift ratio of clean images that the rate shall reach", source="code", low=0, high=1)
     images: int = param(250, "images of the clean set, and of the training set, to choose the rate by", low=1)
 

@@ -50,7 +50,7 @@ class Strip:
     needs_train: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
 
-    overlays: int = param(100, "clean images superimposed on each input", symbol="N", source="code", low=1)
+    overlays: int = param(100, "clean images superimposed on each input", symbol="N", source="code", low=1, high=1000)
     weight: float = param(1.0, "weight of the input in a sum", source="code", low=0, high=1, open="low")
     overlay_weight: float = param(1.0, "weight of the clean image in a sum", source="code", low=0, high=1, open="low")
 

@@ -21,7 +21,8 @@ from vitrap.experiment.code import PACKAGE, defending_code, fitting_code, measur
 from vitrap.experiment.defence_rows import lacks_scores
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import read_record
-from vitrap.experiment.spec import DEFAULT_NAMES, FOLDERS, digest
+from vitrap.experiment.spec import digest
+from vitrap.experiment.spec_file import DEFAULT_NAMES, FOLDERS
 from vitrap.files import read_json, write_json
 
 ANSWERS = "answers"

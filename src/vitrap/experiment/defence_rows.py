@@ -14,6 +14,7 @@ There is a class for each kind of outcome. docs/record.md explains the keys. All
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -242,4 +243,4 @@ def row_settings(row: Row) -> Table:
 
 def lacks_scores(row: Row, folder: Path) -> bool:
     """Whether a row names a file of scores that is missing from the run's folder."""
-    return isinstance(row, ScreenRow) and row.scores != "" and not (folder / row.scores).exists()
+    return isinstance(row, ScreenRow) and row.scores != "" and not os.path.exists(folder / row.scores)

@@ -4,6 +4,7 @@ A defence that the record has a row of already is not measured again. How one is
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from vitrap import registry
@@ -25,6 +26,7 @@ from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.machine import computing_threads
 from vitrap.experiment.make_stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
 from vitrap.experiment.measure_defences import Evaluation, Facts, measure_defence
+from vitrap.experiment.network import first_image
 from vitrap.experiment.places import found_again
 from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import Progress, no_progress
@@ -34,11 +36,13 @@ from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_sc
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
 from vitrap.experiment.store import Stage, Store, locked
 from vitrap.experiment.streams import stream
-from vitrap.experiment.trigger_file import read_fitted
-from vitrap.files import write_json
+from vitrap.experiment.trigger_file import TRIGGER, read_fitted, try_out
+from vitrap.files import read_bytes, write_json
 from vitrap.metrics.diagnosis import no_backdoor
 from vitrap.train.arithmetic import Arithmetic
 
+KEY = re.compile(r"[0-9a-f]{16}")
+"""What the key of a stage looks like."""
 SAME_ASR = 0.01
 """By how much the ASR, when measured again, may differ from the record's."""
 
@@ -186,6 +190,7 @@ class FinishedRun:
         attack, train = plan.spec.attack, plan.world.train
         fitted = read_fitted(self.folder, attack, device=plan.device)
         assert fitted.trigger is not None, "a run without its trigger is refused before"
+        try_out(fitted.trigger, first_image(plan.world).to(plan.device), self.folder / TRIGGER)
         other = plan.other.train if plan.other else None
         implant = attack.implant(Access(train, None, read_stream(self.folder, seed), other=other), fitted)
         return Evaluation(
@@ -217,7 +222,12 @@ class FinishedRun:
 
     def _twin(self) -> Path:
         """The folder of the twin's stage; one that is gone or damaged is trained again if it would come out equal."""
-        key = self.record.stages["twin"]
+        key = self.record.stages.get("twin", "")
+        if not KEY.fullmatch(key):
+            raise UserError(
+                f"the record of run {str(self.folder)!r} does not say which clean twin it was measured beside; run its"
+                " spec again with --force"
+            )
         if place := self._store.find("clean", key):
             return place
         stage = self.plan.twin_stage()
@@ -235,7 +245,7 @@ class FinishedRun:
         plan = self.plan
         depends: dict[str, Any] = {
             **plan.twin_stage().depends,
-            "victim": self.record.stages["victim"],
+            "victim": self.record.stages.get("victim"),
             "kept": digest(kept.index.tolist()),
             "code": training_code(inspect.getfile(type(plan.spec.attack))),
         }
@@ -261,7 +271,10 @@ class FinishedRun:
             write_json(folder / "facts.json", to_table(measure()))
 
         place = self._store.stage(Stage("defended", depends), make)
-        return TypeAdapter(kind).validate_json((place / "facts.json").read_bytes(), strict=True)
+        try:
+            return TypeAdapter(kind).validate_json(read_bytes(place / "facts.json"), strict=True)
+        except (OSError, ValidationError) as error:
+            raise UserError(f"stage {str(place)!r} is damaged; remove its folder, and it is made anew") from error
 
     @property
     def _store(self) -> Store:

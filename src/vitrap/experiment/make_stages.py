@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from vitrap.contracts import Access, Along, Fitted, Goal, ImageSet, Implant, Keeper, Objective
+from vitrap.errors import UserError
 from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.predict import every_row, predict, spread, timed, triggered
 from vitrap.experiment.progress import Progress, Tick
@@ -29,6 +30,7 @@ from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, save
 from vitrap.files import place_file, read_json, write_bytes, write_json
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.models.classifier import Classifier, save_model
+from vitrap.tensor_file import read_tensor_file
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
@@ -130,10 +132,17 @@ def read_stream(folder: Path, seed: int) -> torch.Generator:
 
     `folder` is that of a trigger's or a victim's stage, or of a finished run. Older runs have no file of it; their
     stream starts from the beginning.
+
+    Raises:
+        UserError: the file is damaged.
     """
     generator = stream(seed, "attack")
-    if (folder / STREAM).exists():
-        generator.set_state(load_file(folder / STREAM)["state"])
+    path = folder / STREAM
+    if path.exists():
+        try:
+            generator.set_state(read_tensor_file(path).tensors["state"])
+        except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"random stream {str(path)!r} is damaged ({error}); run its spec again") from error
     return generator
 
 

@@ -4,30 +4,25 @@ The classes are in record.py and defence_rows.py. Reading is strict: every key m
 that older versions of vitrap did not write have defaults. Imports no torch.
 """
 
-import errno
-import json
 import os
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from vitrap.errors import UserError
 from vitrap.experiment.record import SCHEMA, Failure, Record
+from vitrap.files import read_bytes
+from vitrap.formats import parse_json
 
 RECORD = "record.json"
 FAILURE = "failure.json"
 """File in a run's folder that says why a run of a sweep failed."""
 EARLIER = "record.earlier"
 """File in a run's folder: its earlier record, while the run is being written anew."""
-MOST = 1e100
-"""Greatest number that a record may have: sums and differences of greater ones could overflow."""
-DEEPEST = 50
-"""Greatest depth of nesting that a record may have."""
 T = TypeVar("T", Record, Failure)
 _adapter = cache(TypeAdapter)
 
@@ -63,7 +58,7 @@ def read_record(folder: Path, name: str = RECORD) -> Record:
     """
     path = folder / name
     try:
-        return parse(_bytes(path), Record)
+        return parse(read_bytes(path), Record)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{str(folder)!r} holds no {RECORD}; give the folder of a finished run") from error
     except OSError as error:
@@ -104,11 +99,9 @@ def parse(text: bytes, kind: type[T]) -> T:
         ValueError: it is no JSON, not such a record, or of a later vitrap. The message has no subject: the caller puts
             the file's name before it.
     """
-    # Refuse numbers that would overflow, and depths that would exhaust the stack.
     try:
-        content = json.loads(text, parse_constant=_refuse, parse_int=_bounded(int), parse_float=_bounded(float))
-        _check_depth(content)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except UserError as error:
         raise _damaged(str(error)) from error
     # A later format may give the same keys another meaning.
     schema = content.get("schema") if isinstance(content, dict) else None
@@ -123,49 +116,20 @@ def parse(text: bytes, kind: type[T]) -> T:
 
 
 def _damaged(why: str) -> ValueError:
-    return ValueError(f"is damaged ({why}); run its spec again with --force")
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no finite number")
-
-
-def _bounded(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        number = kind(text)
-        return number if abs(number) <= MOST else _refuse(text[:20])
-
-    return read
-
-
-def _check_depth(content: Any) -> None:
-    """Refuse content that is nested deeper than any record."""
-    level = [content]
-    for _ in range(DEEPEST):
-        inner = [thing for thing in level if isinstance(thing, dict | list)]
-        level = [below for thing in inner for below in (thing.values() if isinstance(thing, dict) else thing)]
-    if level:
-        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    return ValueError(f"is damaged ({' '.join(why.split())}); run its spec again with --force")
 
 
 def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
     """Each file that should hold a record, in order, with its text; of a `.jsonl` file each line."""
-    if place.is_file():
+    if not place.is_dir():
         files = [place]
     else:
         own = [file for name in (RECORD, FAILURE) for file in (place / name, *place.glob(f"*/{name}"))]
-        files = sorted({file for file in (*own, *place.glob("*.json"), *place.glob("*.jsonl")) if file.exists()})
+        files = sorted({file for file in (*own, *place.glob("*.json"), *place.glob("*.jsonl")) if os.path.exists(file)})
     for file in files:
         try:
-            content = _bytes(file)
+            content = read_bytes(file)
         except OSError as error:
             yield file, error
             continue
         yield from ((file, text) for text in (content.splitlines() if file.suffix == ".jsonl" else [content]))
-
-
-def _bytes(file: Path) -> bytes:
-    """The content of a regular file; a pipe is refused, for reading it might never end."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no file")
-    return file.read_bytes()

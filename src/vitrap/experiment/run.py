@@ -8,8 +8,10 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vitrap.contracts import Implant, Trigger
@@ -34,11 +36,11 @@ from vitrap.experiment.records import EARLIER, FAILURE, RECORD, read_record
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.store import Store, locked
 from vitrap.experiment.streams import stream
-from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger
+from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger, try_out
 from vitrap.files import DRAFTS, place_file, read_json, write_bytes
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Measures, Stealth
-from vitrap.models.classifier import load_weights, read_model
+from vitrap.models.classifier import Classifier, load_weights, read_model
 from vitrap.probe import check_type
 
 RUN_FILES = ("model.safetensors", TRIGGER, STORED, STREAM)
@@ -200,7 +202,11 @@ def open_run(
     else:
         check_type(model, nn.Module, "model")
         load_weights(model, folder / "model.safetensors")
-    trigger = read_trigger(folder / "trigger.safetensors", parse_spec(record.spec).attack, networks)
+    place = folder / TRIGGER
+    trigger = read_trigger(place, parse_spec(record.spec).attack, networks)
+    if isinstance(model, Classifier):
+        shape = (1, len(model.mean), model.architecture.size, model.architecture.size)
+        try_out(trigger, torch.linspace(0, 1, prod(shape)).view(shape), place)
     return OpenedRun(model.eval(), trigger, record)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jaxtyping import Bool, Shaped
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from vitrap.errors import UserError
 from vitrap.experiment.checksums import damage, write_checksums
 from vitrap.experiment.defence_rows import Row, ScreenRow, row_settings
 from vitrap.files import write_bytes
+from vitrap.tensor_file import read_tensor_file
 
 FOLDER = "scores"
 KINDS = ("held_out", "clean", "triggered")
@@ -102,10 +102,10 @@ def read_scores(folder: str | Path, row: Row) -> Scores:
     try:
         if wrong := damage(path.parent, path.name):
             raise OSError(wrong)
-        found = load_file(path)
+        found = read_tensor_file(path).tensors
         victim, twin, index = (ByKind(*(found[f"{part}.{kind}"] for kind in KINDS)) for part in PARTS)
         return Scores(victim, twin, index, found["hits"])
-    except (SafetensorError, OSError, KeyError) as error:
+    except (OSError, KeyError, UserError) as error:
         raise UserError(
             f"scores {str(path)!r} are missing or damaged ({error}); remove the file and defend the run with"
             f" {row.name!r} again"

@@ -6,12 +6,9 @@ refused at once.
 
 import hashlib
 import json
-import math
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from datetime import date, time
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,28 +16,25 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from vitrap import registry
-from vitrap.errors import UserError, unknown
+from vitrap.errors import UserError, shown, unknown
 from vitrap.experiment.defence_spec import DefenceSpec
+from vitrap.experiment.spec_file import DEFAULT_NAMES, FOLDERS, NETWORKS, leaves, parse_override, read_table, set_keys
 from vitrap.experiment.spec_paths import SpecPath, folders_of, is_data_path, set_leaf
+from vitrap.formats import check_plain
 from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
 
 Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
 _adapter = cache(TypeAdapter)
-KEPT_KEYS = {"attack": ("target",), "model": (), "surrogate": (), "test_surrogate": (), "data": ("limit",)}
-"""Tables with a name; if an override changes the name, the table loses its other keys except these."""
-DEFAULT_NAMES = {"attack": "ageb", "data": "digits"}
-"""The names of tables that have no name."""
 LONGEST_NAME = 100
 """Letters that the name of a run may have."""
 FEWEST_SCREENED = 10
 """Least number of images of each kind that a screen scores; a threshold from fewer scores means nothing."""
-FOLDERS = "folders"
-"""Key that `read_spec` adds: for the dotted key of each text, the folder that a path there is relative to."""
-NETWORKS = ("model", "surrogate", "test_surrogate")
-PAGE = ("page", "table", "figure")
-"""Keys of a sweep's spec that say which tables and figures `vitrap table` makes of its records."""
+MOST_SCREENED = 10**9
+"""Greatest number of images of each kind that a screen scores: of all, where there are fewer."""
+LONGEST = 255, 4000
+"""Greatest length in bytes of a file's name, and of a path."""
 
 
 @hyperparameters
@@ -52,9 +46,15 @@ class DataTable:
         "digits, cifar10, cifar100, gtsrb, tiny-imagenet, a folder of the cache, imagefolder:PATH or npy:PATH",
     )
     size: int | None = param(
-        None, "working resolution: where triggers are applied and models look; left out: native", unit="px", low=1
+        None,
+        "working resolution: where triggers are applied and models look; left out: native",
+        unit="px",
+        low=1,
+        high=4096,
     )
-    limit: int | None = param(None, "a class-balanced training subset of so many images; left out: all", low=1)
+    limit: int | None = param(
+        None, "a class-balanced training subset of so many images; left out: all", low=1, high=10**9
+    )
     holdout: float = param(
         0.1,
         "share of the training set held out: a third each to choose settings on, for defenders, and for thresholds",
@@ -210,36 +210,13 @@ def read_spec(path: str | Path | None = None, overrides: Sequence[str] = ()) -> 
     return set_keys(table, [parse_override(text) for text in overrides])
 
 
-def set_keys(table: Table, pairs: Sequence[tuple[list[str], Any]], folder: str = "") -> Table:
-    """Set each value at its place in `table`, in place, and return the table; `folder` is that of paths among them."""
-    # Names are set first, for a new name drops the other keys of its table.
-    for keys, value in sorted(pairs, key=lambda pair: pair[0][1:] != ["name"]):
-        new = nest(keys, value)
-        lay_over(table, new)
-        # A path that was set before had a folder of its own.
-        lay_over(table, _folders(new, folder))
-    return table
-
-
-def _folders(table: Table, folder: str) -> Table:
-    """A table that says of each text of `table` which folder a path there is relative to; empty where it has none."""
-    parts = {key: value for key, value in table.items() if key in ("data", "attack", *NETWORKS)}
-    found = {key: folder for key, value in _leaves(parts) if isinstance(value, str)}
-    return {FOLDERS: found} if found else {}
-
-
 def parse_spec(table: Mapping[str, Any]) -> Spec:
     """Check the nested table of a spec, and fill in every default.
 
     Raises:
         UserError: a key, name, type or value is wrong.
     """
-    # TOML allows values that a record, which is JSON, cannot hold.
-    for key, value in _leaves(table):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} = {value} is no finite number")
-        if isinstance(value, date | time):
-            raise UserError(f"{key} = {value} is a date or a time; put a string in quotes")
+    _check_values(table)
     # Refuse unknown keys, and values where tables belong.
     tables = ("data", *NETWORKS, "attack", "recipe", FOLDERS)
     for key in table:
@@ -247,7 +224,7 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
             raise unknown("key", key, ["name", "seed", "defences", *tables])
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
-            raise UserError(f"{key} = {table[key]!r} must be a table: [{key}]")
+            raise UserError(f"{key} = {shown(table[key])} must be a table: [{key}]")
     table, paths = _with_paths(table)
     # Build each part; the defaults of the recipe are those of the data set.
     data = build(DataTable, table.get("data", {}), "data")
@@ -277,7 +254,9 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
 def _with_paths(table: Mapping[str, Any]) -> tuple[Table, dict[str, SpecPath]]:
     """The table with its paths relative to the working folder, and the paths as they are written, by dotted key."""
     folders = table.get(FOLDERS, {})
-    paths = {key: SpecPath(value, folders.get(key, "")) for key, value in _leaves(table) if _is_path(table, key, value)}
+    if not all(isinstance(folder, str) for folder in folders.values()):
+        raise UserError(f"{FOLDERS} = {shown(folders)} must name a folder for each key")
+    paths = {key: SpecPath(value, folders.get(key, "")) for key, value in leaves(table) if _is_path(table, key, value)}
     located = {key: deepcopy(value) for key, value in table.items() if key != FOLDERS}
     for key, path in paths.items():
         set_leaf(located, key, path.located)
@@ -317,19 +296,23 @@ def load_defence(name: str, overrides: Sequence[str] = ()) -> DefenceSpec:
 @hyperparameters
 class _NameAndSeed:
     name: str = field(metadata={})
-    seed: int = param(0, "seed of victim and twin", low=0)
+    seed: int = param(0, "seed of victim and twin", low=0, high=2**53)
 
     def check_settings(self) -> None:
-        if not 0 < len(self.name) <= LONGEST_NAME or set(self.name) & set("/\\\0") or self.name.startswith("."):
+        # Names of folders, locks and drafts are made of it, which may have 255 bytes.
+        fits = 0 < len(self.name) <= LONGEST_NAME and len(self.name.encode()) <= 2 * LONGEST_NAME
+        if not fits or not self.name.isprintable() or set(self.name) & set("/\\") or self.name.startswith("."):
             letters = f"{LONGEST_NAME} letters, digits and dashes"
-            raise UserError(f"name = {self.name!r} cannot name a folder; use at most {letters}")
+            raise UserError(f"name = {shown(self.name)} cannot name a folder; use at most {letters}")
 
 
 def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
     """The attack's name and the attack."""
     name = table.get("name", DEFAULT_NAMES["attack"])
     if not isinstance(name, str):
-        raise UserError(f"attack.name = {name!r} is wrong: it must be one of {', '.join(registry.names('attacks'))}")
+        raise UserError(
+            f"attack.name = {shown(name)} is wrong: it must be one of {', '.join(registry.names('attacks'))}"
+        )
     settings = {k: v for k, v in table.items() if k != "name"}
     return name, build(registry.get("attacks", name), settings, "attack", ("name",))
 
@@ -343,7 +326,7 @@ def _default_name(attack_name: str, attack: Any, data: DataTable) -> str:
 def _defences(tables: Any) -> tuple[DefenceSpec, ...]:
     """The defences of a spec in its order, each once."""
     if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
-        raise UserError(f"defences = {tables!r} must be tables with a name each: [[defences]]")
+        raise UserError(f"defences = {shown(tables)} must be tables with a name each: [[defences]]")
     found = [parse_defence(table, f"defences[{i}]") for i, table in enumerate(tables)]
     return tuple(defence for i, defence in enumerate(found) if defence not in found[:i])
 
@@ -355,10 +338,10 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> DefenceSp
         UserError: the name, a key, type or value is wrong.
     """
     if not isinstance(name := table.get("name"), str):
-        raise UserError(f"{where}.name = {name!r} is wrong: it must be one of {', '.join(registry.names('defences'))}")
-    for key, value in _leaves(table):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}.{key} = {value} is no finite number")
+        raise UserError(
+            f"{where}.name = {shown(name)} is wrong: it must be one of {', '.join(registry.names('defences'))}"
+        )
+    _check_values(table, where)
     settings = {k: v for k, v in table.items() if k not in ("name", "screened")}
     defence = build(registry.get("defences", name), settings, where, ("name", "screened"))
     if "screened" not in table:
@@ -366,12 +349,13 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> DefenceSp
     screened = table["screened"]
     if defence.kind != "screen":
         raise UserError(
-            f"{where}.screened = {screened!r} means nothing for {name}, a {defence.kind}, since only a screen scores"
-            " images at test time; leave it out"
+            f"{where}.screened = {shown(screened)} means nothing for {name}, a {defence.kind}, since only a screen"
+            " scores images at test time; leave it out"
         )
-    if not isinstance(screened, int) or isinstance(screened, bool) or screened < FEWEST_SCREENED:
+    if type(screened) is not int or not FEWEST_SCREENED <= screened <= MOST_SCREENED:
         raise UserError(
-            f"{where}.screened = {screened!r} is wrong: it must be a whole number of {FEWEST_SCREENED} or more"
+            f"{where}.screened = {shown(screened)} is wrong: it must be a whole number"
+            f" from {FEWEST_SCREENED} to {MOST_SCREENED:,}"
         )
     return DefenceSpec(name, defence, screened)
 
@@ -418,82 +402,36 @@ def _sentence(error: Table, dot: str) -> str:
     if error["type"] == "value_error":
         return dot + str(error["ctx"]["error"])
     place = ".".join(str(p) for p in error["loc"])
-    return f"{dot}{place} = {error['input']!r} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{dot}{place} = {shown(error['input'])} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def read_table(path: Path, seen: tuple[Path, ...] = ()) -> Table:
-    """Read a spec's file as a table; its keys replace those of the spec that its `base` names.
-
-    Raises:
-        UserError: a file is missing or not TOML, or is its own base.
-    """
-    if path.resolve() in seen:
-        raise UserError(f"spec {str(path)!r} is its own base; remove the circle")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text file"
-        raise UserError(f"spec {str(path)!r} cannot be read: {why}; give the path of a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"spec {str(path)!r} is not TOML: {error}") from error
-    if FOLDERS in table:
-        raise unknown("key", FOLDERS, ["name", "seed", "data", *NETWORKS, "attack", "recipe", "defences"])
-    table |= _folders(table, str(path.parent)) if path.parent != Path() else {}
-    base = table.pop("base", None)
-    if base is None:
-        return table
-    if not isinstance(base, str):
-        raise UserError(f"base = {base!r} in spec {str(path)!r} must be the path of another spec")
-    start = read_table(path.parent / base, (*seen, path.resolve()))
-    start = {key: value for key, value in start.items() if key not in ("grid", *PAGE)}
-    return lay_over(start, table)
-
-
-def lay_over(table: Table, over: Mapping[str, Any]) -> Table:
-    """Merge `over` into `table` in place; a new name drops the other keys of its table."""
-    for key, value in over.items():
-        below = table.get(key)
-        if not isinstance(value, Mapping) or not isinstance(below, dict):
-            table[key] = value
-            continue
-        if key in KEPT_KEYS and "name" in value and value["name"] != below.get("name", DEFAULT_NAMES.get(key)):
-            table[key] = below = {k: v for k, v in below.items() if k in KEPT_KEYS[key]}
-        lay_over(below, value)
-    return table
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """The keys and the value of an override, `table.key=value`.
+def _check_values(table: Mapping[str, Any], place: str = "") -> None:
+    """Refuse values of a table that a record could not hold, and texts that can be no file's name.
 
     Raises:
-        UserError: it is not of that form.
+        UserError: naming the dotted key.
     """
-    key, equals, value = text.partition("=")
-    keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {text!r} is not of the form key=value or table.key=value")
-    try:
-        return keys, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return keys, value.strip()
+    check_plain(table, place)
+    for key, text in _texts(table, place):
+        try:
+            name = text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{key} = {shown(text)} is no Unicode text") from error
+        longest = max(map(len, name.split(b"/")))
+        if b"\0" in name or longest > LONGEST[0] or len(name) > LONGEST[1]:
+            raise UserError(f"{key} = {shown(text)} is no name and no path: it has a NUL, or is too long")
 
 
-def nest(keys: Sequence[str], value: Any) -> Table:
-    """A nested table with `value` under these keys, and nothing else."""
-    for key in reversed(keys):
-        value = {key: value}
-    return value
-
-
-def _leaves(table: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a nested table by its dotted key; of a list each entry."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{place}{key}.")
-        elif isinstance(value, list):
-            yield from ((f"{place}{key}", entry) for entry in value)
-        else:
-            yield f"{place}{key}", value
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Every text in a nested value, with its dotted key."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, place)
 
 
 def _without_none(table: Table) -> Table:

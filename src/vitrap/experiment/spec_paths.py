@@ -38,7 +38,7 @@ class SpecPath:
     @property
     def place(self) -> Path:
         """Where the file or the folder is."""
-        return Path(self.folder, Path(self.written.removeprefix(self.prefix)).expanduser())
+        return Path(self.folder, os.path.expanduser(self.written.removeprefix(self.prefix)))
 
     @property
     def located(self) -> str:

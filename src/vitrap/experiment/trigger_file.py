@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vitrap.contracts import Crafted, Fitted, Trigger
-from vitrap.errors import UserError
+from vitrap.contracts import Crafted, Fitted, Images, Trigger
+from vitrap.errors import UserError, shown
 from vitrap.files import write_bytes
-from vitrap.models.classifier import Architecture, Classifier, blank_model
+from vitrap.models.classifier import LARGEST, Classifier, blank_model, check_sizes, largest, parse_architecture
+from vitrap.models.weights import first_line
 from vitrap.probe import check_type, check_weights
+from vitrap.tensor_file import TensorFile, read_tensor_file
 
 TRIGGER = "trigger.safetensors"
 """File of the trigger that fires at test time."""
 STORED = "stored.safetensors"
 """File of the trigger of poisoned training images, where it is another one; or of those images themselves."""
+MISFITS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
+"""What a class of ours may raise if it is given values of other types or shapes than it was written with."""
 
 
 def check_networks(trigger: Trigger | Crafted, settings: Any) -> None:
@@ -97,30 +100,64 @@ def _read(
 ) -> Trigger | Crafted:
     """Read a file's tensors and metadata, and build the trigger of them."""
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+        file = read_tensor_file(path)
+    except (OSError, UserError) as error:
         raise UserError(f"trigger file {str(path)!r} is missing or damaged: {error}") from error
-    kind: Any = getattr(sys.modules[type(settings).__module__], facts.get("trigger", ""), None)
-    kind = Crafted if facts.get("trigger") == Crafted.__name__ else kind
-    if not isinstance(kind, type) or not is_dataclass(kind):
-        raise UserError(f"trigger file {str(path)!r} belongs to another attack than {type(settings).__name__}")
-    plain = json.loads(facts.get("fields", "{}"))
+    try:
+        return _built(file, settings, networks, device)
+    except MISFITS as error:
+        raise UserError(f"trigger file {str(path)!r}: {first_line(error)}") from error
+
+
+def _built(
+    file: TensorFile, settings: Any, networks: Mapping[str, nn.Module], device: torch.device | str
+) -> Trigger | Crafted:
+    """The trigger of a file; whatever its class makes of odd values is raised as it is."""
+    kind = _kind(file.facts.get("trigger", ""), settings)
+    plain = file.table("fields") if "fields" in file.facts else {}
     values: dict[str, Any] = {}
     for f in fields(kind):
-        if f.name in tensors:
-            values[f.name] = tensors[f.name].to(device)
+        if f.name in file.tensors:
+            values[f.name] = file.tensors[f.name].to(device)
         elif f.name not in plain:
             values[f.name] = settings
         elif "value" not in plain[f.name]:
-            network = _network(f.name, plain[f.name], settings, tensors, networks)
+            network = _network(f.name, plain[f.name], settings, file.tensors, networks)
             values[f.name] = network.to(device).eval().requires_grad_(False)
         else:
             value = plain[f.name]["value"]
             values[f.name] = tuple(value) if isinstance(value, list) else value
-    found: Any = kind(**values)
-    return found
+    return kind(**values)
+
+
+def _kind(named: str, settings: Any) -> Any:
+    """The class of this name that is a trigger, from the file of the attack `settings`; or `Crafted`."""
+    kind: Any = getattr(sys.modules[type(settings).__module__], named, None)
+    kind = Crafted if named == Crafted.__name__ else kind
+    fires = isinstance(kind, type) and any("__call__" in vars(each) for each in kind.__mro__)
+    if kind is not Crafted and not (is_dataclass(kind) and fires):
+        raise UserError(f"belongs to another attack than {type(settings).__name__} (it is of a {shown(named)})")
+    return kind
+
+
+def try_out(trigger: Trigger, images: Images, path: Path) -> None:
+    """Refuse a trigger that does not return finite images of the same shape.
+
+    Args:
+        trigger: the trigger.
+        images: some images.
+        path: the trigger's file, for the message.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        found = trigger(images)
+        fits = found.shape == images.shape and bool(found.isfinite().all())
+    except MISFITS as error:
+        raise UserError(f"trigger file {str(path)!r} is damaged: its trigger fails ({first_line(error)})") from error
+    if not fits:
+        raise UserError(f"trigger file {str(path)!r} is damaged: its trigger makes no images of what it is given")
 
 
 def read_fitted(
@@ -181,13 +218,14 @@ def _network(
         check_type(given[name], nn.Module, f"networks[{name!r}]")
         check_weights(given[name].state_dict(), f"networks[{name!r}]")
         return given[name]
+    weights = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
     if "module" in built:
+        check_sizes(built["arguments"], max(LARGEST, largest(weights)))
         with torch.random.fork_rng(devices=[]):  # its first weights are replaced, and must change no random state
             network = module = _own_class(built["module"], settings)(**built["arguments"])
     else:
-        network = blank_model(Architecture(**built["network"]))
+        network = blank_model(parse_architecture(built["network"], weights))
         module = network.body
-    weights = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
     check_weights(weights, f"the trigger file's {name}")
     try:
         module.load_state_dict(weights)
@@ -205,7 +243,9 @@ def _own_class(named: str, settings: Any) -> type[nn.Module]:
     place, _, name = named.partition(":")
     home = type(settings).__module__.partition(".")[0]
     found: Any = None
-    if place.partition(".")[0] in (home, "vitrap") and all(part.isidentifier() for part in place.split(".")):
+    parts = place.split(".")
+    # A module such as `__main__` would do its work when it is imported.
+    if parts[0] in (home, "vitrap") and all(part.isidentifier() and not part.startswith("__") for part in parts):
         with suppress(ImportError):
             found = getattr(importlib.import_module(place), name, None)
     if not isinstance(found, type) or not issubclass(found, nn.Module) or found.__module__ != place:

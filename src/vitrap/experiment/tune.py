@@ -82,7 +82,8 @@ def tune(
         seconds = time_ways(network.build(spec.seed, plan.device), size, spec.recipe.batch_size, plan.device)
     found = Tuned(seconds, fastest(seconds, training_steps(spec, len(train))))
     if write:
-        write_bytes(Path(path), with_recipe(Path(path).read_text(encoding="utf-8"), asdict(found.arithmetic)).encode())
+        text = Path(path).read_text(encoding="utf-8-sig")
+        write_bytes(Path(path), with_recipe(text, asdict(found.arithmetic)).encode())
     return found
 
 

@@ -18,17 +18,21 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.contracts import Images
-from vitrap.errors import UserError
+from vitrap.errors import UserError, shown
 from vitrap.files import write_bytes
 from vitrap.images import misshapen
 from vitrap.models.arguments import overridable, refuse_body, refuse_overrides
 from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
 from vitrap.probe import check_weights
+from vitrap.tensor_file import read_tensor_file
+
+LARGEST = 4096
+"""Greatest side of an image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -236,18 +240,70 @@ def read_model(path: Path) -> Classifier:
         UserError: the file is missing, damaged, or was not written by `save_model`.
     """
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is no whole safetensors file ({first_line(error)})") from error
-    if "architecture" not in facts:
+        file = read_tensor_file(path)
+        architecture = parse_architecture(file.table("architecture"), file.tensors)
+    except OSError as error:
+        raise UserError(f"safetensors file {str(path)!r} cannot be read ({error.strerror})") from error
+    except UserError as error:
         raise UserError(
-            f"{str(path)!r} does not say how to build its model; name the network in [model] and give"
+            f"{str(path)!r} {error}, so it does not say how to build its model; name the network in [model] and give"
             " the file as its checkpoint"
-        )
-    model = blank_model(Architecture(**json.loads(facts["architecture"])))
+        ) from error
+    try:
+        model = blank_model(architecture)
+    except UserError as error:
+        raise UserError(f"{str(path)!r} names a network that cannot be built: {error}") from error
     load_weights(model.body, path)
     return model
+
+
+def parse_architecture(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
+    """The architecture that a file's metadata describe.
+
+    Args:
+        table: what the metadata say.
+        tensors: the file's tensors.
+
+    Raises:
+        UserError: it is none, or larger than any network of these tensors. The message has no subject.
+    """
+    try:
+        architecture = TypeAdapter(Architecture).validate_json(json.dumps(table), strict=True)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        where = ".".join(map(str, error["loc"]))
+        raise UserError(f"has an architecture that is damaged ({shown(where)}: {error['msg']})") from errors
+    check_sizes({"n_classes": architecture.n_classes, **architecture.overrides}, largest(tensors))
+    if not 1 <= architecture.size <= LARGEST:
+        raise UserError(f"has an architecture for images of {shown(architecture.size)} px")
+    return architecture
+
+
+def largest(tensors: Mapping[str, Tensor]) -> int:
+    """The greatest whole number that an argument of a network with these tensors can be, and 64 at least.
+
+    It is the longest side of a tensor (of width and classes), or the number of tensors (of depth).
+    """
+    return max([64, len(tensors), *(side for tensor in tensors.values() for side in tensor.shape)])
+
+
+def check_sizes(arguments: Any, most: int) -> None:
+    """Refuse arguments of a network in which a whole number is greater than `most`.
+
+    A network that is built from a file must be no larger than the file.
+
+    Raises:
+        UserError: naming the number. The message has no subject.
+    """
+    waiting = [arguments]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, int) and abs(value) > most:
+            raise UserError(f"has too few weights for a network with {shown(value)} of anything")
 
 
 def _unreachable(name: str, error: Exception) -> str:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from vitrap.errors import UserError
 from vitrap.probe import PRECISIONS, check_weights
+from vitrap.tensor_file import read_tensor_file
 
 PREFIXES = ("module.", "model.", "body.", "_orig_mod.")
 """Prefixes that wrappers put before the names of a network's tensors: DataParallel, trainers, vitrap, torch.compile."""
@@ -52,14 +51,16 @@ def read_tensors(path: Path, kind: str = "checkpoint") -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, no safetensors file, or truncated.
     """
-    if not path.is_file():
-        raise UserError(f"{kind} {str(path)!r} is not there; give the path of a safetensors file")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        return dict(read_tensor_file(path).tensors)
+    except OSError as error:
+        there = not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        why = f"cannot be read ({error.strerror})" if there else "is not there"
+        raise UserError(f"{kind} {str(path)!r} {why}; give the path of a safetensors file") from error
+    except UserError as error:
         raise UserError(
-            f"{kind} {str(path)!r} is no whole safetensors file ({first_line(error)}); pickled checkpoints"
-            " are never opened: convert them with safetensors.torch.save_file"
+            f"{kind} {str(path)!r} {error}; pickled checkpoints are never opened: convert them with"
+            " safetensors.torch.save_file"
         ) from error
 
 

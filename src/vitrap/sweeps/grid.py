@@ -15,11 +15,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from vitrap.errors import UserError
-from vitrap.experiment.spec import PAGE, Spec, Table, parse_override, parse_spec, read_table, set_keys
+from vitrap.errors import UserError, shown
+from vitrap.experiment.spec import Spec, Table, parse_spec
+from vitrap.experiment.spec_file import PAGE, parse_override, read_table, set_keys
 
 MOST = 10_000
 """A sweep of more runs needs `--yes`."""
+MOST_AT_ALL = 1_000_000
+"""No sweep has more runs: their specs would fill the memory."""
 DEFENCES, BASE, TITLE = "defences", "base", "title"
 Settings = dict[str, Any]
 
@@ -76,14 +79,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
     if "grid" not in table:
         raise UserError(f"spec {str(path)!r} has no [grid] of lists: it is a single run; start it with vitrap run")
     if not isinstance(grid := table.pop("grid"), Mapping):
-        raise UserError(f"grid = {grid!r} in spec {str(path)!r} must be a table of lists: [grid]")
+        raise UserError(f"grid = {shown(grid)} in spec {str(path)!r} must be a table of lists: [grid]")
     # Read what varies, apply overrides, and refuse contradictions.
     axes = dict(_axes(grid))
     cases = _cases(grid.get("case", []))
     replaced = _override(table, axes, cases, overrides)
+    _check_count(str(path), prod(map(len, axes.values())) * max(1, sum(map(_count, cases))), any_number)
+    cases = [settings for case in cases for settings in _each_case(case)]
     _check(str(path), axes, cases)
-    if (count := prod(map(len, axes.values())) * max(1, len(cases))) > MOST and not any_number:
-        raise UserError(f"the grid of {str(path)!r} has {count} runs, more than {MOST}; say --yes if you mean it")
     # The runs are all combinations of a case with a value of each axis.
     combinations = (
         {**case, **dict(zip(axes, values, strict=True))} for case in cases or [{}] for values in product(*axes.values())
@@ -104,7 +107,7 @@ def _axes(grid: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, list[
             if dotted in seen:
                 raise UserError(f"grid.{dotted} stands twice, quoted and bare; remove one")
             if not isinstance(each, list) or not each:
-                raise UserError(f"grid.{dotted} = {each!r} must be a list with a value or more")
+                raise UserError(f"grid.{dotted} = {shown(each)} must be a list with a value or more")
             seen.add(dotted)
             yield dotted, each
 
@@ -112,17 +115,50 @@ def _axes(grid: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, list[
 def _cases(cases: Any) -> list[Settings]:
     """The cases of the grid, each with its settings by dotted key."""
     if not isinstance(cases, list) or not all(isinstance(case, Mapping) and case for case in cases):
-        raise UserError(f"grid.case = {cases!r} must be tables of settings that belong together: [[grid.case]]")
-    return [settings for case in cases for settings in _each_case(dict(_leaves(case)))]
+        raise UserError(f"grid.case = {shown(cases)} must be tables of settings that belong together: [[grid.case]]")
+    return [dict(_leaves(case)) for case in cases]
+
+
+def _lists(case: Settings) -> dict[str, list[Any]]:
+    """The values of each key of a case; a list of defences is one value."""
+    return {key: value if isinstance(value, list) and key != DEFENCES else [value] for key, value in case.items()}
+
+
+def _count(case: Settings) -> int:
+    """The number of combinations of a case's lists."""
+    return prod(map(len, _lists(case).values()))
 
 
 def _each_case(case: Settings) -> Iterator[Settings]:
-    """One case for each combination of its lists; a list of defences is one value."""
-    lists = {key: value if isinstance(value, list) and key != DEFENCES else [value] for key, value in case.items()}
+    """One case for each combination of its lists."""
+    lists = _lists(case)
     for key, values in lists.items():
-        if not values or any(value in values[:i] for i, value in enumerate(values)):
-            raise UserError(f"grid.case.{key} = {values!r} must be a value, or a list of different ones")
+        if not values or _twice(values):
+            raise UserError(f"grid.case.{key} = {shown(values)} must be a value, or a list of different ones")
     return (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
+
+
+def _twice(values: Sequence[Any]) -> list[Any]:
+    """The values that stand before in the list already."""
+    seen: set[str] = set()
+    found = []
+    for value in values:
+        key = json.dumps(value, sort_keys=True)
+        found += [value] if key in seen else []
+        seen.add(key)
+    return found
+
+
+def _check_count(where: str, count: int, any_number: bool) -> None:
+    """Refuse a grid of too many runs, before any of them is made.
+
+    Raises:
+        UserError: naming their number.
+    """
+    if count > MOST_AT_ALL:
+        raise UserError(f"the grid of {where!r} has {shown(count)} runs, more than {MOST_AT_ALL:,}; split it")
+    if count > MOST and not any_number:
+        raise UserError(f"the grid of {where!r} has {count} runs, more than {MOST}; say --yes if you mean it")
 
 
 def _leaves(case: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
@@ -162,10 +198,10 @@ def _check(where: str, axes: Mapping[str, list[Any]], cases: Sequence[Settings])
     """Refuse a grid that is empty, or in which two keys set the same setting."""
     if not axes and not cases:
         raise UserError(f"the [grid] of {where!r} is empty; give it a key with a list of values, or [[grid.case]]")
-    if twice := [case for i, case in enumerate(cases) if case in cases[:i]]:
+    if twice := _twice(cases):
         raise UserError(f"[[grid.case]] {_short(twice[0])} stands twice; remove one")
     for key, values in axes.items():
-        if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+        if twice := _twice(values):
             raise UserError(f"grid.{key} has {_short(twice[0])} twice; remove one")
         others = [*(other for other in axes if other != key), *(own for case in cases for own in case)]
         if clash := next((other for other in others if _overlap(key, other)), None):

@@ -27,7 +27,7 @@ class Recipe:
     )
     label_smoothing: float = param(0.0, "share of each label spread over all classes", low=0, high=1)
     clip: float = param(1.0, "greatest norm of the gradient; 0 for no limit", low=0)
-    crop: int = param(0, "random crop after padding by so many pixels; 0 for none", unit="px", low=0)
+    crop: int = param(0, "random crop after padding by so many pixels; 0 for none", unit="px", low=0, high=256)
     flip: bool = param(False, "flip half of the images; off where it changes the class (digits, traffic signs)")
     jitter: float = param(
         0.0,

@@ -1,5 +1,6 @@
 """Figures of a sweep's records: what they show, and that the file says what it was drawn from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,46 @@ def test_mistakes_are_one_line(tmp_path: Path, figure: str, said: str) -> None:
         fill_page(opened(tmp_path, [record(defences=[screen(), repair()])], figure, DEFENDED))
     assert said in str(refused.value)
     assert not (tmp_path / "a.png").exists()
+
+
+THEIRS = {"a key": b"precious", "nothing": b"", "a picture": None}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_figure_replaces_nothing_but_a_figure(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a.png"
+    if THEIRS[kind] is None:
+        Image.new("RGB", (8, 8)).save(file)
+    else:
+        file.write_bytes(THEIRS[kind])
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"a\.png' is there, and is no figure of vitrap's; remove it"):
+        fill_page(opened(tmp_path, at((0.5,)), LINES))
+    assert file.read_bytes() == before
+
+
+def elsewhere(folder: Path) -> str:
+    return "../elsewhere/a.png"
+
+
+def linked(folder: Path) -> str:
+    (folder / "linked").symlink_to("../elsewhere")
+    return "linked/a.png"
+
+
+@pytest.mark.parametrize("name", [elsewhere, linked])
+def test_a_figure_is_drawn_below_the_specs_folder_or_out_alone(tmp_path: Path, name: Callable[[Path], str]) -> None:
+    spec, there = tmp_path / "spec", tmp_path / "elsewhere"
+    spec.mkdir()
+    there.mkdir()
+    one = opened(spec, at((0.5,)), LINES.replace("a.png", name(spec)))
+    with pytest.raises(UserError, match="does not lie below .*; give --out a folder that it lies below"):
+        fill_page(one)
+    assert list(there.iterdir()) == []
+    fill_page(one, out=tmp_path)
+    assert [file.name for file in there.iterdir()] == ["a.png"]
+
+
+def test_a_figures_file_is_called_a_png(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"figure\[0\]\.file = '\.bashrc' is no name of a PNG; end it in \.png"):
+        opened(tmp_path, [], LINES.replace("a.png", ".bashrc"))

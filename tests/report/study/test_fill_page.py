@@ -418,3 +418,29 @@ def test_collecting_supersedes_the_same_run_and_drops_nothing(tmp_path: Path) ->
 def test_collecting_needs_a_place(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not say where to keep them"):
         collect(study(tmp_path, []), tmp_path / "runs")
+
+
+def test_a_page_outside_of_the_specs_folder_needs_out(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("<!-- asr -->\n<!-- /asr -->\n", "utf-8")
+    (tmp_path / "spec").mkdir()
+    (tmp_path / "kept").mkdir()
+    path = study(tmp_path / "spec", at((0.5,)), PAGE.replace('"page', '"../page').replace('"kept', '"../kept') + ASR)
+    runs = path.parent / "runs"
+    for make in (lambda **out: fill_page(open_study(path, runs), **out), lambda **out: collect(path, runs, **out)):
+        with pytest.raises(UserError, match="does not lie below"):
+            make()
+        assert "50.00" not in (tmp_path / "page.md").read_text("utf-8")
+        assert list((tmp_path / "kept").iterdir()) == []
+    fill_page(open_study(path, runs), out=tmp_path)
+    assert "50.00" in (tmp_path / "page.md").read_text("utf-8")
+    assert collect(path, runs, tmp_path).file == tmp_path / "kept" / "records.jsonl"
+
+
+@pytest.mark.parametrize("content", [b"notes of mine\n", b"\xff\xfe"])
+def test_records_are_not_added_to_another_file(tmp_path: Path, content: bytes) -> None:
+    path = study(tmp_path, at((0.5,)), PAGE + ASR)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "records.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"name another page\.records"):
+        collect(path, tmp_path / "runs")
+    assert (tmp_path / "kept" / "records.jsonl").read_bytes() == content

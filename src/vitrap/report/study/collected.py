@@ -7,8 +7,9 @@ from pathlib import Path
 from vitrap.errors import UserError
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import parse, read_records
-from vitrap.files import check_folder, write_bytes
+from vitrap.files import check_folder, read_bytes, write_bytes
 from vitrap.report.study.entries import find, key_of, today
+from vitrap.report.study.fill_page import check_below
 from vitrap.report.study.layout import read_page
 from vitrap.sweeps.grid import load_sweep
 
@@ -42,25 +43,31 @@ def abridge(record: Record) -> Record:
     return replace(record, memory=None, environment=versions, curves={}, last=last)
 
 
-def collect(spec: str | Path, runs: str | Path) -> Collected:
+def collect(spec: str | Path, runs: str | Path, out: str | Path | None = None) -> Collected:
     """Copy the records of a sweep's runs, abridged, from a folder of runs to the file that its page is made from.
 
     A record that is in the file already is replaced if that in `runs` is another; all other lines stay as they are.
 
+    Args:
+        spec: a TOML file with a `[grid]` and `page.records`.
+        runs: the folder of runs.
+        out: the folder below which the file may be written; None: the spec's folder.
+
     Raises:
-        UserError: the spec is wrong or does not say where the records lie, these cannot be written there, or there is
-            no folder of runs.
+        UserError: the spec is wrong or does not say where the records lie, the file may not or cannot be written there
+            or has other things than records, or there is no folder of runs.
     """
     sweep = load_sweep(spec)
     records = read_page(sweep, Path(spec).parent).records
     if records is None:
         raise UserError(f"the spec of sweep {sweep.name!r} has no page.records: it does not say where to keep them")
+    file = records / FILE
+    check_below(file, Path(spec).parent if out is None else out)
     check_folder(records, f"folder {str(records)!r}", "name another as page.records in the spec")
     loaded = read_records(runs)
     known = find(loaded)
     # The lines of the file, and on which line each run's record is.
-    file = records / FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    lines = _lines(file)
     kept = [_record(line) for line in lines]
     place = {today(record): i for i, record in enumerate(kept) if record is not None}
     # Of the runs that the sweep names, those that are new, and those whose record has changed.
@@ -76,6 +83,23 @@ def collect(spec: str | Path, runs: str | Path) -> Collected:
         write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
     missing = [key for key in wanted if key not in taken and key not in place]
     return Collected(file, len(new), len(changed), len(missing), loaded.skipped)
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file of records; none where it is not there.
+
+    Raises:
+        UserError: it is no file of JSON lines.
+    """
+    try:
+        lines = [line for line in read_bytes(file).decode().split("\n") if line]
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(file)!r} cannot be read ({error}); name another page.records in the spec") from error
+    if lines and not any(line.startswith("{") for line in lines):
+        raise UserError(f"{str(file)!r} is there, and has no records; name another page.records in the spec")
+    return lines
 
 
 def _record(line: str) -> Record | None:

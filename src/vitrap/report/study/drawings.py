@@ -56,12 +56,16 @@ def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
 
 def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
     """Whether the figure's file was drawn from the same values, by the same lines of the spec."""
+    return drawn_from(Path(figure.file)) == digest(figure, figure_data(figure, found))
+
+
+def drawn_from(file: Path) -> str | None:
+    """The digest of what a figure's file was drawn from; None where vitrap did not draw it."""
     try:
-        with open_picture(Path(figure.file), ("PNG",)) as image:
-            drawn = image.info.get(DIGEST)
+        with open_picture(file, ("PNG",)) as image:
+            return image.info.get(DIGEST)
     except UserError:
-        return False
-    return drawn == digest(figure, figure_data(figure, found))
+        return None
 
 
 def digest(figure: Figure, data: Data) -> str:

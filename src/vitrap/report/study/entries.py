@@ -68,7 +68,7 @@ def today(record: Record | Failure) -> str:
     """
     spec = record.spec
     # When records did not yet name the attention, "auto" meant one precision: the one that the record states.
-    if isinstance(record, Record) and not record.attention and spec["recipe"].get("precision") == "auto":
+    if isinstance(record, Record) and not record.attention and spec.get("recipe", {}).get("precision") == "auto":
         spec = {**spec, "recipe": {**spec["recipe"], "precision": record.precision}}
     try:
         return parse_spec(spec).hash_as_written()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vitrap.errors import UserError, unknown
+from vitrap.errors import UserError, shown, unknown
 from vitrap.experiment.spec import build
 from vitrap.sweeps.grid import Sweep
 
@@ -256,6 +256,8 @@ def _figure(entry: Mapping[str, Any], where: str, folder: Path) -> Figure:
     if kind not in FIGURES:
         raise unknown(f"{where}.kind", kind, FIGURES)
     figure = build(FIGURES[kind], {key: value for key, value in own.items() if key != "blocks"}, where, ("blocks",))
+    if not figure.file.lower().endswith(".png"):
+        raise UserError(f"{where}.file = {shown(figure.file)} is no name of a PNG; end it in .png")
     figure = replace(figure, file=str(_place(folder, figure.file)))
     if not isinstance(figure, Heat):
         return figure
