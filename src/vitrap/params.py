@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 Source = Literal["paper", "code", "field", "assumed"]
 """Where a default comes from: the paper, its public code, common use in the field, or our own assumption."""
-GREATEST = 1e6
-"""The greatest number, of either sign, that a setting without a bound of its own may have."""
+MOST, GREATEST = 10**6, 1e30
+"""The greatest whole number, which may cost time or memory, and the greatest other number, of either sign, that a
+setting without a bound of its own may have."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Param:
         unit: its unit, "" for a pure number.
         source: where the default comes from.
         low: the least allowed value, of several values of each; None for no bound.
-        high: the greatest allowed value; None for no bound but `GREATEST`.
+        high: the greatest allowed value; None for no bound but `MOST` or `GREATEST`.
         open: whether `low` and `high` themselves are refused; "low" where only `low` is.
         odd: whether only odd numbers are allowed.
         choices: the allowed strings, () for any.
@@ -176,12 +177,7 @@ def check(record: Any) -> None:
         which = "each" if isinstance(value, tuple | list) else "it"
         if not about.allows(value):
             raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be {about.range()}")
-        if not _at_most(value, most := max(GREATEST, about.high or 0)):
-            raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be at most {most:g}")
-
-
-def _at_most(value: Any, most: float) -> bool:
-    """Whether a number, or each of several, is at most so far from 0; NaN is not, and what is no number is."""
-    if isinstance(value, tuple | list):
-        return all(_at_most(each, most) for each in value)
-    return isinstance(value, bool) or not isinstance(value, int | float) or abs(value) <= most
+        for number in value if isinstance(value, tuple | list) else [value]:
+            most = max(MOST if isinstance(number, int) else GREATEST, about.high or 0)
+            if isinstance(number, int | float) and not abs(number) <= most:  # NaN compares as false
+                raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be at most {most:g}")

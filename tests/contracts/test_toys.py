@@ -22,7 +22,7 @@ from vitrap import registry
 from vitrap.contracts import AllToOne, ImageSet, Threat, undeclared
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
-from vitrap.experiment import make_stages as stages
+from vitrap.experiment import stages
 from vitrap.experiment.defend import FinishedRun, defend
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.predict import predict, triggered

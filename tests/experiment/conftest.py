@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vitrap.experiment.code as code
-import vitrap.experiment.make_stages as stages
+import vitrap.experiment.stages as stages
 from vitrap.experiment.record import Record
 from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.spec import Spec, load_spec

@@ -111,7 +111,7 @@ def users(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         ours = (m.__file__ for m in finder.modules.values() if m.__file__)  # pyright: ignore[reportAttributeAccessIssue]
         return {str(Path(file).relative_to(hollow)) for file in ours if not file.endswith("__init__.py")}
 
-    stages = {"experiment/make_stages.py", "experiment/streams.py", "experiment/network.py"}
+    stages = {"experiment/stages.py", "experiment/streams.py", "experiment/network.py"}
     triggers = {"experiment/trigger_file.py"}
     opening = found("data/sources.py", "models/classifier.py") | {"data/digits.npz"}
     training = opening | found("train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
@@ -158,7 +158,7 @@ OF_AGEB = {"victim of ageb", "trigger of ageb", "rows on ageb"}
         ("metrics/detection.py", {f"rows of {d}" for d in DEFENCES}),
         ("metrics/accuracy.py", {n for n in ALL if not n.startswith(("trigger of", "rows on"))}),
         ("experiment/run.py", {"measure"}),
-        ("experiment/make_stages.py", {n for n in ALL if n != "measure" and not n.startswith("rows on")}),
+        ("experiment/stages.py", {n for n in ALL if n != "measure" and not n.startswith("rows on")}),
         ("tensors/pixels.py", ALL),
         ("contracts.py", ALL),
         ("registry.py", set()),

@@ -24,7 +24,6 @@ from vitrap.errors import UserError
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.defend import add_row, defend, stored_set
-from vitrap.experiment.make_stages import Retraining
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import Record, to_table
@@ -32,6 +31,7 @@ from vitrap.experiment.records import EARLIER, read_record, read_records
 from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
+from vitrap.experiment.stages import Retraining
 from vitrap.experiment.store import locked
 from vitrap.metrics.detection import auroc
 from vitrap.metrics.diagnosis import no_backdoor

@@ -56,7 +56,7 @@ def refuse_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*args: object) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr("vitrap.experiment.make_stages.train", train)
+    monkeypatch.setattr("vitrap.experiment.stages.train", train)
 
 
 # ---- what a run leaves
@@ -264,10 +264,10 @@ def test_the_victims_start_and_order_are_the_twins(runs: Runs, tmp_path: Path, m
         seen.append((start, drawn, data.poisoned.sum().item(), torch.rand(3).tolist()))
         return {"cross_entropy": [0.0]}
 
-    monkeypatch.setattr("vitrap.experiment.make_stages.train", train)
+    monkeypatch.setattr("vitrap.experiment.stages.train", train)
     run(runs.specs["ageb"], tmp_path, device="cpu")
-    surrogate, victim, twin = seen
-    assert [count for _, _, count, _ in seen] == [0, 10, 0]
+    surrogate, twin, victim = seen
+    assert [count for _, _, count, _ in seen] == [0, 0, 10]
     assert all(torch.equal(victim[0][k], twin[0][k]) for k in twin[0])
     assert victim[1] == twin[1] != surrogate[1]
     assert victim[3] == twin[3] != surrogate[3]
@@ -340,7 +340,7 @@ def test_an_old_record_never_stands_beside_new_files(
         raise RuntimeError("killed")
 
     monkeypatch.setattr(runner, failing, fail)
-    monkeypatch.setattr("vitrap.experiment.make_stages.train", lambda *args: {"cross_entropy": [0.0]})
+    monkeypatch.setattr("vitrap.experiment.stages.train", lambda *args: {"cross_entropy": [0.0]})
     with pytest.raises(RuntimeError, match="killed"):
         run(runs.specs["badnets"], copied, device="cpu", redo="victim")
     after = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -540,7 +540,7 @@ def test_a_surrogate_from_a_checkpoint_is_used_as_it_is(
 
 def test_a_victim_from_a_checkpoint_starts_from_it(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = runs.out / "stages" / f"clean-{runs.records['ageb'].stages['twin']}" / "model.safetensors"
-    monkeypatch.setattr("vitrap.experiment.make_stages.train", lambda *args: {"cross_entropy": [0.0]})
+    monkeypatch.setattr("vitrap.experiment.stages.train", lambda *args: {"cross_entropy": [0.0]})
     spec = tiny("attack.name=badnets", f"model.checkpoint={given}")
     run(spec, tmp_path, device="cpu")
     weights, kept = load_file(given), load_file(run_folder(spec, tmp_path) / "model.safetensors")
@@ -579,8 +579,8 @@ def test_steps_are_shown_with_as_many_ticks_as_they_said(runs: Runs, tmp_path: P
 
     run(runs.specs["ageb"], tmp_path, device="cpu", progress=Step)
     assert list(ticks) == [
-        "read the data", "train the surrogate", "fit ageb", "poison the training set", "train the victim",
-        "train the twin", "measure",
+        "read the data", "train the surrogate", "fit ageb", "train the twin", "poison the training set",
+        "train the victim", "measure",
     ]  # fmt: skip
     assert all(total in (None, done) for total, done in ticks.values())
     with no_progress("anything", None) as tick:

@@ -33,10 +33,10 @@ from vitrap.data.pattern import make_pattern
 from vitrap.data.sources import decode
 from vitrap.errors import UserError
 from vitrap.experiment.answers import recall
-from vitrap.experiment.make_stages import read_stream
 from vitrap.experiment.records import read_record, read_records
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, read_spec
+from vitrap.experiment.stages import read_stream
 from vitrap.models.classifier import load_weights, read_model
 from vitrap.report.page.make_page import make_page
 from vitrap.report.study.collected import collect

@@ -73,7 +73,7 @@ def test_a_run_that_fails_leaves_its_error_and_the_next_try_clears_it(
 ):
     points, out = grid("seed = [0]\n"), tmp_path / "runs"
     with monkeypatch.context() as broken:
-        broken.setattr("vitrap.experiment.make_stages.train", lambda *a, **k: [][0])
+        broken.setattr("vitrap.experiment.stages.train", lambda *a, **k: [][0])
         (ended,) = here(points, out)
     assert (ended.how, ended.said) == ("failed", "IndexError: list index out of range")
     (failure,) = read_records(out).failures

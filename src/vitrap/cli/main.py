@@ -29,6 +29,7 @@ from vitrap.models.families import listed
 if TYPE_CHECKING:
     from vitrap.experiment.defence_rows import Row
     from vitrap.experiment.record import Record
+    from vitrap.experiment.spec import Spec
 
 app = typer.Typer(
     add_completion=False,
@@ -91,31 +92,25 @@ def run(
     ] = False,
 ) -> None:
     """Implant a backdoor as a spec says and measure it beside its clean twin."""
-    from vitrap.experiment.answers import recall, remember, traces_of
+    from vitrap.experiment.answers import answer
     from vitrap.experiment.record import to_table
     from vitrap.experiment.spec import parse_spec, read_spec
 
     table_of_spec = read_spec(*split(words or []))
-    record = None
     redo = "all" if force_all else "victim" if force else "nothing"
-    # If nothing has changed since an equal run, its record is the answer, and torch is not imported.
-    if redo == "nothing" and not dry_run:
-        record = recall(table_of_spec, out_folder, device, threads)
-    if record is None:
-        spec = parse_spec(table_of_spec)
-        if dry_run:
-            from vitrap.sweeps.grid import Point, Sweep
+    if dry_run:
+        _print_plan(parse_spec(table_of_spec), out_folder, device, threads)
+        return
 
-            # A run is listed like a sweep of one run.
-            print_ahead(Sweep(spec.name, (Point({}, spec),)), out_folder, 1, device, threads)
-            return
-        # The answer is written down for the table as it was given, too: checking that needs no defaults, and no torch.
-        traces = traces_of(table_of_spec, device)
+    def make() -> "Record":
+        spec = parse_spec(table_of_spec)
         with ProgressBars() as bars:
             from vitrap.experiment.run import run as run_spec
 
-            record = run_spec(spec, out_folder, device=device, threads=threads, redo=redo, progress=bars.step)
-        remember(table_of_spec, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
+            return run_spec(spec, out_folder, device=device, threads=threads, redo=redo, progress=bars.step)
+
+    # The answer is asked for by the table as it was given: that needs no defaults of attacks, and so no torch.
+    record = answer(table_of_spec, out_folder, device, threads, make, ask=redo == "nothing")
     if as_json:
         print_json(to_table(record))
         return
@@ -296,6 +291,17 @@ def prepare(
 app.command()(sweep)
 app.command()(report)
 app.command()(table)
+
+
+def _print_plan(spec: "Spec", folder: Path, device: str, threads: int | None) -> None:
+    """Check a spec as `run` does before it starts, and list it like a sweep of one run."""
+    from vitrap.sweeps.grid import Point, Sweep
+
+    with ProgressBars() as bars:
+        from vitrap.experiment.plan import make_plan
+
+        make_plan(spec, device, progress=bars.step)
+    print_ahead(Sweep(spec.name, (Point({}, spec),)), folder, 1, device, threads)
 
 
 def _print_record(record: "Record", folder: Path) -> None:

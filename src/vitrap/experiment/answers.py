@@ -9,7 +9,7 @@ This module imports no torch.
 
 import os
 import platform
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,28 @@ LIBRARIES = ("torch", "timm", "torchvision", "torchmetrics", "numpy")
 SpecMapping = Mapping[str, Any]
 """A spec as a nested table, before or after its defaults are filled in."""
 Traces = dict[str, Any]
+
+
+def answer(
+    spec: SpecMapping, out: Path, device: str, threads: int | None, make: Callable[[], Record], ask: bool = True
+) -> Record:
+    """The record of a spec's run: one that was made before, if it still holds, or else what `make` makes.
+
+    Args:
+        spec: the spec as a table.
+        out: folder of runs.
+        device: as for `run`.
+        threads: as for `run`.
+        make: makes the record.
+        ask: False to make it in any case.
+    """
+    if ask and (known := recall(spec, out, device, threads)):
+        return known
+    # These traces are taken before anything is read, so that a file that changes during the run makes them invalid.
+    traces = traces_of(spec, device)
+    record = make()
+    remember(spec, out, device, out / f"{record.name}-{record.hash}", traces)
+    return record
 
 
 def recall(spec: SpecMapping, out: Path, device: str, threads: int | None = None) -> Record | None:

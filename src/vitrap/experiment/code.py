@@ -23,7 +23,7 @@ OPENING = ("data/sources.py", "models/classifier.py")
 """Files that open data and networks."""
 TRAINING = (*OPENING, "train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
 """Files that train a model and measure its curves."""
-STAGES = ("experiment/make_stages.py", "experiment/streams.py", "experiment/network.py")
+STAGES = ("experiment/stages.py", "experiment/streams.py", "experiment/network.py")
 """Files that make stages. They import every part of a run, so they count without their imports."""
 TRIGGERS = ("experiment/trigger_file.py",)
 """The file that writes and reads triggers. It counts where there is an attack, without its imports."""

@@ -24,7 +24,6 @@ from vitrap.experiment.code import code_digest, defending_code, training_code
 from vitrap.experiment.defence_rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.machine import computing_threads
-from vitrap.experiment.make_stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
 from vitrap.experiment.measure_defences import Evaluation, Facts, measure_defence
 from vitrap.experiment.network import first_image
 from vitrap.experiment.places import found_again
@@ -34,6 +33,7 @@ from vitrap.experiment.record import Record, Table, to_table
 from vitrap.experiment.records import read_record
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
+from vitrap.experiment.stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
 from vitrap.experiment.store import Stage, Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import TRIGGER, read_fitted, try_out

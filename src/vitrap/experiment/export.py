@@ -8,10 +8,10 @@ import numpy as np
 
 from vitrap.contracts import Fitted, ImageSet, Implant
 from vitrap.errors import UserError
-from vitrap.experiment.make_stages import backdoor_notice
 from vitrap.experiment.plan import Plan
 from vitrap.experiment.predict import triggered
 from vitrap.experiment.progress import Tick
+from vitrap.experiment.stages import backdoor_notice
 from vitrap.experiment.streams import stream
 from vitrap.files import check_folder, named_errors, whole_folder, write_bytes, write_json
 from vitrap.images import CHUNK

@@ -17,16 +17,14 @@ from torch import nn
 from vitrap.contracts import Implant, Trigger
 from vitrap.data.sources import World
 from vitrap.errors import UserError, some_of
-from vitrap.experiment.answers import recall, remember, traces_of
+from vitrap.experiment.answers import answer
 from vitrap.experiment.checksums import check_run, run_damage, write_checksums
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defend import FinishedRun, add_defences, recorded_threads, still_holding, unmeasured
 from vitrap.experiment.export import check_export, check_new, write_poisoned
 from vitrap.experiment.machine import computing_threads, environment, memory, reset_peaks
-from vitrap.experiment.make_stages import STREAM, read_stream
 from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
 from vitrap.experiment.pictures import draw_examples
-from vitrap.experiment.pipeline import Redo, Stages, fit_of, implant_of
 from vitrap.experiment.places import keep_places
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
@@ -34,6 +32,7 @@ from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.record import SCHEMA, Data, Record, Table
 from vitrap.experiment.records import EARLIER, FAILURE, RECORD, read_record
 from vitrap.experiment.spec import Spec, parse_spec
+from vitrap.experiment.stages import STREAM, Redo, Stages, fit_of, implant_of, read_stream
 from vitrap.experiment.store import Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted, read_trigger, try_out
@@ -92,22 +91,20 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
         UserError: something about the spec, the data or the folder is wrong; nothing has been written.
     """
     folder = run_folder(spec, out)
-    from_outside = model is not None or world is not None
-    # The cheap question first: a record is the answer if no file that it rests on has changed size or time since.
-    table = spec.located_table()
-    if redo == "nothing" and not from_outside and (known := recall(table, Path(out), device, threads)):
-        return known
-    # These traces are taken before anything is read, so that a file that changes during the run makes them invalid.
-    traces = None if from_outside else traces_of(table, device)
-    # The folder must take what is to be made; where there is a record, perhaps nothing is.
-    if redo != "nothing" or not os.path.exists(folder / RECORD):
-        Store(folder.parent).check(folder.name)
-    with computing_threads(_threads_of(folder) if threads is None else threads):
-        # Open the data, and check all that can be checked before work starts.
-        plan = make_plan(spec, device, model, world, progress)
-        record = _carry_out(plan, folder, redo, progress)
-    remember(table, Path(out), device, folder, traces)
-    return record
+
+    def make() -> Record:
+        # The folder must take what is to be made; where there is a record, perhaps nothing is.
+        if redo != "nothing" or not os.path.exists(folder / RECORD):
+            Store(folder.parent).check(folder.name)
+        with computing_threads(_threads_of(folder) if threads is None else threads):
+            # Open the data, and check all that can be checked before work starts.
+            plan = make_plan(spec, device, model, world, progress)
+            return _carry_out(plan, folder, redo, progress)
+
+    # A network or data from outside have no file whose size and time could be asked for.
+    if model is not None or world is not None:
+        return make()
+    return answer(spec.located_table(), Path(out), device, threads, make, ask=redo == "nothing")
 
 
 def _carry_out(plan: Plan, folder: Path, redo: Redo, progress: Progress) -> Record:
@@ -249,10 +246,9 @@ def make_run(stages: Stages, folder: Path) -> Record:
     # Train the attacker's surrogates, and fit the trigger with their help.
     surrogates = stages.surrogates()
     trigger = stages.trigger(surrogates)
-    # An attacker of weights edits the trained twin, which must be there first; others train a victim of their own.
-    twin = stages.twin() if plan.spec.attack.threat == "weights" else None
+    # Train the clean twin, and then the victim, which starts from the twin where the attacker edits weights alone.
+    twin = stages.twin()
     victim = stages.victim(trigger, twin)
-    twin = twin or stages.twin()
     models = {**surrogates, "victim": victim, "twin": twin}
     measured = measure_run(plan, models, trigger, stages.progress)
     record = build_record(plan, models, trigger, measured)

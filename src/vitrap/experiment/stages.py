@@ -1,7 +1,6 @@
-"""Makes each stage of a run: a clean model (surrogate or twin), a trigger, a victim, a model retrained after a filter.
+"""The stages of a run, surrogates, trigger, clean twin and victim: which it has, and how each is made.
 
-A stage is a folder with weights and `facts.json`. Which stages a run has is in pipeline.py, where they are kept in
-store.py.
+A stage is a folder with weights and `facts.json`, which store.py keeps. A model retrained after a filter is one, too.
 """
 
 import json
@@ -24,9 +23,9 @@ from vitrap.experiment.plan import Network, Plan, training_steps
 from vitrap.experiment.predict import every_row, predict, spread, timed, triggered
 from vitrap.experiment.progress import Progress, Tick
 from vitrap.experiment.spec import Spec
-from vitrap.experiment.store import STATE
+from vitrap.experiment.store import STATE, Store
 from vitrap.experiment.streams import ambient, stream, training_streams
-from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, save_trigger
+from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, read_fitted, save_trigger
 from vitrap.files import place_file, read_json, write_bytes, write_json
 from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.models.classifier import Classifier, save_model
@@ -39,6 +38,81 @@ STREAM = "stream.safetensors"
 """File of a trigger's stage: the state of the attacker's random stream after `fit`, from which `implant` draws on."""
 CURVE_IMAGES = 500
 """Curves are measured on at most so many held-out images, spread evenly."""
+
+
+Redo = Literal["nothing", "victim", "all"]
+"""What is made again although the store has it."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Returns the folder of each stage of a run; a stage that is missing is made first.
+
+    Attributes:
+        plan: the run's plan.
+        store: where stages are kept.
+        redo: what is made again although it is there.
+        progress: displays what is being made.
+    """
+
+    plan: Plan
+    store: Store
+    redo: Redo
+    progress: Progress
+
+    def surrogates(self) -> dict[str, Path]:
+        """The stages of the attacker's own networks, by name; one that is read from a checkpoint has no stage."""
+        return {
+            name: self._clean(name, network, seed)
+            for name, (network, seed) in self.plan.surrogates().items()
+            if network.checkpoint is None
+        }
+
+    def twin(self) -> Path:
+        """The stage of the clean twin."""
+        return self._clean("twin", self.plan.victim, self.plan.spec.seed)
+
+    def trigger(self, surrogates: dict[str, Path]) -> Path:
+        """The stage of the trigger: the result of the attack's `fit`."""
+        plan = self.plan
+
+        def make(folder: Path) -> None:
+            """Give the attack what it may see, and have it fit its trigger."""
+            ready = {
+                name: ready_surrogate(plan, network, surrogates.get(name))
+                for name, (network, _) in plan.surrogates().items()
+            }
+            access = Access(
+                plan.world.train,
+                ready.get("surrogate"),
+                stream(plan.spec.seed, "attack"),
+                ready.get("test_surrogate"),
+                plan.other.train if plan.other else None,
+            )
+            bar = self.progress(f"fit {plan.spec.attack_name}", None)
+            make_trigger(plan, access, bar, folder)
+
+        return self.store.stage(plan.trigger_stage(), make, self.redo == "all")
+
+    def victim(self, trigger: Path, twin: Path) -> Path:
+        """The stage of the victim; where the attacker edits weights alone, it starts from the twin."""
+
+        def make(folder: Path) -> None:
+            """Ask the attack how the trigger gets into the victim, and train or edit one accordingly."""
+            fitted = fit_of(self.plan, trigger)
+            generator = read_stream(trigger, self.plan.spec.seed)
+            implant = implant_of(self.plan, fitted, generator)
+            places = {"trigger": trigger, "twin": twin}
+            make_victim(self.plan, fitted, implant, generator, places, self.progress, folder)
+
+        return self.store.stage(self.plan.victim_stage(), make, self.redo != "nothing")
+
+    def _clean(self, name: str, network: Network, seed: int) -> Path:
+        """The stage of a model that is trained on the clean training set."""
+        ticks = training_steps(self.plan.spec, len(self.plan.world.train))
+        bar = self.progress(f"train the {name.replace('_', ' ')}", ticks)
+        make = partial(make_clean, self.plan, network, seed, bar)
+        return self.store.stage(self.plan.clean_stage(network, seed), make, self.redo == "all")
 
 
 def make_clean(plan: Plan, network: Network, seed: int, bar: AbstractContextManager[Tick], folder: Path) -> None:
@@ -106,6 +180,13 @@ class Retraining:
         return model.eval().requires_grad_(False)
 
 
+def ready_surrogate(plan: Plan, network: Network, place: Path | None) -> nn.Module:
+    """A surrogate with its weights, frozen: read from its stage, or from its checkpoint where it has no stage."""
+    if place is None:
+        return network.build(0, plan.device).requires_grad_(False)
+    return network.read(place / "model.safetensors", plan.device)
+
+
 def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], folder: Path) -> None:
     """Fit the attack, and write its triggers, its report and the state of its random stream into `folder`."""
     spec = plan.spec
@@ -146,6 +227,18 @@ def read_stream(folder: Path, seed: int) -> torch.Generator:
     return generator
 
 
+def fit_of(plan: Plan, trigger: Path) -> Fitted:
+    """The result of the attack's `fit`, read from the trigger's stage."""
+    fitted = read_fitted(trigger, plan.spec.attack, device=plan.device)
+    return replace(fitted, report=read_json(trigger / "facts.json")["report"])
+
+
+def implant_of(plan: Plan, fitted: Fitted, generator: torch.Generator) -> Implant:
+    """How the trigger gets into the victim, as the attack says; it draws from `generator`."""
+    other = plan.other.train if plan.other else None
+    return plan.spec.attack.implant(Access(plan.world.train, None, generator, other=other), fitted)
+
+
 def make_victim(  # noqa: PLR0913 - all that a victim is made of
     plan: Plan,
     fitted: Fitted,
@@ -162,7 +255,7 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
         fitted: the result of the attack's `fit`.
         implant: how the trigger gets into the victim.
         generator: the random stream that the implant draws from.
-        places: folders of the stages that it starts from: "trigger", and "twin" where the attack edits weights alone.
+        places: folders of the stages that it starts from: "trigger" and, where the attack edits weights alone, "twin".
         progress: displays what is being done.
         folder: the folder of the victim's stage.
     """
