@@ -9,6 +9,7 @@ from datetime import date, time
 from typing import Any
 
 from vitrap.errors import UserError, shown
+from vitrap.printable import printable
 
 DEEPEST = 50
 """Greatest depth of nesting."""
@@ -79,6 +80,7 @@ def _check_value(place: str, value: Any) -> None:
     """Refuse a single value that no record could hold."""
     if value is None or isinstance(value, str | bool):
         return
+    place = printable(place)
     if isinstance(value, date | time):
         raise UserError(f"{place} = {value} is a date or a time; put a string in quotes")
     if not isinstance(value, int | float):

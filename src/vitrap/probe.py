@@ -33,12 +33,14 @@ def weight_fault(weights: Mapping[str, Any]) -> str:
     'fc.weight holds zeros alone, as do all weight matrices'
     """
     tensors = {k: t for k, t in weights.items() if isinstance(t, Tensor) and t.dtype in PRECISIONS}
-    for name, tensor in tensors.items():
-        if not (tensor.isfinite() | (tensor.isneginf() & name.endswith("mask"))).all():
-            return f"{name} holds {'NaN' if tensor.isnan().any() else 'infinite numbers'}"
-    matrices = {name: tensor for name, tensor in tensors.items() if tensor.ndim > 1}
-    if matrices and not any(map(torch.any, matrices.values())):
-        return f"{next(iter(matrices))} holds zeros alone, as do all weight matrices"
+    matrices = [name for name, tensor in tensors.items() if tensor.ndim > 1]
+    sound = {k: (t.isfinite() | (t.isneginf() & k.endswith("mask"))).all() for k, t in tensors.items()}
+    # One look at the device for all tensors: each look waits for it.
+    if sound and not torch.stack([*sound.values()]).all():
+        name = next(name for name, each in sound.items() if not each)
+        return f"{name} holds {'NaN' if tensors[name].isnan().any() else 'infinite numbers'}"
+    if matrices and not torch.stack([tensors[name].any() for name in matrices]).any():
+        return f"{matrices[0]} holds zeros alone, as do all weight matrices"
     return ""
 
 

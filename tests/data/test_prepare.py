@@ -385,7 +385,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path, cache: Path, place
     (tmp_path / "source").mkdir()
     os.mkfifo(tmp_path / "source" / place)
     source = tmp_path / "source" / (place if place == "itself" else "")
-    refuse("cifar10", str(source), cache, "no file or folder|not a regular file|no data_batch_1.bin")
+    refuse("cifar10", str(source), cache, "no file or folder|a pipe or a device|no data_batch_1.bin")
     refuse("cifar10", "/dev/zero", cache, "no file or folder /dev/zero")
 
 

@@ -156,7 +156,7 @@ def test_the_number_of_images_is_a_setting_of_a_screen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "screened", "message"),
     [
-        ("strip", "9", "defence.screened = 9 is wrong: it must be a whole number of 10 or more"),
+        ("strip", "9", "defence.screened = 9 is wrong: it must be a whole number from 10 to 1,000,000,000"),
         ("strip", "20.5", "defence.screened = 20.5 is wrong"),
         ("strip", "true", "defence.screened = True is wrong"),
         ("strip", "many", "defence.screened = 'many' is wrong"),

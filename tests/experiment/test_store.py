@@ -320,11 +320,13 @@ def test_a_draft_that_is_worked_on_is_not_swept_however_old(tmp_path: Path) -> N
 
 def test_old_drafts_are_swept_and_young_ones_and_stages_stay(tmp_path: Path) -> None:
     place = Store(tmp_path).stage(STAGE, make())
-    drafts = [tmp_path / "stages" / name for name in (".clean-old", ".victim-old", ".old-old", ".clean-young")]
+    drafts = [tmp_path / "stages" / name for name in (".clean-old", ".victim-old", ".young-empty", ".clean-young")]
     for draft in drafts:
         draft.mkdir()
         (draft / "model").write_text("half")
-    for folder in (*drafts[:3], place):
+        if draft.name != ".young-empty":  # this one has no training to go on with
+            (draft / STATE).write_text("a state")
+    for folder in (*drafts[:2], place):
         then = time.time() - STALE - 60
         os.utime(folder, (then, then))
     Store(tmp_path).check()

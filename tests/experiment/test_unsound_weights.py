@@ -137,6 +137,9 @@ def test_a_run_whose_model_was_spoilt_is_not_opened(runs: Runs, copied: Path) ->
     weights["norm.weight"][0] = math.nan
     file.unlink()  # it may share its content with the stage's
     save_file(weights, file, {"architecture": json.dumps(asdict(ARCHITECTURE))})
+    with pytest.raises(UserError, match="is damaged"):
+        open_run(file.parent)
+    (file.parent / "SHA256SUMS").unlink()  # an older run has none
     with pytest.raises(UserError, match=r"model\.safetensors' cannot be used: norm\.weight holds NaN"):
         open_run(file.parent)
 

@@ -174,7 +174,7 @@ def test_workers_and_driver_may_be_killed_and_every_run_is_done_once(cluster: st
     assert read_records(out).failures == ()
     assert set(marked(out)) == under_way  # trainings went on where they had been
 
-    long = subprocess.Popen([*words, "recipe.epochs=1000000000"], **pipes)
+    long = subprocess.Popen([*words, "recipe.epochs=1000000"], **pipes)
     wait_until(lambda: len(tasks(out)) == 2, long)
     crew = tasks(out)
     long.kill()

@@ -494,7 +494,9 @@ def test_weights_that_training_starts_from_are_not_blamed_on_the_learning_rate(d
     model = network()
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] = math.nan
-    with pytest.raises(UserError, match=r"^the network to train cannot be used: .* holds NaN; give sound weights$"):
+    with pytest.raises(
+        UserError, match="^the network to train has weights that are NaN or infinite; give sound weights$"
+    ):
         train(model, data, recipe(), streams())
 
 
@@ -592,6 +594,7 @@ def test_the_host_reads_each_term_once_an_epoch(data: ImageSet) -> None:
             each.stop()
     each = 2 * 3  # terms and epochs
     assert calls.pop("item") == each
+    assert calls.pop("__bool__") == 2 * 3  # after each epoch, whether weights are finite, and any is not zero
     # Which images are poisoned or covers, before the first step; row numbers, in each step, lie on the CPU already.
     assert calls.pop("cpu") == each + 2 + 3 * math.ceil(N / 5)
     assert calls == dict.fromkeys(calls, 0)

@@ -40,7 +40,7 @@ def test_digits_and_signs_are_never_mirrored(name: str) -> None:
         ("warmup", 1.5, "in [0, 1]"),
         ("label_smoothing", -0.1, "in [0, 1]"),
         ("clip", -1.0, ">= 0"),
-        ("crop", -1, ">= 0"),
+        ("crop", -1, "in [0, 256]"),
     ],
 )
 def test_a_value_out_of_range_is_named(key: str, value: object, allowed: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vitrap.errors import UserError
-from vitrap.files import write_bytes
+from vitrap.files import open_file, write_bytes
 
 CHECKSUMS = "SHA256SUMS"
 ALWAYS = ("model.safetensors", "trigger.safetensors")
@@ -65,5 +65,5 @@ def check_run(folder: Path) -> None:
 
 def _sha256(file: Path) -> str:
     """The SHA-256 of a file's content, as 64 hex digits."""
-    with file.open("rb") as content:
+    with open_file(file) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -76,10 +76,11 @@ class Store:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove the drafts that killed processes left behind a while ago: nobody holds the locks of their stages."""
+        """Remove drafts that killed processes left, unless one has the state of a training of the last week."""
         for draft in (self.root / "stages").glob(".*"):
-            with suppress(OSError):  # another process holds the lock, or has swept the draft
-                if time.time() - draft.stat().st_mtime > STALE:
+            with suppress(OSError):  # a living process holds the stage's lock, or another has swept the draft
+                kept = (draft / STATE).exists() and time.time() - draft.stat().st_mtime < STALE
+                if not kept:
                     stage = "-".join(draft.name.removeprefix(".").split("-")[:2])
                     with _lock(self.root, stage).acquire(blocking=False):
                         shutil.rmtree(draft)

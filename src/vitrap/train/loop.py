@@ -21,7 +21,7 @@ from vitrap.contracts import Batch, Criterion, ImageSet, Keeper, Moving, Objecti
 from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
 from vitrap.images import Gathered, Marks
-from vitrap.probe import check_weights, weight_fault
+from vitrap.probe import weight_fault
 from vitrap.tensors.pixels import round8, straight_round8
 from vitrap.train.arithmetic import Arithmetic, arithmetic_of, compiled
 from vitrap.train.combine import Combination
@@ -177,6 +177,9 @@ def train(  # noqa: PLR0913 - all that a training is made of
     learner = make_learner(model, recipe, objective, streams, arithmetic or arithmetic_of(recipe, model, data.device))
     modules = set_training(nn.ModuleList([model, along]))
 
+    # Whether the weights were finite at first; looked at only where training fails, since a look waits for the device.
+    finite = torch.stack([weight.isfinite().all() for weight in model.parameters()]).all()
+
     # Where it begins: at the start, or where an earlier call was stopped. Its steps count as ticks, too.
     curves: Curves = {}
     keeper = keeper or Keeper()
@@ -204,6 +207,8 @@ def train(  # noqa: PLR0913 - all that a training is made of
             found |= watch(model)
             set_training(modules)
         if wrong := add_to_curves(curves, found) or weight_fault(model.state_dict()):
+            if not finite:
+                raise UserError("the network to train has weights that are NaN or infinite; give sound weights")
             raise UserError(f"training diverged ({wrong}); lower recipe.lr = {recipe.lr:g}")
 
     modules.eval()
@@ -222,11 +227,7 @@ def make_learner(
         objective: the loss terms to minimise; None for cross-entropy, the only objective that is compiled.
         streams: random streams.
         arithmetic: how to compute.
-
-    Raises:
-        UserError: the weights have a fault, which would look like a training that diverges.
     """
-    check_weights(model.state_dict(), "the network to train")
     forward: Any = compiled(model) if arithmetic.compiled and objective is None else model
     objective = objective or Objective(cross_entropy)
     modules = (model, *(one.module for one in objective.along.values()))
