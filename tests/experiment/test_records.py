@@ -8,8 +8,8 @@ import pytest
 
 from tests.experiment.conftest import Runs
 from vitrap.errors import UserError
-from vitrap.experiment.record import SCHEMA, to_table
-from vitrap.experiment.records import read_records
+from vitrap.experiment.record import SCHEMA, Record, to_table
+from vitrap.experiment.records import parse, read_records
 
 
 def change(out: Path, name: str, **keys: object) -> Path:
@@ -96,3 +96,15 @@ def test_no_such_place_is_refused(tmp_path: Path):
 
 def test_a_finished_run_is_no_failure(runs: Runs):
     assert read_records(runs.out).failures == ()
+
+
+@pytest.mark.parametrize("place", [(), ("victim",), ("data",), ("environment",)])
+def test_a_key_that_no_field_holds_is_not_lost_in_silence(runs: Runs, place: tuple[str, ...]) -> None:
+    table = to_table(runs.records["ageb"])
+    part = table
+    for key in place:
+        part = part[key]
+    part["newer"] = 1
+    known = ".".join((*place, "newer"))
+    with pytest.raises(ValueError, match=f"has a key '{known}' that this vitrap does not know; update vitrap"):
+        parse(json.dumps(table).encode(), Record)

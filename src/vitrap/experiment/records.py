@@ -6,14 +6,14 @@ that older versions of vitrap did not write have defaults. Imports no torch.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from vitrap.errors import UserError
+from vitrap.errors import UserError, shown
 from vitrap.experiment.record import SCHEMA, Failure, Record
 from vitrap.files import read_bytes
 from vitrap.formats import parse_json
@@ -109,10 +109,25 @@ def parse(text: bytes, kind: type[T]) -> T:
         raise ValueError(f"has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
     # The types of the classes decide about everything else.
     try:
-        return _adapter(kind).validate_json(text, strict=True)
+        record = _adapter(kind).validate_json(text, strict=True)
     except ValidationError as errors:
         error = errors.errors()[0]
         raise _damaged(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from errors
+    # A key without a field would be lost when the record is written again.
+    if (key := next(_keys_without_field(content, asdict(record)), None)) is not None:
+        raise ValueError(f"has a key {shown(key)} that this vitrap does not know; update vitrap")
+    return record
+
+
+def _keys_without_field(content: Any, read: Any, place: str = "") -> Iterator[str]:
+    """The dotted keys of `content`, a JSON value, that are not in `read`, what was read of it."""
+    if isinstance(content, dict) and isinstance(read, dict):
+        yield from (place + key for key in content if key not in read)
+        for key in content.keys() & read.keys():
+            yield from _keys_without_field(content[key], read[key], f"{place}{key}.")
+    elif isinstance(content, list) and isinstance(read, list | tuple):
+        for one, other in zip(content, read, strict=False):
+            yield from _keys_without_field(one, other, place)
 
 
 def _damaged(why: str) -> ValueError:
