@@ -6,10 +6,14 @@ import re
 import tomllib
 from collections.abc import Mapping
 from datetime import date, time
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from vitrap.errors import UserError, shown
 from vitrap.printable import printable
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 DEEPEST = 50
 """Greatest depth of nesting."""
@@ -51,6 +55,14 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise UserError(f"it is not TOML: {error}") from error
 
 
+@cache
+def adapter(kind: Any) -> "TypeAdapter[Any]":
+    """Pydantic's reader of a type, which is costly to make and so made once."""
+    from pydantic import TypeAdapter  # imported here, for most commands that read a file need no types
+
+    return TypeAdapter(kind)
+
+
 def check_plain(content: Any, place: str = "") -> None:
     """Refuse what a record could not hold: deep nesting, numbers out of bounds, and values that JSON does not have.
 
@@ -80,7 +92,7 @@ def _check_value(place: str, value: Any) -> None:
     """Refuse a single value that no record could hold."""
     if value is None or isinstance(value, str | bool):
         return
-    place = printable(place)
+    place = " ".join(printable(place).split()) or "it"
     if isinstance(value, date | time):
         raise UserError(f"{place} = {value} is a date or a time; put a string in quotes")
     if not isinstance(value, int | float):

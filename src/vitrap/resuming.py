@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import TypeAdapter
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
 from vitrap.files import write_bytes
+from vitrap.formats import adapter
 from vitrap.tensor_file import read_tensor_file
 
 EVERY = 180.0
@@ -187,7 +187,7 @@ class Keeper:
             return Position()
         try:
             file = read_tensor_file(self.path)
-            facts = TypeAdapter(_Facts).validate_json(json.dumps(file.table("state")), strict=True)
+            facts = adapter(_Facts).validate_json(json.dumps(file.table("state")), strict=True)
         except (OSError, ValueError):  # errors of pydantic's and of vitrap's are ValueErrors
             return Position()
         tensors = file.tensors

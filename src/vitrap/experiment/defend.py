@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from vitrap import registry
@@ -38,6 +38,7 @@ from vitrap.experiment.store import Stage, Store, locked
 from vitrap.experiment.streams import stream
 from vitrap.experiment.trigger_file import TRIGGER, read_fitted, try_out
 from vitrap.files import read_bytes, write_json
+from vitrap.formats import adapter
 from vitrap.metrics.diagnosis import no_backdoor
 from vitrap.train.arithmetic import Arithmetic
 
@@ -272,7 +273,7 @@ class FinishedRun:
 
         place = self._store.stage(Stage("defended", depends), make)
         try:
-            return TypeAdapter(kind).validate_json(read_bytes(place / "facts.json"), strict=True)
+            return adapter(kind).validate_json(read_bytes(place / "facts.json"), strict=True)
         except (OSError, ValidationError) as error:
             raise UserError(f"stage {str(place)!r} is damaged; remove its folder, and it is made anew") from error
 

@@ -7,24 +7,21 @@ that older versions of vitrap did not write have defaults. Imports no torch.
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from vitrap.errors import UserError, shown
-from vitrap.experiment.record import SCHEMA, Failure, Record
+from vitrap.experiment.record import RECORD, SCHEMA, Failure, Record
 from vitrap.files import read_bytes
-from vitrap.formats import parse_json
+from vitrap.formats import adapter, parse_json
 
-RECORD = "record.json"
 FAILURE = "failure.json"
 """File in a run's folder that says why a run of a sweep failed."""
 EARLIER = "record.earlier"
 """File in a run's folder: its earlier record, while the run is being written anew."""
 T = TypeVar("T", Record, Failure)
-_adapter = cache(TypeAdapter)
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def parse(text: bytes, kind: type[T]) -> T:
         raise ValueError(f"has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
     # The types of the classes decide about everything else.
     try:
-        record = _adapter(kind).validate_json(text, strict=True)
+        record = adapter(kind).validate_json(text, strict=True)
     except ValidationError as errors:
         error = errors.errors()[0]
         raise _damaged(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from errors

@@ -29,8 +29,8 @@ from vitrap.experiment.places import keep_places
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import Progress, no_progress
-from vitrap.experiment.record import SCHEMA, Data, Record, Table
-from vitrap.experiment.records import EARLIER, FAILURE, RECORD, read_record
+from vitrap.experiment.record import RECORD, SCHEMA, Data, Record, Table
+from vitrap.experiment.records import EARLIER, FAILURE, read_record
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.stages import STREAM, Redo, Stages, fit_of, implant_of, read_stream
 from vitrap.experiment.store import Store, locked

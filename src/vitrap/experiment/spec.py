@@ -9,24 +9,22 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from vitrap import registry
 from vitrap.errors import UserError, shown, unknown
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.spec_file import DEFAULT_NAMES, FOLDERS, NETWORKS, leaves, parse_override, read_table, set_keys
 from vitrap.experiment.spec_paths import SpecPath, folders_of, is_data_path, set_leaf
-from vitrap.formats import check_plain
+from vitrap.formats import adapter, check_plain
 from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
 
 Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
-_adapter = cache(TypeAdapter)
 LONGEST_NAME = 100
 """Letters that the name of a run may have."""
 FEWEST_SCREENED = 10
@@ -392,7 +390,7 @@ def build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequenc
         if key not in known:
             raise unknown("key", dot + key, [dot + k for k in (*known, *more)])
     try:
-        return _adapter(record).validate_json(json.dumps(table), strict=True)
+        return adapter(record).validate_json(json.dumps(table), strict=True)
     except ValidationError as errors:
         raise UserError("; ".join(_sentence(dict(e), dot) for e in errors.errors())) from errors
 

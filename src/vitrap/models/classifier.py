@@ -18,13 +18,14 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from jaxtyping import Float
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.contracts import Images
 from vitrap.errors import UserError, shown
 from vitrap.files import write_bytes
+from vitrap.formats import adapter
 from vitrap.images import misshapen
 from vitrap.models.arguments import overridable, refuse_body, refuse_overrides
 from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
@@ -268,7 +269,7 @@ def parse_architecture(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         UserError: it is none, or larger than any network of these tensors. The message has no subject.
     """
     try:
-        architecture = TypeAdapter(Architecture).validate_json(json.dumps(table), strict=True)
+        architecture = adapter(Architecture).validate_json(json.dumps(table), strict=True)
     except ValidationError as errors:
         error = errors.errors()[0]
         where = ".".join(map(str, error["loc"]))

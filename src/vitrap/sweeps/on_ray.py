@@ -15,6 +15,7 @@ from typing import Any
 
 from vitrap.errors import UserError
 from vitrap.experiment.code import running_code
+from vitrap.experiment.record import RECORD
 from vitrap.sweeps.jobs import TRIES, Ended, Job, Listener, Started, StepProgress, fail, reporting, work
 
 CHOSEN = ("VITRAP_MEMORY", "VITRAP_STATE_SECONDS")
@@ -137,7 +138,7 @@ def _ended(ray: Any, reference: Any, job: Job) -> Ended:
         return fail(job, error, 0.0)
     if ended.how == "failed":
         return ended if (job.folder / "failure.json").exists() else fail(job, UserError(ended.said), ended.seconds)
-    if not (job.folder / "record.json").exists():
+    if not (job.folder / RECORD).exists():
         why = f"its record is not in {job.out!r}: --out must lie where all nodes see it"
         return fail(job, UserError(why), ended.seconds)
     return ended
