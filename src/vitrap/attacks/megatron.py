@@ -132,7 +132,7 @@ class Megatron:
         if self.stress and self.setting != "training":
             raise UserError(f"stress = {self.stress:g} weighs a loss of training; set setting = 'training', or it to 0")
         if self.steps and not loss_weights(self):
-            raise UserError(f"steps = {self.steps}, but latent = diffusion = 0 leave no loss; weigh one, or set steps = 0")
+            raise UserError(f"steps = {self.steps} have no loss: latent = diffusion = 0; weigh one, or set steps = 0")
 
     @property
     def threat(self) -> Threat:
