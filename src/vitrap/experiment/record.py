@@ -14,6 +14,8 @@ from vitrap.experiment.defence_rows import OPTIONAL, Row
 from vitrap.files import write_json
 from vitrap.metrics.values import Count, Measures
 
+RECORD = "record.json"
+"""File in a run's folder that holds its record."""
 SCHEMA = 1
 """Version of the format; raised when a key of the record changes its meaning."""
 Table = dict[str, Any]
@@ -172,7 +174,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write `record.json` into `folder`, whole or not at all."""
-        write_json(folder / "record.json", to_table(self))
+        write_json(folder / RECORD, to_table(self))
 
 
 @dataclass(frozen=True, kw_only=True)

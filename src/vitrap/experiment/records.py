@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from vitrap.errors import UserError, shown
-from vitrap.experiment.record import SCHEMA, Failure, Record
+from vitrap.experiment.record import RECORD, SCHEMA, Failure, Record
 from vitrap.files import read_bytes
 from vitrap.formats import parse_json
 
-RECORD = "record.json"
 FAILURE = "failure.json"
 """File in a run's folder that says why a run of a sweep failed."""
 EARLIER = "record.earlier"
