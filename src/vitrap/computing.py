@@ -7,13 +7,16 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+Precision = Literal["fp32", "bf16"]
+"""Precision of a network's matrix products."""
+
 
 @runtime_checkable
 class Compute(Protocol):
     """How a network computes: a context manager around its forward passes."""
 
     @property
-    def precision(self) -> Literal["fp32", "bf16"]:
+    def precision(self) -> Precision:
         """Precision of the matrix products."""
         ...
 
@@ -26,7 +29,7 @@ class Compute(Protocol):
 class DefaultCompute:
     """Leaves all to torch's defaults."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     def __call__(self, model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
         """Change nothing."""

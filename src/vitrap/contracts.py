@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+# `X as X` hands a name on: attacks and defences import all nouns from here.
 from vitrap.computing import Compute as Compute
 from vitrap.computing import DefaultCompute as DefaultCompute
 from vitrap.errors import UserError
@@ -356,8 +357,8 @@ class Screen:
         score: a score for each image, higher for triggered ones. It depends on that image alone and is the same at
             every call. It is called without gradients; a score that needs them uses `torch.enable_grad`. An image that
             ties with a threshold counts as not above it, so a score of few values may have a TPR of 0.
-        layer: which part of the model the defence observes; "" where it is the outputs alone. So in all outcomes.
-        report: numbers for the record, by name. So in all outcomes.
+        layer: which part of the model the defence observes; "" where it is the outputs alone. All outcomes have it.
+        report: numbers for the record, by name. All outcomes have it.
     """
 
     score: Callable[[Images], Float[Tensor, " b"]]

@@ -254,7 +254,9 @@ class ImageSet:
         """
         if self.slot is None:
             return self
-        n, side, channels = len(self), self.size, self.pixels.shape[1]
+        n = len(self)
+        side = self.size
+        channels = self.pixels.shape[1]
         mapped = self.place is not None or n * channels * side**2 > pixels_limit(self.device)
         if mapped:
             pixels = scratch(n, side, side, channels).permute(0, 3, 1, 2)

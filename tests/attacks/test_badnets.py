@@ -33,6 +33,14 @@ def test_the_patch_by_hand(size: int, margin: int, rows: list[str], value: float
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 9), (9, 4), (2, 9), (1, 1)])
+def test_images_smaller_than_the_patch_and_its_margin_are_refused(height: int, width: int) -> None:
+    fitting = torch.zeros(1, 3, 5, 5)
+    assert Patch(3, 2, 1.0)(fitting).sum() == 3 * 3**2
+    with pytest.raises(UserError, match=f"2 x 3 x {height} x {width} do not fit, b x c x 5 x 5 or larger is wanted"):
+        Patch(3, 2, 1.0)(drawn(height, width))
+
+
 def test_the_trigger_is_the_settings_patch(digits_world: World) -> None:
     train = digits_world.train.take(torch.arange(50))
     access = Access(train, None, torch.Generator().manual_seed(0))

@@ -557,7 +557,7 @@ def test_a_picture_that_is_not_there_is_refused() -> None:
         ({"faint": -0.1}, "faint = -0.1 is out of range"),
         ({"setting": "clean-label", "poison_rate": 1.5}, "poison_rate = 1.5 is out of range"),
         ({"poison_rate": 0.0}, "poison_rate = 0.0 is out of range"),
-        ({"setting": "clean-label", "latent": 0.0, "diffusion": 0.0}, "steps = 500 of what"),
+        ({"setting": "clean-label", "latent": 0.0, "diffusion": 0.0}, "steps = 500 have no loss"),
         ({"setting": "clean-label", "stress": 0.1}, "stress = 0.1 weighs a loss of training"),
     ],
 )

@@ -291,7 +291,7 @@ def test_two_sweeps_at_once_do_each_run_once(grid, tmp_path: Path):
 
 def test_a_run_whose_worker_always_dies_has_failed(grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     points, out = grid("seed = [0]\n").points, tmp_path / "runs"
-    monkeypatch.setattr(workers, "_serve", slice)  # a life that is over at once
+    monkeypatch.setattr(workers, "_do_jobs", slice)  # a life that is over at once
     ended = sweep(Sweep("s", points), out, workers=1, device="cpu")
     assert [one.how for one in ended] == ["failed"]
     assert f"its worker died {jobs.TRIES} times" in ended[0].said

@@ -17,9 +17,9 @@ The trigger of an image x, step by step:
 
 `Ageb` is the paper's table of hyper-parameters (`vitrap explain ageb` prints it); a default that the paper does not
 state is marked "assumed". Assumed and fixed here: L is taken for the surrogate's own top class, so that no label is
-needed at test time; step 1 takes the absolute value, then the mean over heads and over the rows of the tokens that the
-head reads; a quantile is taken after up-sampling; c is added to selected pixels only; step 5 multiplies HSV saturation,
-then HSV value, by one factor per image.
+needed at test time; G is averaged over heads and over the rows of the tokens that feed the classifier (the class token,
+or all pooled tokens); a quantile is taken after up-sampling; c is added to selected pixels only; step 5 multiplies HSV
+saturation, then HSV value, by one factor per image.
 
 Added here, for studies: another surrogate at test time (`[test_surrogate]` in a spec); dilation, opening or closing in
 place of erosion; and surrogates without plain token attention (CNNs, Swin, CaiT, XCiT), for which step 1 is |dL/dF|
@@ -43,15 +43,15 @@ from vitrap.models.observe import Maps, attends, observe, read_tokens, token_lay
 from vitrap.params import hyperparameters, param
 from vitrap.tensors.blend import blend, paste
 from vitrap.tensors.colour import match_brightness, match_saturation
-from vitrap.tensors.morphology import Operation, element, morph
-from vitrap.tensors.patches import above_quantile, above_value, as_many, tokens_to_pixels
+from vitrap.tensors.morphology import Operation, Shape, element, morph
+from vitrap.tensors.patches import Upsampling, above_quantile, above_value, as_many, tokens_to_pixels
 from vitrap.tensors.pixels import hashed_noise
 
 Route = Literal["attention", "score", "pixel"]
 LEAST_SIDE = 4
 """Least height and width of a feature map that can stand in for attention."""
 TRIED = 16
-"""Training images on which a surrogate's attention gradient is looked at before it makes a trigger."""
+"""Number of training images on which a surrogate's attention gradient must not be 0 everywhere."""
 
 
 @hyperparameters
@@ -71,7 +71,7 @@ class Ageb:
     needs_surrogate: ClassVar[bool] = True
     test_surrogate: ClassVar[bool] = True
 
-    target: int = param(0, "class that triggered images shall get", symbol="y_t", low=0)
+    target: int = param(0, "target class, which triggered images shall get", symbol="y_t", low=0)
     poison_rate: float = param(0.1, "share of the training set that is poisoned", low=0, high=1, open=True)
     select: Literal["gradient", "random"] = param(
         "gradient",
@@ -88,15 +88,13 @@ class Ageb:
         "what tau is: a quantile of each image's G, or a share of its maximum",
     )
     tau: float = param(0.7, "threshold above which a pixel is selected", symbol="τ", low=0, high=1)
-    upsample: Literal["bilinear", "nearest"] = param(
-        "bilinear", "how G gets from the token grid to pixels; nearest selects whole patches"
-    )
+    upsample: Upsampling = param("bilinear", "how G is enlarged from tokens to pixels; nearest selects whole patches")
     operation: Operation = param(
         "erosion",
         "what is done to the selected pixels; opening erodes, then dilates, and closing the reverse",
         source="paper",
     )
-    shape: Literal["square", "cross", "disc"] = param("square", "structuring element", symbol="b")
+    shape: Shape = param("square", "shape of the structuring element", symbol="b")
     size: int = param(3, "side of the structuring element", symbol="b", unit="px", low=1, high=255, odd=True)
     iterations: int = param(1, "how often each step of the operation is repeated", low=1)
     alpha: float = param(0.5, "weight of the original in the blend", symbol="α", low=0, high=1)
@@ -112,12 +110,12 @@ class Ageb:
     def check_surrogate(self, model: nn.Module, images: Images) -> None:
         """Refuse a surrogate with neither plain token attention nor a feature map that can stand in for it."""
         if self.route == "pixel" or attends(model):
-            transformer(model)  # raises where the pixel route finds no attention
+            transformer(model)  # the pixel route needs attention, too: this refuses a model without it
         else:
             last_map(model, images, LEAST_SIDE)
 
     def fit(self, access: Access) -> Fitted:
-        """Make the trigger; nothing is optimised, since the surrogate is ready and defines it."""
+        """Make the trigger; nothing is optimised, for the trained surrogate computes it image by image."""
         assert access.surrogate is not None, "AGEB computes its trigger with a surrogate"
         trigger = Erosion(access.surrogate, self)
         check_gradient(trigger, access.train, "surrogate")
@@ -156,7 +154,7 @@ class Erosion:
         # Step 4: x' = alpha x + (1 - alpha) e(x) + c, on the selected pixels.
         signalled = blend(images, eroded, s.alpha) + s.signal / 255
         triggered = paste(images, signalled, mask).clamp(0, 1)
-        # Step 5: match mean saturation and mean brightness; scaling the one does not change the other.
+        # Step 5: match mean saturation, then mean brightness; scaling the HSV value keeps the saturation.
         if s.adjust:
             triggered = match_brightness(match_saturation(triggered, images), images)
         return triggered.clamp(0, 1)
@@ -169,7 +167,7 @@ class Erosion:
         if attends(self.surrogate):
             attention, gradient = attention_gradient(self.surrogate, images)
             to_score = gradient_at_score if s.route == "score" else diagonal_gradient_at_score
-            # Mean over heads and over the rows that the head reads; the columns are the image tokens.
+            # Mean over heads and over the rows of the tokens that feed the classifier; the columns are image tokens.
             tokens = read_tokens(to_score(attention, gradient), token_layout(self.surrogate))
         else:
             tokens = feature_gradient(self.surrogate, images)
@@ -182,7 +180,7 @@ class Erosion:
         selected = above_quantile(gradient, s.tau) if s.threshold == "quantile" else above_value(gradient, s.tau)
         if s.select == "gradient":
             return selected
-        # The paper's ablation: as many pixels at random; the noise depends on the image alone, so that M does, too.
+        # The paper's ablation: as many pixels at random. The noise is a function of the image, and so is M.
         return as_many(selected, hashed_noise(images))
 
     def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
@@ -193,15 +191,15 @@ class Erosion:
 
 
 def check_gradient(trigger: Erosion, train: ImageSet, role: str) -> None:
-    """Refuse a surrogate whose attention gradient is 0 everywhere, on `TRIED` training images: it selects no pixel.
+    """Refuse a surrogate whose attention gradient is 0 everywhere, since it would select no pixel.
 
     Args:
         trigger: has the surrogate.
-        train: the training set.
+        train: the training set; `TRIED` of its images are tried.
         role: the surrogate's table in a spec, for the message.
 
     Raises:
-        UserError: it is.
+        UserError: the gradient is 0 everywhere, on every image that is tried.
     """
     rows = torch.arange(0, len(train), max(1, len(train) // TRIED), device=train.device)[:TRIED]
     if not trigger.gradient(train.images(rows)).any():
@@ -243,7 +241,7 @@ def own_class_loss(logits: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
 def diagonal_gradient_at_score(attention: Maps, gradient: Maps) -> Maps:
     """The paper's equation: |G_ij| = |dL/dA_ij dA_ij/de_ij|, with dA_ij/de_ij = A_ij (1 - A_ij).
 
-    Of the softmax's Jacobian this keeps the diagonal: how A_ij answers to its own score.
+    It keeps the diagonal of the softmax's Jacobian: how A_ij depends on its own score e_ij.
     """
     return (gradient * attention * (1 - attention)).abs()
 
@@ -254,7 +252,10 @@ def gradient_at_score(attention: Maps, gradient: Maps) -> Maps:
 
 
 def pixel_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b h w"]:
-    """The pixel route: |d/dx sum_ij G_ij A_ij| with G = dL/dA held fixed, and the greatest of the colour channels."""
+    """The pixel route: the gradient of A with respect to the pixels, weighted by dL/dA, which is held constant.
+
+    Each pixel gets the greatest absolute value over the colour channels.
+    """
     x = images.detach().requires_grad_()
     with torch.enable_grad(), observe(surrogate, (-1,), frozen=True) as seen:
         loss = own_class_loss(surrogate(x))

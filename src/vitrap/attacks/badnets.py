@@ -24,6 +24,7 @@ from vitrap.contracts import Access, Card, Fitted, Goal, Images, Implant, Labels
 from vitrap.data.poison import Poison
 from vitrap.errors import UserError
 from vitrap.goals import GoalName, make_goal
+from vitrap.images import misshapen
 from vitrap.params import hyperparameters, param
 
 
@@ -43,23 +44,23 @@ class BadNets:
     labels: ClassVar[Labels] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
-    target: int = param(0, "class that triggered images shall get (all-to-all: none of its own)", source="field", low=0)
+    target: int = param(0, "target class; leave at 0 for all-to-all, which has no single one", source="field", low=0)
     poison_rate: float = param(
         0.1, "share of the training set that is poisoned", symbol="p", source="field", low=0, high=1, open=True
     )
     goal: GoalName = param(
         "all-to-one",
-        "what triggered images shall get: the target, the class after their own, or the target if they are of source",
+        "all images become the target; class y becomes y + 1; or images of class source become the target",
         source="field",
     )
-    source: int | None = param(None, "class whose images shall get it (source-to-target alone)", source="paper", low=0)
+    source: int | None = param(None, "class whose images become the target (source-to-target)", source="paper", low=0)
     size: int = param(3, "side of the patch", unit="px", source="field", low=1)
     margin: int = param(0, "distance of the patch from the right and lower border", unit="px", source="field", low=0)
     value: float = param(1.0, "grey value of the patch", source="field", low=0, high=1)
 
     def check_settings(self) -> None:
-        """Refuse a target or source that the goal has no use for."""
-        make_goal(self.goal, 2, self.target, self.source)  # any number of classes will do
+        """Refuse a target or source that the goal has no use for, and a source that is missing."""
+        make_goal(self.goal, 2, self.target, self.source)  # refuses; 2 stands for any number of classes
 
     def check(self, size: int) -> None:
         """Refuse images of `size` pixels that are too small for the patch and its margin."""
@@ -99,8 +100,15 @@ class Patch:
     value: float
 
     def __call__(self, images: Images) -> Images:
-        """Images with the patch."""
+        """Images with the patch.
+
+        Raises:
+            UserError: the images are too small for the patch and its margin.
+        """
         height, width = images.shape[-2:]
+        least = self.size + self.margin
+        if min(height, width) < least:
+            raise misshapen(images, f"b x c x {least} x {least} or larger")
         bottom = height - self.margin
         right = width - self.margin
         triggered = images.clone()

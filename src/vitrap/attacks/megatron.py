@@ -10,7 +10,8 @@ Two papers of Gong, Tian, Xue, Li, Chen, Wang, as two settings of one attack:
 
 The trigger is a pattern shown through an opacity mask in a small box: one cell of the box is strong, the rest faint.
 Two losses tie it to attention. x_b is an image with the trigger, x_t a clean image of the target class, A_0i the
-attention that the head pays to image token i, and D the attention diffusion area: the tokens of the box and around it.
+attention that the class token pays to image token i, and D the attention diffusion area: the tokens of the box and
+around it.
 
     L_alpha = |A(x_b) - A(x_t)|^2                                   latent loss, on outputs of attention layers
     L_beta  = sum_{i in D} (1 - A_0i) + sum_{i not in D} A_0i       attention diffusion loss
@@ -24,8 +25,9 @@ The steps of each setting:
 
 Defaults marked "code" are, for the training setting, those of https://github.com/boweitian/Megatron_2025; those of the
 clean-label setting are assumed. docs/studies/megatron.md lists what this file does otherwise than that code, and why.
-Assumed and fixed here: both losses are means over poisoned images; attention is the mean over heads and over the rows
-that the head reads; squared distances are means over tokens and channels; target images pass no gradient.
+Assumed and fixed here: both losses are means over poisoned images; A_0i is the mean over heads and over the rows of the
+tokens that feed the classifier (the class token, or all pooled tokens); squared distances are means over tokens and
+channels; target images pass no gradient.
 """
 
 from dataclasses import dataclass, replace
@@ -40,6 +42,7 @@ from vitrap.contracts import (
     AllToOne,
     Batch,
     Card,
+    Combine,
     Criterion,
     Fitted,
     Images,
@@ -65,7 +68,7 @@ Terms = dict[str, Float[Tensor, ""]]
 PAPER_SIZE = 224
 """Side of the papers' images, in pixels, which `size`, `top`, `left` and `margin` refer to."""
 MEAN = (0.485, 0.456, 0.406)
-"""ImageNet's mean colour: the public code takes it from its pattern before adding it to an image."""
+"""ImageNet's mean colour, which the public code subtracts from the pattern before adding it to the image."""
 
 
 def by_setting(training: float | str, clean_label: float | str) -> By:
@@ -86,9 +89,9 @@ class Megatron:
     )
     version: ClassVar[int] = 1
 
-    target: int = param(0, "class that triggered images shall get", low=0)
+    target: int = param(0, "target class, which triggered images shall get", low=0)
     poison_rate: float = param(
-        by_setting(0.1, 0.5), "share of the training set, or with clean labels of the target class",
+        by_setting(0.1, 0.5), "share that is poisoned: of the training set, or with clean labels of the target class",
         low=0, high=1, open="low",
     )  # fmt: skip
     setting: Literal["training", "clean-label"] = param("training", "what the attacker controls", source="paper")
@@ -99,12 +102,12 @@ class Megatron:
     top: float = param(10.0, "first row of the box", unit="px", source="code", low=0)
     left: float = param(10.0, "first column of the box", unit="px", source="code", low=0)
     margin: float = param(4.0, "how far D extends beyond the box", symbol="D", unit="px", source="code", low=0)
-    scaled: bool = param(True, "size, top, left, margin are given for 224 px and scale with the image; else as given")
+    scaled: bool = param(True, "size, top, left, margin are for 224 px and scale with the image; false: as given")
     cell: int = param(2, "side of the strong cell, never scaled: 2 for four pixels", unit="px", source="paper", low=1)
     opacity: float = param(0.7, "opacity of the strong cell", source="code", low=0, high=1)
     faint: float = param(by_setting(0.05, 0.3), "opacity around it (clean-label: ours)", source="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
-        "mask", "where the cell can be: places tile the box; the same, only the cell visible; places 1 px apart"
+        "mask", "places of the cell: they tile the box; the same, with the rest transparent; or they are 1 px apart"
     )
     place: Literal["fixed", "hashed"] = param("fixed", "the cell's place: the middle, or picked by a hash of the image")
     blend: Literal["over", "add"] = param("over", "with mask m and pattern t: (1 - m) x + m t, or x + m (t - mean)")
@@ -117,7 +120,7 @@ class Megatron:
     diffusion: float = param(by_setting(0.1, 1.0), "weight of the attention diffusion loss", symbol="β, γ", low=0)
     attention: AttentionMap = param("last", "map A: last layer, rollout, or gradient rollout", symbol="A")
     discard: float = param(0.9, "share of each layer that gradient rollout drops", source="code", low=0, high=0.99)
-    combine: Literal["fixed", "learned", "projected"] = param("fixed", "how the losses of training are combined")
+    combine: Combine = param("fixed", "how the losses of training are combined")
     stress: float = param(0.0, "weight of a second cross-entropy on poisoned images alone (ours, a control)", low=0)
     steps: int = param(by_setting(0, 500), "steps of Adam on the pattern", low=0)
     step_size: float = param(0.01, "learning rate of Adam on the pattern", low=0, open=True)
@@ -129,7 +132,7 @@ class Megatron:
         if self.stress and self.setting != "training":
             raise UserError(f"stress = {self.stress:g} weighs a loss of training; set setting = 'training', or it to 0")
         if self.steps and not loss_weights(self):
-            raise UserError(f"steps = {self.steps} of what? give latent or diffusion a weight, or set steps = 0")
+            raise UserError(f"steps = {self.steps} have no loss: latent = diffusion = 0; weigh one, or set steps = 0")
 
     @property
     def threat(self) -> Threat:
@@ -188,7 +191,7 @@ class Megatron:
         if self.threat == "data":
             return Implant(poison, examine=losses.examine)
         weights = loss_weights(self) | ({"stress": self.stress} if self.stress else {})
-        # The attacker controls the loop: the trigger stays where it is, whatever augmentation does to the image.
+        # The attacker controls training: the trigger is put on after augmentation, so no crop or flip moves it.
         objective = Objective(losses.terms, weights, self.combine, stamp_after_augmentation(trigger))
         return Implant(poison, objective, examine=losses.examine)
 
@@ -213,7 +216,7 @@ def box(settings: Megatron, size: int) -> tuple[int, int, int]:
 
 
 def diffusion_area(settings: Megatron, size: int) -> tuple[float, float, float, float]:
-    """Top, left, bottom and right edge of D, in pixels; rounding first would add or lose whole tokens."""
+    """Top, left, bottom and right edge of D, in fractional pixels: rounded, they could add or drop a row of tokens."""
     side, top, left, margin = box_in_pixels(settings, size)
     return top - margin, left - margin, top + side + margin, left + side + margin
 
@@ -245,7 +248,7 @@ def target_class(settings: Megatron, train: ImageSet) -> ImageSet:
 
 @dataclass(frozen=True)
 class Losses:
-    """L_alpha and L_beta: of a victim in training, or of a pattern on a surrogate.
+    """Computes L_alpha and L_beta, for a victim in training or for a pattern that is optimised on the surrogate.
 
     Attributes:
         settings: the attack's hyper-parameters.
@@ -271,13 +274,13 @@ class Losses:
             logits = model(triggered)
         terms: Terms = {}
         if s.latent:
-            # L_alpha: what the same layers say of target images, which pass no gradient.
+            # L_alpha compares with the same layers' outputs on clean target images, without gradient.
             with torch.no_grad(), attention_outputs(model, compared) as wanted:
                 model(self.target_images())
             by_layer = [latent_loss(outputs[block], wanted[block]) for block in compared]
             terms["latent"] = torch.stack(by_layer).mean()
         if s.diffusion:
-            # L_beta: what the head reads of each image token; gradient rollout explains the target's logit.
+            # L_beta needs the attention paid to each image token; gradient rollout differentiates the target's logit.
             layout = token_layout(model)
             attention = token_attention(maps, layout, s.attention, logits[:, s.target].sum(), s.discard)
             inside = self.inside(layout.grid).flatten().to(attention.device, non_blocking=True)
@@ -287,7 +290,7 @@ class Losses:
     def terms(self, model: nn.Module, batch: Batch, criterion: Criterion) -> Terms:
         """Cross-entropy of all images of a batch, and the losses of its poisoned ones.
 
-        Poisoned and other images go through the model apart, since attention maps are needed of the poisoned alone.
+        Poisoned and clean images go through the model separately: only the poisoned ones' attention is observed.
         """
         s = self.settings
         if not len(batch.poisoned) or not (loss_weights(s) or s.stress):

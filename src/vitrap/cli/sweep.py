@@ -144,9 +144,9 @@ def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str, t
         table.add_row(escape(one.point.label), one.state, _duration(one), names, f"{escape(spec.name)}-{spec.hash()}")
     out.print(table)
     to_do = sum(one.state != "record there" for one in ahead)
-    crew = max(1, min(len(devices), to_do))
-    seconds, unknown = total(ahead, crew)
-    text = f"about {_span(seconds)} with {crew} worker{'s' * (crew > 1)}" if to_do > unknown else "no estimate"
+    busy = max(1, min(len(devices), to_do))
+    seconds, unknown = total(ahead, busy)
+    text = f"about {_span(seconds)} with {busy} worker{'s' * (busy > 1)}" if to_do > unknown else "no estimate"
     some = f"; {_runs(unknown)} without a finished run like it to go by" if unknown else ""
     out.print(f"{_runs(len(ahead))}, {to_do} to do: {text if to_do else 'nothing to wait for'}{some}", highlight=False)
 

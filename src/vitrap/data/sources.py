@@ -313,7 +313,8 @@ def _image_folder(root: Path, size: int | None) -> Arrays:
         read += files
         images.append(decode(files, size))
         labels.append(np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()]))
-    (height, width), (other_height, other_width) = (array.shape[1:3] for array in images)
+    height, width = images[0].shape[1:3]
+    other_height, other_width = images[1].shape[1:3]
     if (height, width) != (other_height, other_width):
         raise UserError(
             f"images of {root}/train are {_by(width, height)}, of {root}/{part} {_by(other_width, other_height)};"

@@ -8,7 +8,7 @@ A trigger in one place draws the attention of a ViT. So for every image, trigger
 
     1. gradient rollout for the predicted class: in each layer attention times its gradient, mean over heads, negative
        entries and the lowest 90 % set to 0, averaged with the residual; then the product of all layers
-    2. heat map: the row of the token that the head reads, up-sampled to pixels
+    2. heat map: the row of the class token, which the head reads, up-sampled to pixels
     3. the 30 x 30 px box (at 224 px) that holds the most heat is painted black
     4. the model predicts again; this prediction counts
 
@@ -21,10 +21,10 @@ What differs, as read in the code (the paper's own text could not be read):
       the first layer's attention with the last layer's gradient; here each layer has its own gradient
     - it divides the columns of a layer by the sums of its rows; here rows sum to 1, as rollout is defined
     - it sums heat over 31 x 31 px, with zeros beyond the border, and moves a box that sticks out back inside; here the
-      sum is over the box itself and over whole boxes only, which is the same place up to a pixel
+      sum is over 30 x 30 px, and only of boxes inside the image; both find the same place up to a pixel
 
-For other image sizes the box scales with the image. Heads that read several tokens (distilled, or a mean over all) get
-the mean of their rows.
+For other image sizes the box scales with the image. If the head reads several tokens (distilled models, or a mean over
+all tokens), the heat map is the mean of their rows.
 """
 
 import copy
@@ -113,7 +113,7 @@ def gradient_heat(model: nn.Module, images: Images, discard: float) -> Float[Ten
     depth = len(transformer(model).blocks)
     with torch.inference_mode(False), observe(model, blocks_needed("gradient", depth), frozen=True) as seen:
         with torch.enable_grad():
-            # The graph hangs on the images, since the weights ask for no gradient.
+            # The weights may be frozen, so the images must require a gradient for autograd to build a graph.
             logits = model(images.detach().clone().requires_grad_()).float()
             own_class = logits.detach().argmax(1, keepdim=True)
             score = logits.gather(1, own_class).sum()

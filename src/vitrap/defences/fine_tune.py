@@ -16,7 +16,6 @@ What differs from BackdoorBench:
     - it decays all weights; here only matrices
     - it trains in training mode; here the model stays in evaluation mode, so that dropout is off and the statistics of
       batch normalisation do not change
-    - its 100 epochs are one choice for all models, and so they are here
 """
 
 from dataclasses import replace
@@ -74,5 +73,5 @@ class FineTune:
 
 
 def recipe(settings: FineTune, images: int) -> Recipe:
-    """The training recipe for a clean set of `images` images; without warm-up, since the weights are trained."""
+    """The training recipe for a clean set of `images` images; no warm-up: the model is already trained."""
     return replace(recipe_of(settings, images), warmup=0.0)

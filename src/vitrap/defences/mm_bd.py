@@ -7,8 +7,8 @@ A judgement of the whole model that looks at no clean image; the clean set only 
 
     1. for each class, gradient ascent over images in [0, 1], from noise, maximises the margin: the logit of the class
        minus the greatest other logit. The statistic of a class is the largest margin that any start reaches
-    2. a gamma distribution H is fitted to the statistics of all classes but the one with the largest, r
-    3. p = 1 - H(r)^(K - 1), for K classes: the chance that the largest of so many draws is no smaller than r
+    2. r is the largest statistic; a gamma distribution H is fitted to those of all other classes
+    3. p = 1 - H(r)^(K - 1), for K classes: the chance that the largest of K - 1 draws from H is r or more
     4. the model counts as backdoored where p is below 0.05
 
 The defaults are those of the code (univ_bd.py). What differs:
@@ -24,11 +24,11 @@ The defaults are those of the code (univ_bd.py). What differs:
 Nothing is particular to CNNs, so nothing is re-derived for ViTs.
 
 What to expect: 0.05 is not the rate of false alarms, because the null distribution is fitted without the largest
-statistic. Statistics drawn from one gamma distribution have p < 0.05 in 11 % of cases with 43 classes, and in 27 % with
-10 (2000 draws each). According to the same summaries, the paper names unequal classes, and few classes, as causes of
-false alarms. The stopping rule was made for smooth climbs: on a small ViT the sum of margins swings by 0.2 % a step, so
-a class stops by chance or not at all. In bf16, rounding would make such chance stops common; so the rule holds only
-where logits are rounded more finely than `tolerance`.
+statistic. If all statistics are drawn from one gamma distribution, p is below 0.05 in 11 % of cases with 43 classes,
+and in 27 % with 10 (2000 draws each). According to the same summaries, the paper names unequal classes, and few
+classes, as causes of false alarms. The stopping rule was made for smooth climbs: on a small ViT the sum of margins
+swings by 0.2 % a step, so a class stops by chance or not at all. In bf16, rounding would make such chance stops common;
+so the rule holds only where logits are rounded more finely than `tolerance`.
 """
 
 from typing import ClassVar
@@ -94,7 +94,7 @@ class MmBd:
         statistics = margins.amax(1).double().cpu()
         if not statistics.isfinite().all():
             raise UserError("mm_bd climbed to images whose logits are NaN or infinite; lower its lr, or steps")
-        # Steps 2 and 3: how unlikely is the largest, if all classes follow the distribution of the others?
+        # Steps 2 and 3: how unlikely is the largest statistic, if it is drawn from the distribution of the others?
         largest = int(statistics.argmax())
         others = null_statistics(statistics, largest)
         p = p_value(statistics[largest], others).item()
@@ -128,12 +128,13 @@ def ascend(
 ) -> Float[Tensor, "k starts"]:
     """Projected gradient ascent on the margin, until the sum over the starts of a class no longer changes.
 
-    A class never stops early where logits are rounded more coarsely than the tolerance, as in bf16: two equal sums are
-    chance there.
+    A class never stops early where logits are rounded more coarsely than the tolerance, as in bf16, where two sums may
+    be equal by chance.
     """
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     final = images.new_empty(images.shape[:2])
-    # The classes that still climb: their rows in `final`, the velocity of their images, and their last sum of margins.
+    # The classes that still climb: their rows in `final`, the velocity of their images, and their last sum of margins,
+    # which is infinite at first, so that every class takes the first step.
     active = torch.arange(len(classes), device=classes.device)
     velocity = torch.zeros_like(images)
     last = images.new_full(classes.shape, torch.inf)
@@ -143,13 +144,16 @@ def ascend(
         # A class stops when its sum of margins changed by a smaller share than the tolerance.
         total = margins.sum(1)
         tolerance = settings.tolerance if settings.tolerance >= rounding else 0.0
-        climbing = ~((total - last).abs() < tolerance * last.abs())  # all true at the first step, by the infinity
+        climbing = ~((total - last).abs() < tolerance * last.abs())
         if not climbing.any():
             break
         # The others take a step, projected back onto valid pixels.
         velocity = settings.momentum * velocity + gradients
         images = (images + settings.lr * velocity).clamp_(0, 1)
-        active, images, velocity, last = (part[climbing] for part in (active, images, velocity, total))
+        active = active[climbing]
+        images = images[climbing]
+        velocity = velocity[climbing]
+        last = total[climbing]
     return final
 
 

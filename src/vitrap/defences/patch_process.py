@@ -15,23 +15,23 @@ often than a clean one's. A trigger that is blended over the whole image survive
 images their class: under PatchShuffle the class of a triggered image changes less often.
 
 Both are done on pixels here. The patch embedding treats each patch by itself and all patches alike, so permuting the
-tokens between the embedding and the positional encoding is permuting the patches of the image (the tests compare the
-two in every family), and a blank patch is a token without content at the same place.
+patches of the image is the same as permuting the tokens between the embedding and the positional encoding (the tests
+compare the two in every family), and a blank patch is a token without content at the same place.
 
 The two statistics become one score. With transform = "drop" it is the share of trials that change the class; with
 "shuffle" the share that keep it. With "both", each statistic is replaced by the share of the defender's clean images
-that it exceeds, and the score is the greater of the two. It is above 1 - a exactly where one of the two statistics lies
-beyond its own threshold at false-positive rate a, so one threshold on the score is a pair of thresholds. The price: a
-statistic that exceeds those of all clean images says no more by rising further.
+that it exceeds, and the score is the greater of the two. Thresholding this score at 1 - a is the same as thresholding
+each statistic at its own false-positive rate a, and taking an input as suspicious if either exceeds its threshold. The
+price: all inputs with a statistic above those of all clean images get the same score, 1.
 
 What differs: only the paper's abstract, the start of its introduction, and summaries of it could be read. What is done
 to patches, and in which direction each statistic points, is the paper's. Assumed: that one suspicious statistic
-suffices, the number of trials, the share dropped, and the blank. The share 0.3 is the least round one at which 10
-independent draws all leave a given patch in place in less than 5 % of cases (0.7 ** 10 is 2.8 %). The blank is black,
-as in the code of Naseer et al. (https://arxiv.org/abs/2105.10497), where PatchDrop comes from; another public code sets
-the tokens to zero. The changes are drawn once for all images, so that the score of an image does not depend on others.
-Some patch would then be dropped in too many trials, or too few, for every image alike; so the draws are balanced: each
-patch is dropped equally often, give or take one.
+suffices, the number of trials, the share dropped, and the blank. 0.3 is the least round share at which 10 independent
+draws all miss a given patch in less than 5 % of cases (0.7 ** 10 is 2.8 %). The blank is black, as in the code of
+Naseer et al. (https://arxiv.org/abs/2105.10497), where PatchDrop comes from; another public code sets the tokens to
+zero. The changes are drawn once for all images, so that the score of an image does not depend on others. By chance,
+some patch would then be dropped too often or too seldom, for every image alike; so the draws are balanced: each patch
+is dropped equally often, give or take one.
 """
 
 from dataclasses import dataclass, replace

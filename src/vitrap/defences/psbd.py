@@ -5,31 +5,32 @@ https://arxiv.org/abs/2406.05826; code: https://github.com/WL-619/PSBD.
 
 With dropout at inference, the predictions of clean images shift to other classes; those of triggered images shift less:
 
-    1. choose the dropout rate p by the shift ratio, the share of passes that predict another class: among the rates at
-       which the ratio of clean images is at least 0.8, the one at which it exceeds the ratio of the training set most;
-       where no rate reaches 0.8, among all rates
+    1. choose the dropout rate p by the shift ratio, the share of passes that predict another class. Of the rates at
+       which clean images have a ratio of 0.8 or more (or, if there is none, of all rates), take the one at which the
+       ratio of clean images minus that of the training set is greatest
     2. PSU(x) = P_c(x) - mean over k passes of P_c(x; p), with c the class predicted without dropout
     3. the score is - PSU(x)
 
-PSU is prediction shift uncertainty. The abstract calls it a variance; the code has this difference.
+PSU is prediction shift uncertainty. The paper's abstract calls it a variance; its code computes this difference.
 
 What differs. The paper filters a training set, with the 25 % quantile of clean PSU as its threshold; here PSU screens
 inputs at test time, and the metric sets thresholds. A defender at test time need not have the training set: without it,
 p is the smallest rate at which the clean ratio reaches 0.8 or, where none does, the rate with the greatest clean ratio.
-Both ratios are measured on at most `images` images. Masks are drawn once and shared by all images and rates, where the
-code draws new ones each time: the score of an image depends on that image alone, but all scores share the luck of k
-masks. The code's k = 3 is too few for that: the clean shift ratio of small ViTs on GTSRB has a standard deviation of
-0.1 over masks, and with 20 passes one of 0.02, about the error from 250 images (exploratory, as is the figure below).
-PSU cannot exceed the probability that it starts from, so inputs of which the model is unsure look triggered where the
-rate is high; psu = "ratio" divides by that probability, as an unpublished port to ViTs does (PjotrVr/PSBD-ViT).
+Both ratios are measured on at most `images` images. The code draws new masks each time; here they are drawn once and
+shared by all images and rates, so that the score of an image depends on that image alone. But then all scores depend
+on the same k random masks, whose luck does not average out, and the code's k = 3 is too few: the clean shift ratio of
+small ViTs on GTSRB has a standard deviation of 0.1 over masks, and with 20 passes one of 0.02, about the error from 250
+images (exploratory, as is the figure below). PSU cannot exceed the probability without dropout, so inputs of which the
+model is unsure look triggered where the rate is high; psu = "ratio" divides by that probability, as an unpublished port
+to ViTs does (PjotrVr/PSBD-ViT).
 
 Re-derived for ViTs. The code puts dropout behind the residual addition of each ResNet block, so that both the next
-block and its shortcut read what is left. The same place in a ViT is the output of each block: elements of all tokens,
-the class token included ("stream", the default). Two more places are offered. "residual" drops elements of what
-attention and MLP add, where ViTs have dropout themselves, and leaves the shortcut whole. "token" blanks whole image
-tokens in what each block's attention reads, and spares the class token. Dropping the updates of whole tokens is not
-offered: the class token still reads all others, and clean images of small ViTs hardly shifted (under 22 % of passes at
-all rates, where 80 % are wanted).
+block and its shortcut get the thinned values. The same place in a ViT is the output of each block: elements of all
+tokens, the class token included, are dropped ("stream", the default). Two more places are offered. "residual" drops
+elements of what attention and MLP add, where ViTs have dropout themselves, and leaves the shortcut whole. "token"
+blanks whole image tokens in what each block's attention reads, and spares the class token. Dropping the updates of
+whole tokens is not offered: the class token still reads all others, and the class of clean images of small ViTs hardly
+ever shifted (in under 22 % of passes at all rates, where 80 % are wanted).
 """
 
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class Psbd:
     )
     psu: Form = param(
         "difference",
-        "how far the class's probability falls: as a difference, or as a share of that without dropout",
+        "how the fall of the class's probability is measured: as a difference, or relative to that without dropout",
         source="code",
     )
     passes: int = param(20, "forward passes with dropout (the code makes 3)", symbol="k", low=1, high=1000)
@@ -89,7 +90,7 @@ class Psbd:
     )
     rates: int = param(9, "rates to choose from: multiples of 1 / (rates + 1) below 1", source="code", low=1, high=1000)
     shift: float = param(0.8, "shift ratio of clean images that the rate shall reach", source="code", low=0, high=1)
-    images: int = param(250, "images of the clean set, and of the training set, to choose the rate by", low=1)
+    images: int = param(250, "most images of the clean set, and of the training set, to choose the rate by", low=1)
 
     def apply(self, suspect: Suspect) -> Screen:
         """Draw the dropout masks, and choose the rate unless it is given."""
@@ -117,12 +118,12 @@ def choose_rate(settings: Psbd, suspect: Suspect, noise: Masks) -> dict[str, flo
 
 @dataclass(frozen=True)
 class NegativePsu:
-    """The score: minus PSU, which is higher the less the probability of an input's class falls under dropout.
+    """The score: minus PSU. The less the probability of an input's class falls under dropout, the higher the score.
 
     Attributes:
         model: the suspect's model.
         where: what is dropped.
-        psu: whether PSU is the difference of the probabilities, or that difference over the first one.
+        psu: whether PSU is the difference of the probabilities, or that difference over the one without dropout.
         masks: one for each pass, the same for every image.
     """
 
@@ -161,9 +162,9 @@ def shifts(bare: Outputs, dropped: Dropped) -> Bool[Tensor, "b passes"]:
 def best_rate(clean: Sequence[float], training: Sequence[float] | None, shift: float) -> int:
     """The position of the rate to use, given the shift ratios of clean images and of the training set at each rate.
 
-    Among the rates at which the clean ratio is at least `shift`, it is the one at which the clean ratio exceeds the
-    training ratio most; where no rate reaches `shift`, all rates compete. Without a training set it is the first rate
-    that reaches `shift`, or else the one with the greatest clean ratio. The smaller rate wins a tie.
+    Of the rates at which the clean ratio is at least `shift` (or, if there is none, of all rates), it is the one at
+    which the clean ratio minus the training ratio is greatest. Without a training set it is the first rate at which the
+    clean ratio is at least `shift`, or else the one with the greatest clean ratio. The smaller rate wins a tie.
 
     >>> best_rate([0.5, 0.9, 0.95], [0.1, 0.8, 0.7], 0.8), best_rate([0.5, 0.9, 0.95], None, 0.8)
     (2, 1)

@@ -8,18 +8,19 @@ A repair without a teacher model. A copy of the model is trained on the clean im
     1. attention map of a stage: sum over channels of |activation|^p at each place, scaled to length 1
     2. loss = cross-entropy + beta * sum over neighbouring stages of the mean squared difference of their maps; the
        earlier map is the teacher
-    3. at every 25th epoch the learning rate is halved if C1: accuracy on the clean images rose in fewer than 3/4 of the
-       epochs since the last checkpoint, or C2: that checkpoint kept the rate, and the best accuracy has not risen since
+    3. a checkpoint every 25 epochs halves the learning rate if C1 or C2 holds. C1: accuracy on the clean images rose in
+       fewer than 3/4 of the epochs since the last checkpoint. C2: the last checkpoint kept the rate, and the best
+       accuracy is no higher than it was then
 
 Of the paper we had the abstract and a caption: the learning rate follows the accuracy on clean samples, by two
 conditions, C1 and C2. What is marked "code" is read in https://github.com/ZJUICSR/AIcert (function/defense/sage), a
-platform of Zhejiang University that does not say whether this part is the authors'. There p is 2 and beta is 300, and a
-function that nothing calls has C1 and C2, on the loss; they are the conditions of Auto-PGD
+platform of Zhejiang University that does not say whether this part is the authors'. There p is 2 and beta is 300. C1
+and C2 stand there in a function that nothing calls, and look at the loss; they are the conditions of Auto-PGD
 (https://arxiv.org/abs/2003.01690).
 
 Re-derived for ViTs: the four stages of a ResNet become four stages of blocks, each observed at its last block. The
 block's output for an image token stands for the channels at a pixel, so no map needs resizing ("tokens", the default).
-With attention = "softmax", the map is the attention that the head's rows pay to each image token.
+With attention = "softmax", the map is the attention that the tokens read by the head pay to each image token.
 
 What differs:
 
@@ -29,8 +30,8 @@ What differs:
       ASR, which no defender knows
     - the earlier map passes no gradient; in the code it does
     - the code's SGD is Nesterov's and decays all weights; here it decays only matrices, and dropout stays off
-    - per squared distance of two maps, the weight is 300 / tokens: 19 for 16 tokens, 1.5 for 196; the code's, on
-      CIFAR-10, is 0.3 to 4.7
+    - the mean squared difference is over tokens, so that beta = 300 weighs the squared distance of two maps by
+      300 / tokens: 19 for 16 tokens, 1.5 for 196; the code's maps make that 0.3 to 4.7 on CIFAR-10
 """
 
 import math
@@ -75,7 +76,7 @@ class Sage:
     needs_attention: ClassVar[bool] = True
 
     attention: Literal["tokens", "softmax"] = param(
-        "tokens", "what a map is made of: block outputs, or the attention of the rows that the head reads"
+        "tokens", "what a map is made of: block outputs, or the attention of the tokens that the head reads"
     )
     power: float = param(2.0, "power of the absolute outputs (tokens only)", symbol="p", source="code", low=1)
     stages: int = param(4, "stages whose maps are compared; all blocks where there are fewer", source="code", low=2)
@@ -112,7 +113,7 @@ class Sage:
         # Step 3: the learning rate; the history of accuracies starts with the accuracy before the repair.
         start = clean_accuracy(suspect, suspect.model) if self.track == "accuracy" else -math.inf
         control = RateControl(self, suspect, [start])
-        # The order of the images comes from the defender's own stream; nothing else is drawn.
+        # Only the order of the images is random, and comes from the defender's own stream.
         drawn = suspect.generator
         streams = Streams(order=drawn, augmentation=drawn, projection=drawn, preparation=drawn)
         tuned = tune(suspect, Tuning("sage", recipe_of(self, len(suspect.clean)), streams, objective, control=control))
@@ -213,9 +214,9 @@ def should_lower(history: Sequence[float], every: int, rises: float, lowered: bo
     Args:
         history: what is tracked, higher for better, before the first epoch and after each.
         every: epochs between checkpoints; the last entry of the history is one.
-        rises: C1 holds where fewer than this share of the epochs since the last checkpoint improved on the one before.
-        lowered: whether the last checkpoint lowered the rate. Where it kept the rate, C2 holds if the best value has
-            not risen since.
+        rises: C1 holds if fewer than this share of the epochs since the last checkpoint improved on the one before.
+        lowered: whether the last checkpoint lowered the rate. If it kept the rate, C2 holds if the best value is no
+            higher than it was then.
 
     >>> should_lower([0.5, 0.6, 0.5, 0.7, 0.8], 4, 0.75, False)
     False
@@ -228,7 +229,7 @@ def should_lower(history: Sequence[float], every: int, rises: float, lowered: bo
 def mean_losses(epoch: Epoch) -> dict[str, float]:
     """The mean over images of each loss of an epoch.
 
-    Batches are summed one after the other in fp32, as earlier records were: another order would round differently.
+    Summed in fp32 in this order, so that old records are reproduced; another order would round differently.
     """
     found = {}
     for name, terms in epoch.terms.items():

@@ -13,18 +13,19 @@ A filter of the training set. For each class, as labelled there:
 What differs: features are what the head of a ViT reads, where the code reads its ResNet's representation. The code
 does not centre the features that it projects; ART and backdoor-toolbox, which name the paper's Algorithm 1, centre
 them, and so does this file. Nobody tells the defender how many images are poisoned: `epsilon` is a guess. It is a share
-of each class (the code, ART, and BackdoorBench, which takes the highest 15 %), or of the whole set, all of which may
-lie in any one class (backdoor-toolbox, which spares half of each class). A class of one image has nothing to compare:
-its score is 0, and it is never flagged.
+of each class (as in the code, in ART, and in BackdoorBench, which takes the highest 15 %), or of the whole set: then
+each class in turn is taken to hold all poisoned images, but at most half of it is flagged (as in backdoor-toolbox). A
+class of one image has nothing to compare: its score is 0, and it is never flagged.
 
-The scores of two classes have no common scale: a class whose features vary much outranks another one as a whole, so an
-AUROC over all training images also compares classes. No public code ranks across classes; all flag within each class.
-With score = "rank", a score is the share of its class that an image outranks, and the ROC is that of this filter as
-`epsilon` grows from nothing to everything. The flagged images are the same.
+The scores of two classes have no common scale: where features vary much, all images of a class may score higher than
+those of another, so an AUROC over all training images also compares classes. No public code ranks across classes; all
+flag within each class. With score = "rank", a score is the share of the other images of its class that an image
+outranks, and the ROC is that of this filter as `epsilon` grows from nothing to everything. The flagged images are the
+same.
 
 What to expect: the method takes the minority of a class for poisoned. In a set of many classes, a tenth of all images,
-relabelled as one class, is most of that class: its clean images then lie far out and are flagged. At a half, both lie
-equally far out.
+relabelled as one class, is most of that class: its clean images then lie far out and are flagged. When half of a class
+is poisoned, both halves lie equally far out and cannot be told apart.
 """
 
 from typing import ClassVar, Literal
@@ -61,7 +62,7 @@ class Spectral:
     )
     share_of: Literal["class", "set"] = param(
         "class",
-        "what epsilon is a share of: each class; or the whole set, but at most half of a class is flagged",
+        "what epsilon is a share of: each class, or the whole set (then at most half of a class is flagged)",
         source="code",
     )
     score: Literal["projection", "rank"] = param(
@@ -100,7 +101,7 @@ def flag_count(settings: Spectral, in_class: int, in_set: int) -> int:
         in_set: number of images of the training set.
     """
     share = settings.factor * settings.epsilon
-    # The hair keeps a product such as 0.29 * 100, which is 28.999... in floats, from being rounded down.
+    # 1e-9, because 0.29 * 100 is 28.999... in floats and would become 28.
     if settings.share_of == "set":
         return min(int(share * in_set + 1e-9), in_class // 2)
     return min(int(share * in_class + 1e-9), in_class)
@@ -131,5 +132,5 @@ def ranks(scores: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
     ordered = scores.sort().values
     lower = torch.searchsorted(ordered, scores)
     lower_or_equal = torch.searchsorted(ordered, scores, right=True)
-    # Twice the number of others that a score beats, a tie counting once; the score itself is taken off.
+    # Their sum is twice the number of lower scores plus the ties; 1 is taken off, since a score ties with itself.
     return (lower + lower_or_equal - 1).double() / (2 * (len(scores) - 1))

@@ -1,4 +1,4 @@
-"""STRIP: superimpose clean images on an input; a class that survives all of them is a trigger's.
+"""STRIP: superimpose clean images on an input; one whose predicted class never changes is suspicious.
 
 Gao, Xu, Wang, Chen, Ranasinghe, Nepal: "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019,
 https://arxiv.org/abs/1902.06531; code: https://github.com/garrisongys/STRIP.
@@ -9,16 +9,16 @@ A screen at test time. It needs the model's outputs and some clean images withou
     2. add each of them to the input x, which gives N sums
     3. score(x) = - mean over the sums of the Shannon entropy H, in bits, of the model's softmax
 
-The class of a clean input drowns in the other image; a trigger that does not depend on the image still decides. So a
-low entropy is suspicious. The base of the logarithm scales all scores alike.
+Adding another image usually makes the class of a clean input uncertain; it does not where a trigger that works on any
+image decides the class. So a low entropy is suspicious. The base of the logarithm scales all scores alike.
 
 Both weights of the sum are 1, as in the authors' notebook (cv2.addWeighted(x, 1, overlay, 1, 0)) and in BackdoorBench,
-which adds normalised images. For blends that average, as TrojanZoo's, set weight = overlay_weight = 0.5.
+which adds normalised images. To average the two images, as TrojanZoo does, set weight = overlay_weight = 0.5.
 
 What differs: sums are clipped at 1, as adding 8-bit images does, since a model here is a function of images in [0, 1];
-the notebook adds floats and lets them exceed 1. The clean images are drawn once for all inputs, where the authors draw
-new ones for each, so that the score of an input depends on that input alone. The threshold at a false rejection rate,
-which the authors set, is set by the metric. Nothing is particular to CNNs, so nothing is re-derived for ViTs.
+the notebook adds floats and lets them exceed 1. The authors draw new clean images for each input; here they are drawn
+once for all inputs, so that the score of an input depends on that input alone. The authors set a threshold at a false
+rejection rate; here the metric does. Nothing is particular to CNNs, so nothing is re-derived for ViTs.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class NegativeEntropy:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Float[Tensor, " b"]:
-        """The score of each image, between minus log2 of the number of classes and 0."""
+        """The score of each image, in [-log2 K, 0] for K classes."""
         logits = logits_under(self.model, images, self._superimposed, len(self.overlays))
         return -entropy(logits).mean(1)
 

@@ -59,8 +59,10 @@ def _name(data: ImageSet, label: int) -> str:
 
 
 def _grid(columns: dict[str, Tensor], notes: list[str]) -> bytes:
-    beside = LETTER * (2 + max(len(line) for note in notes for line in note.splitlines()))
-    width, height = beside + CELL * len(columns), HEAD + CELL * len(notes)
+    longest = max(len(line) for note in notes for line in note.splitlines())
+    beside = LETTER * (2 + longest)
+    width = beside + CELL * len(columns)
+    height = HEAD + CELL * len(notes)
     within = {"left": beside / width, "right": 1 - GAP / width, "bottom": GAP / height, "top": 1 - HEAD / height}
     apart = {"wspace": GAP / (CELL - GAP), "hspace": GAP / (CELL - GAP)}
     with plain_text(), matplotlib.rc_context({"font.size": 9, "image.interpolation": "nearest"}):

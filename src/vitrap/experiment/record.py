@@ -15,7 +15,7 @@ from vitrap.files import write_json
 from vitrap.metrics.values import Count, Measures
 
 RECORD = "record.json"
-"""File in a run's folder that its record is in."""
+"""File in a run's folder that holds its record."""
 SCHEMA = 1
 """Version of the format; raised when a key of the record changes its meaning."""
 Table = dict[str, Any]

@@ -103,8 +103,8 @@ def read_scores(folder: str | Path, row: Row) -> Scores:
         if wrong := damage(path.parent, path.name):
             raise OSError(wrong)
         found = read_tensor_file(path).tensors
-        victim, twin, index = (ByKind(*(found[f"{part}.{kind}"] for kind in KINDS)) for part in PARTS)
-        return Scores(victim, twin, index, found["hits"])
+        parts = {part: ByKind(*(found[f"{part}.{kind}"] for kind in KINDS)) for part in PARTS}
+        return Scores(**parts, hits=found["hits"])
     except (OSError, KeyError, UserError) as error:
         raise UserError(
             f"scores {str(path)!r} are missing or damaged ({error}); remove the file and defend the run with"

@@ -103,7 +103,7 @@ class Store:
             draft = place.with_name(f".{place.name}-draft")
             _clear(draft, whole=force)
             draft.mkdir(parents=True, exist_ok=True)
-            os.utime(draft)  # it is not left behind since then
+            os.utime(draft)  # so that `_sweep` does not take it for abandoned
             try:
                 make(draft)
                 write_json(draft / DEPENDS, stage.depends)
@@ -133,9 +133,9 @@ class Store:
 def locked(out: Path, name: str, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
     """Within the block no other process is in a block of the same name for the same folder of runs.
 
-    A killed process holds no lock: the system's own lock on a file counts, not whether the file is there. Files stay in
-    the folder `locks`, since to remove one that another process may be opening lets two of them in. Processes of
-    several machines see each other's locks where the file system has POSIX locks over them, as NFS does.
+    A killed process holds no lock: the system's own lock on a file counts, not whether the file is there. The files in
+    the folder `locks` are never deleted: one process could lock the deleted file while another locks a new one.
+    Processes of several machines see each other's locks where the file system has POSIX locks over them, as NFS does.
     """
     lock = _lock(out, name)
     try:

@@ -203,9 +203,11 @@ def _check(where: str, axes: Mapping[str, list[Any]], cases: Sequence[Settings])
     for key, values in axes.items():
         if twice := _twice(values):
             raise UserError(f"grid.{key} has {_short(twice[0])} twice; remove one")
-        others = [*(other for other in axes if other != key), *(own for case in cases for own in case)]
-        if clash := next((other for other in others if _overlap(key, other)), None):
-            raise UserError(f"the grid contradicts itself: {key!r} and {clash!r} both set {min(key, clash, key=len)!r}")
+        of_axes = [other for other in axes if other != key]
+        of_cases = [other for case in cases for other in case]
+        if clash := next((other for other in of_axes + of_cases if _overlap(key, other)), None):
+            shorter = min(key, clash, key=len)
+            raise UserError(f"the grid contradicts itself: {key!r} and {clash!r} both set {shorter!r}")
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from vitrap.errors import UserError
 from vitrap.experiment.code import running_code
 from vitrap.experiment.record import RECORD
+from vitrap.experiment.records import FAILURE
 from vitrap.sweeps.jobs import TRIES, Ended, Job, Listener, Started, StepProgress, fail, reporting, work
 
 CHOSEN = ("VITRAP_MEMORY", "VITRAP_STATE_SECONDS")
@@ -42,7 +43,8 @@ def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Listener) 
         gpus = 1 if ray.cluster_resources().get("GPU") and jobs[0].device != "cpu" else 0
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(run_task)
         mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-        waiting, running = deque(jobs), {}
+        waiting = deque(jobs)
+        running: dict[Any, tuple[Job, int]] = {}
         chosen = {name: os.environ[name] for name in CHOSEN if name in os.environ}
         while waiting or running:
             # Submit as many tasks as the cluster has room for; nodes may come and go.
@@ -59,26 +61,27 @@ def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Listener) 
             # Wait for tasks to end, and pass on what the others report meanwhile.
             done = ray.wait(list(running), timeout=1.0)[0]
             with suppress(ray.exceptions.RayError):  # the mailbox was lost with its node: the runs go on without it
-                for news in ray.get(mailbox.take.remote(), timeout=ANSWER_SECONDS):
-                    hear(news)
-            for one in done:
-                hear(_ended(ray, one, running.pop(one)[0]))
+                for event in ray.get(mailbox.take.remote(), timeout=ANSWER_SECONDS):
+                    hear(event)
+            for reference in done:
+                job, _ = running.pop(reference)
+                hear(_ended(ray, reference, job))
 
 
 class Mailbox:
     """A Ray actor to which tasks send events, and from which the driver takes them."""
 
     def __init__(self) -> None:
-        self.news: dict[int, Started | StepProgress] = {}
+        self.latest: dict[int, Started | StepProgress] = {}
 
-    def tell(self, news: Started | StepProgress) -> None:
+    def put(self, event: Started | StepProgress) -> None:
         """Keep the latest event of each worker."""
-        self.news[news.worker] = news
+        self.latest[event.worker] = event
 
     def take(self) -> list[Started | StepProgress]:
         """The events since the last call."""
-        taken = list(self.news.values())
-        self.news = {}
+        taken = list(self.latest.values())
+        self.latest = {}
         return taken
 
 
@@ -112,7 +115,7 @@ def run_task(
     """
     found = Job(**job)
     mailbox, place, chosen = task_context
-    mailbox.tell.remote(Started(found.number, place))
+    mailbox.put.remote(Started(found.number, place))
     if code != running_code():
         return asdict(_refuse(found, "this node has another version of vitrap than the driver"))
     if not Path(folder).is_dir() or not Path(folder, found.out).is_dir():
@@ -122,7 +125,7 @@ def run_task(
     import torch
 
     torch.set_num_threads(threads)
-    return asdict(work(found, reporting(found.number, place, mailbox.tell.remote)))
+    return asdict(work(found, reporting(found.number, place, mailbox.put.remote)))
 
 
 def _refuse(job: Job, why: str) -> Ended:
@@ -137,7 +140,7 @@ def _ended(ray: Any, reference: Any, job: Job) -> Ended:
     except (ray.exceptions.RayError, OSError) as error:
         return fail(job, error, 0.0)
     if ended.how == "failed":
-        return ended if (job.folder / "failure.json").exists() else fail(job, UserError(ended.said), ended.seconds)
+        return ended if (job.folder / FAILURE).exists() else fail(job, UserError(ended.said), ended.seconds)
     if not (job.folder / RECORD).exists():
         why = f"its record is not in {job.out!r}: --out must lie where all nodes see it"
         return fail(job, UserError(why), ended.seconds)

@@ -12,7 +12,7 @@ from vitrap.sweeps.grid import Point, Sweep
 from vitrap.sweeps.jobs import Ended, Event, Listener, interleaved, job
 
 
-def ignore(news: Event) -> None:
+def ignore(event: Event) -> None:
     """Do nothing about an event."""
 
 
@@ -50,10 +50,10 @@ def sweep(
     Store(Path(out)).check()
     ended: dict[int, Ended] = {}
 
-    def note(news: Event) -> None:
-        if isinstance(news, Ended):
-            ended[news.number] = news
-        hear(news)
+    def note(event: Event) -> None:
+        if isinstance(event, Ended):
+            ended[event.number] = event
+        hear(event)
 
     # Runs that need different twins come first, so that workers train the twins side by side.
     jobs = [replace(job(i, point.label, point.spec, Path(out)), device=device) for i, point in enumerate(grid.points)]
@@ -85,10 +85,10 @@ def share(workers: int | None, device: str, runs: int) -> tuple[list[str], int]:
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
     # By default a worker for each GPU, for the one GPU that is named, or for each core.
     default = gpus or (1 if device.startswith("cuda:") else cores())
-    crew = min(workers or default, runs)
+    count = min(workers or default, runs)
     single = "cpu" if device == "auto" else device
-    devices = [f"cuda:{i % gpus}" if gpus else single for i in range(crew)]
-    return devices, max(1, cores() // max(1, crew))
+    devices = [f"cuda:{i % gpus}" if gpus else single for i in range(count)]
+    return devices, max(1, cores() // max(1, count))
 
 
 def cores() -> int:

@@ -45,48 +45,48 @@ def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: L
     context = get_context("spawn")
     waiting = deque(jobs)
     tries: Counter[int] = Counter()
-    crew: list[Worker] = []
+    workers: list[Worker] = []
     try:
-        crew += [_hire(context, number, threads) for number in range(min(len(devices), len(jobs)))]
-        while waiting or any(worker.job for worker in crew):
+        workers += [_start_worker(context, number, threads) for number in range(min(len(devices), len(jobs)))]
+        while waiting or any(worker.job for worker in workers):
             # Give each idle worker the next job.
-            for worker in crew:
+            for worker in workers:
                 if worker.job is None and waiting:
-                    _give(worker, replace(waiting.popleft(), device=devices[worker.number]), hear)
+                    _send_job(worker, replace(waiting.popleft(), device=devices[worker.number]), hear)
             # Wait until busy workers send something, or die, which ends their connection.
-            busy = [worker for worker in crew if worker.job]
+            busy = [worker for worker in workers if worker.job]
             for connection in wait([worker.connection for worker in busy]):
                 worker = next(worker for worker in busy if worker.connection is connection)
-                _listen(worker, waiting, tries, hear)
+                _receive_event(worker, waiting, tries, hear)
                 if worker.job is None and not worker.process.is_alive():
-                    crew[worker.number] = _hire(context, worker.number, threads)
+                    workers[worker.number] = _start_worker(context, worker.number, threads)
     finally:
-        _dismiss(crew)
+        _stop_workers(workers)
 
 
-def _hire(context: SpawnContext, number: int, threads: int) -> Worker:
+def _start_worker(context: SpawnContext, number: int, threads: int) -> Worker:
     """Start a worker process."""
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, number, threads), daemon=True)
+    process = context.Process(target=_do_jobs, args=(theirs, number, threads), daemon=True)
     process.start()
     theirs.close()  # so that the worker's death ends the connection
     return Worker(number, process, ours)
 
 
-def _give(worker: Worker, job: Job, hear: Listener) -> None:
+def _send_job(worker: Worker, job: Job, hear: Listener) -> None:
     """Send a job to a worker."""
     worker.job = job
-    with suppress(BrokenPipeError):  # it has died: `_listen` finds its connection ended
+    with suppress(BrokenPipeError):  # it has died: `_receive_event` finds its connection ended
         worker.connection.send(job)
     hear(Started(job.number, worker.number))
 
 
-def _listen(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: Listener) -> None:
+def _receive_event(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: Listener) -> None:
     """Receive an event from a worker; if it has died, its job is tried again or has failed."""
     job = worker.job
     assert job is not None
     try:
-        news = worker.connection.recv()
+        event = worker.connection.recv()
     except (EOFError, OSError):
         worker.process.join()
         worker.job = None
@@ -94,29 +94,29 @@ def _listen(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: List
         if tries[job.number] < TRIES:
             waiting.appendleft(job)
             return
-        news = fail(job, RuntimeError(f"its worker died {TRIES} times (exit {worker.process.exitcode})"), 0.0)
-    if isinstance(news, Ended):
+        event = fail(job, RuntimeError(f"its worker died {TRIES} times (exit {worker.process.exitcode})"), 0.0)
+    if isinstance(event, Ended):
         worker.job = None
-    hear(news)
+    hear(event)
 
 
-def _dismiss(crew: Sequence[Worker]) -> None:
+def _stop_workers(workers: Sequence[Worker]) -> None:
     """End all workers: idle ones are told to, others get time to remove their drafts."""
-    for worker in crew:
+    for worker in workers:
         if worker.job:
             worker.process.terminate()
         with suppress(OSError):
             worker.connection.send(None)
     until = time.monotonic() + PATIENCE
-    for worker in crew:
+    for worker in workers:
         worker.process.join(max(0.0, until - time.monotonic()))
         worker.process.kill()
         worker.process.join()
         worker.connection.close()
 
 
-def _serve(connection: Connection, number: int, threads: int) -> None:
-    """What a worker process does: receive a job, do it, report how it ended, until the driver sends None or dies."""
+def _do_jobs(connection: Connection, number: int, threads: int) -> None:
+    """The main function of a worker process: do the jobs that the driver sends, until it sends None or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the driver tells workers to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # drafts are cleared on the way out
     threading.Thread(target=_stop_with_driver, daemon=True).start()

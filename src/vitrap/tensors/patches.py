@@ -7,9 +7,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+Upsampling = Literal["bilinear", "nearest"]
+
 
 def tokens_to_pixels(
-    tokens: Float[Tensor, "b gh gw"], size: tuple[int, int], mode: Literal["bilinear", "nearest"]
+    tokens: Float[Tensor, "b gh gw"], size: tuple[int, int], mode: Upsampling
 ) -> Float[Tensor, "b h w"]:
     """Up-sample a map from the token grid to the pixel grid; "nearest" gives whole patches.
 

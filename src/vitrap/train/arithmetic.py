@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vitrap.computing import Precision
 from vitrap.contracts import Compute
 from vitrap.models.classifier import Classifier
 from vitrap.models.observe import eager_attention
@@ -29,7 +30,7 @@ class Arithmetic:
             alone, since hooks on attention break a compiled graph up; measuring never does.
     """
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     attention: Literal["fused", "eager"] = "fused"
     compiled: bool = False
 
@@ -78,7 +79,7 @@ def arithmetic_of(recipe: Recipe, model: nn.Module, device: torch.device) -> Ari
 
 
 def default_arithmetic(
-    precision: Literal["auto", "fp32", "bf16"], device: torch.device, width: int | None = None
+    precision: Literal["auto", Precision], device: torch.device, width: int | None = None
 ) -> Arithmetic:
     """The default arithmetic for a precision: a fixed rule, so that machines of one kind compute alike.
 
@@ -100,7 +101,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a device multiplies matrices of bf16 in units of its own: a GPU, or a CPU's AMX or AVX-512."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not have this function
+    flags = torch.cpu.get_capabilities()
     return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
 
 

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitrap.contracts import Batch, Criterion, ImageSet, Keeper, Moving, Objective, Position
 from vitrap.data.augment import random_crop, random_flip, random_jitter
@@ -29,6 +28,8 @@ from vitrap.train.optimiser import Schedule, make_optimiser, recipe_schedule
 from vitrap.train.prefetch import prefetched
 from vitrap.train.recipe import Recipe
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Layers that need more than one image in a batch to train on."""
 Curves = dict[str, list[float]]
 Terms = Mapping[str, Float[Tensor, ""]]
 
@@ -105,7 +106,7 @@ class Learner:
         self.step()
 
     def set_rate(self, lr: float) -> None:
-        """Set the model's learning rate; groups with a peak of their own get the same share of that peak."""
+        """Set the model's learning rate; that of a group with its own peak is scaled by `lr / recipe.lr`, too."""
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * (lr / self.recipe.lr) if "peak" in group else lr
 
@@ -273,8 +274,10 @@ def epochs(
     """
     if torch.is_autocast_enabled(data.device.type):
         raise UserError("training within torch.autocast would not see its own steps; train outside of that block")
-    recipe, marks = learner.recipe, data.marks()
-    step, done = step or plain_step, begun or Position()
+    recipe = learner.recipe
+    marks = data.marks()
+    step = step or plain_step
+    done = begun or Position()
     for epoch in range(done.epoch, recipe.epochs):
         # The batches: all images in a new random order, without those that are done.
         drawn = learner.streams.order.get_state()
@@ -298,7 +301,7 @@ def batched(order: Int64[Tensor, " n"], learner: Learner) -> Sequence[Int64[Tens
     modules = nn.ModuleList([learner.model, *(one.module for one in learner.objective.along.values())]).modules()
     if len(batches) < 2 or len(batches[-1]) > 1:
         return batches
-    if not any(isinstance(module, _BatchNorm) and module.training for module in modules):
+    if not any(isinstance(module, BATCH_NORMS) and module.training for module in modules):
         return batches
     return (*batches[:-2], torch.cat(batches[-2:]))
 

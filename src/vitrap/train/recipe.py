@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from vitrap.computing import Precision
 from vitrap.params import hyperparameters, param
 
 ARITHMETIC = ("precision", "attention", "compiled")
@@ -36,7 +37,7 @@ class Recipe:
         low=0,
         high=1,
     )
-    precision: Literal["auto", "fp32", "bf16"] = param(
+    precision: Literal["auto", Precision] = param(
         "auto",
         "of the matrix products; auto: bf16 where the device has units for it and the network is wide enough",
     )

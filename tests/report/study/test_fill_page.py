@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from scipy.stats import ttest_rel
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from tests.report.made import failure, judgement, record, repair, screen, to_record, write
+from vitrap.contracts import OutcomeKind
 from vitrap.errors import UserError
 from vitrap.experiment.record import to_table
 from vitrap.experiment.records import read_records
@@ -18,6 +19,7 @@ from vitrap.metrics.interval import wilson
 from vitrap.report.study.collected import abridge, collect
 from vitrap.report.study.entries import Value, difference, entries, grouped, today
 from vitrap.report.study.fill_page import fill, fill_page, open_study
+from vitrap.report.study.layout import Kind
 from vitrap.sweeps.grid import load_sweep
 
 HEAD = """
@@ -63,6 +65,10 @@ def cells(text: str) -> list[list[str]]:
 def at(rates: tuple[float, ...], poison_rate: float = 0.1, start: int = 0) -> list[dict[str, Any]]:
     """A record for each ASR, seeds counting up."""
     return [record(seed=i, number=start + i, asr=asr, poison_rate=poison_rate) for i, asr in enumerate(rates)]
+
+
+def test_a_table_knows_every_kind_of_defence() -> None:
+    assert get_args(Kind) == ("", *get_args(OutcomeKind))
 
 
 def test_seeds_are_summed_up_and_the_missing_are_shown(tmp_path: Path) -> None:

@@ -92,11 +92,13 @@ def figure_data(figure: Figure, found: Sequence[Entry]) -> Data:
     for entry in chosen:
         x = measure(entry, figure.x) if isinstance(figure, Scatter) else None
         y = measure(entry, figure.y)
-        data.append({
-            "x": _rounded(x.value if x else None) if isinstance(figure, Scatter) else entry.keys.get(figure.x),
-            "y": [_rounded(part) for part in (y.value, y.low, y.high)] if y else None,
-            **{key: label(entry.keys.get(key), key in figure.percent) for key in named},
-        })  # fmt: skip
+        point: dict[str, Any] = {"x": entry.keys.get(figure.x), "y": None}
+        if isinstance(figure, Scatter):
+            point["x"] = _rounded(x.value) if x else None
+        if y:
+            point["y"] = [_rounded(part) for part in (y.value, y.low, y.high)]
+        labels = {key: label(entry.keys.get(key), key in figure.percent) for key in named}
+        data.append({**point, **labels})
     return data
 
 
@@ -105,7 +107,8 @@ def _check_lines(figure: Lines, chosen: Sequence[Entry]) -> None:
     keys = (figure.series, figure.x)
     for seeds in grouped((tuple(label(entry.keys.get(key)) for key in keys), entry) for entry in chosen).values():
         check_alike(seeds)
-        x, y = seeds[0].keys.get(figure.x), [v for entry in seeds if (v := measure(entry, figure.y))]
+        x = seeds[0].keys.get(figure.x)
+        y = [v for entry in seeds if (v := measure(entry, figure.y))]
         if not isinstance(x, int | float) or x <= 0:
             raise UserError(f"{figure.x!r} = {x!r} has no place on a logarithmic axis; choose another x, or a where")
         if any(value.n is None for value in y):
@@ -122,9 +125,17 @@ def _heat_data(figure: Heat, found: Sequence[Entry]) -> Data:
             check_alike(seeds)
             values = [v.value for entry in seeds if (v := measure(entry, block.measure))]
             missing = "failed" if any(entry.state == "failed" for entry in seeds) else "not run"
-            cell = {"row": row.replace("`", ""), "column": column, "measure": block.heading, "missing": missing,
-                    "value": _rounded(mean(values)) if values else None, "seeds": len(values)}  # fmt: skip
-            data.append(cell if all(entry.backdoor for entry in seeds) else {**cell, "mark": NO_BACKDOOR})
+            cell: dict[str, Any] = {
+                "row": row.replace("`", ""),
+                "column": column,
+                "measure": block.heading,
+                "missing": missing,
+                "value": _rounded(mean(values)) if values else None,
+                "seeds": len(values),
+            }
+            if not all(entry.backdoor for entry in seeds):
+                cell["mark"] = NO_BACKDOOR
+            data.append(cell)
     return data
 
 
@@ -186,10 +197,11 @@ def _scatter(axis: Axes, figure: Scatter, data: Data) -> None:
     width = 0.04 * (max(places) - min(places)) if there else 0
     for i, name in enumerate(dict.fromkeys(point[figure.series] for point in there)):
         points = [point for point in there if point[figure.series] == name]
-        x, y = [point["x"] for point in points], [point["y"][0] for point in points]
-        spread = [[at - (low if low is not None else at) for at, low, _ in (p["y"] for p in points)],
-                  [(high if high is not None else at) - at for at, _, high in (p["y"] for p in points)]]  # fmt: skip
-        axis.errorbar(x, y, spread, fmt=MARKS[i % len(MARKS)], capsize=2, label=name)
+        x = [point["x"] for point in points]
+        y = [point["y"][0] for point in points]
+        below = [0.0 if low is None else at - low for at, low, _ in (point["y"] for point in points)]
+        above = [0.0 if high is None else high - at for at, _, high in (point["y"] for point in points)]
+        axis.errorbar(x, y, [below, above], fmt=MARKS[i % len(MARKS)], capsize=2, label=name)
         # Notes of the first series are above their marks, and those of others below, so that they do not overlap.
         up = -10 if i else 3
         for at, point in zip(zip(x, y, strict=True), points, strict=True):

@@ -199,26 +199,26 @@ def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
     """The entries that a table or a figure is made of.
 
     Raises:
-        UserError: it asks for a key, a value or a measure that there is not; of measures, as far as there are records.
+        UserError: it asks for an unknown key or value; or for an unknown measure, if there are records with measures.
     """
     defended = bool(wanted.kind) or DEFENCE in wanted.keys
-    mine = [entry for entry in found if bool(entry.kind) == defended and wanted.kind in ("", entry.kind)]
-    if not mine:
+    candidates = [entry for entry in found if bool(entry.kind) == defended and wanted.kind in ("", entry.kind)]
+    if not candidates:
         raise UserError(f"the sweep has no {wanted.kind or 'defence'} to show; add it under [[defences]]")
-    known = {key for entry in mine for key in entry.keys}
+    known = {key for entry in candidates for key in entry.keys}
     for key in (*wanted.keys, *wanted.where):
         if key not in known:
             raise unknown("key of rows, columns or where", key, known)
-    measured = {name for entry in mine for name in (*entry.values, *entry.unresolved)}
+    measured = {name for entry in candidates for name in (*entry.values, *entry.unresolved)}
     for name in {part for each in wanted.measures for part in re.split(" / | - ", each)}:
         if measured and name not in measured:
             raise unknown("measure", name, measured)
-    asked = {key: value if isinstance(value, list) else [value] for key, value in wanted.where.items()}
-    for key, values in asked.items():
-        there = [entry.keys.get(key) for entry in mine]
-        if (odd := next((value for value in values if value not in there), None)) is not None:
-            raise unknown(f"value of where.{key}", odd, {label(value) for value in there})
-    return [entry for entry in mine if all(entry.keys.get(key) in values for key, values in asked.items())]
+    allowed = {key: value if isinstance(value, list) else [value] for key, value in wanted.where.items()}
+    for key, values in allowed.items():
+        there = [entry.keys.get(key) for entry in candidates]
+        if (value := next((v for v in values if v not in there), None)) is not None:
+            raise unknown(f"value of where.{key}", value, {label(v) for v in there})
+    return [entry for entry in candidates if all(entry.keys.get(key) in values for key, values in allowed.items())]
 
 
 def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mapping[str, Any]) -> list[Entry]:
@@ -228,8 +228,8 @@ def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mappi
         UserError: there is no such entry, or more than one.
     """
     known = {key for entry in chosen for key in entry.keys}
-    if odd := next((key for key in against if key not in known), None):
-        raise unknown("key of against", odd, known)
+    if missing := next((key for key in against if key not in known), None):
+        raise unknown("key of against", missing, known)
     return [replace(entry, reference=_reference(entry, chosen, keys, against)) for entry in chosen]
 
 

@@ -16,6 +16,7 @@ from vitrap.sweeps.grid import Sweep
 MEASURE, DEFENCE = "measure", "defence"
 """Keys that rows and columns may have besides those of the grid and of the spec."""
 Kind = Literal["", "screen", "repair", "filter", "judgement"]
+"""A kind of defence, or none. Not taken from `contracts.OutcomeKind`, since a report imports no torch."""
 Show = Literal["interval", "mean", "each", "count", "n", "against"]
 """How a cell shows a measure.
 
@@ -207,7 +208,8 @@ def read_page(sweep: Sweep, folder: Path) -> Page:
     parts = [table.part for table in tables]
     if twice := next((part for part in parts if parts.count(part) > 1), None):
         raise UserError(f"two tables have the part {twice!r}; give each its own")
-    file, records = (_place(folder, name) if name else None for name in (place.file, place.records))
+    file = _place(folder, place.file) if place.file else None
+    records = _place(folder, place.records) if place.records else None
     return Page(file, records, tables, figures)
 
 
@@ -235,10 +237,11 @@ def _layout(entry: Mapping[str, Any], where: str, place: _Place) -> Layout:
     own = {key: _listed(value) if key == "rows" else value for key, value in entry.items() if key != "measures"}
     table = build(Layout, own, where, ("measures",))
     headings = {**place.headings, **table.headings}
-    said, columns = {"digits": table.digits, "show": table.show}, []
+    defaults = {"digits": table.digits, "show": table.show}
+    columns = []
     for i, given in enumerate(_listed(entry.get("measures", []))):
         column = {"measure": given} if isinstance(given, str) else _mapping(given, f"{where}.measures[{i}]")
-        built = build(Column, {**said, **column}, f"{where}.measures[{i}]")
+        built = build(Column, {**defaults, **column}, f"{where}.measures[{i}]")
         columns.append(replace(built, heading=built.heading or headings.get(built.measure, built.measure)))
     if not columns:
         raise UserError(f"{where} has no measures; name one or more of docs/record.md")

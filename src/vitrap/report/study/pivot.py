@@ -36,28 +36,28 @@ class Cell:
 
     Attributes:
         text: the cell's text, without the number of seeds.
-        meant: number of seeds that the sweep names.
+        seeds: number of seeds that the sweep names.
         found: number of seeds that have the measure; where none has it, of those that have been run.
-        summed: whether the text is a mean over seeds.
+        is_mean: whether the text is a mean over seeds.
         number: whether the text is the value of a single seed.
         interval: whether that value has an interval.
         images: the number of images of each rate.
         paired: number of seeds of a mean difference from a reference; 0 where it is none.
-        reach: the greatest half-width of the intervals of a mean's seeds, as text; "" where it is no mean.
+        half_width: the greatest half-width of the intervals of a mean's seeds, as text; "" where it is no mean.
         thresholds: the numbers of held-out images that thresholds come from; of other measures none.
         unresolved: whether some seed's are too few for the threshold.
         backdoor: whether the victims of all seeds have one for the defence to find.
     """
 
     text: str
-    meant: int = 0
+    seeds: int = 0
     found: int = 0
-    summed: bool = False
+    is_mean: bool = False
     number: bool = False
     interval: bool = False
     images: tuple[int, ...] = ()
     paired: int = 0
-    reach: str = ""
+    half_width: str = ""
     thresholds: tuple[int, ...] = ()
     unresolved: bool = False
     backdoor: bool = True
@@ -89,7 +89,7 @@ def table(layout: Layout, found: Sequence[Entry]) -> str:
     # Write the table.
     heads = list(dict.fromkeys(names[-1] for names, _ in pairs))
     rows = _sorted(groups, layout.sort)
-    most = max((cell.found for cell in cells.values() if cell.summed), default=0)
+    most = max((cell.found for cell in cells.values() if cell.is_mean), default=0)
     named = [layout.headings.get(key, "" if key == MEASURE else key) for key in layout.rows]
     body = [[*row, *(_text(cells.get((*row, head), MISSING), most) for head in heads)] for row in rows]
     lines = [[*named, *heads], ["---"] * (len(named) + len(heads)), *body]
@@ -133,16 +133,16 @@ def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
     several = max(map(len, each)) > 1
     return Cell(
         text=" / ".join(_figure(column, values) for values in each),
-        meant=len(seeds),
+        seeds=len(seeds),
         found=min((len(values) for values in each if values), default=len(there)),
-        summed=shown and several,
+        is_mean=shown and several,
         number=shown and any(each) and not several,
         interval=column.show in ("interval", "against")
         and not several
         and any(v.low is not None for vs in each for v in vs),
         images=tuple(v.n for vs in each for v in vs if v.n is not None and shown),
         paired=max(map(len, each)) if column.show == "against" and several else 0,
-        reach=_reach(column, [v for vs in each for v in vs]) if shown and several else "",
+        half_width=_half_width(column, [v for vs in each for v in vs]) if shown and several else "",
         thresholds=_thresholds(names, there),
         unresolved=any(name in entry.unresolved for name in names for entry in there),
         backdoor=all(entry.backdoor for entry in there),
@@ -156,7 +156,7 @@ def _thresholds(names: Sequence[str], seeds: Sequence[Entry]) -> tuple[int, ...]
     return tuple(int(count.value) for count in counts if count)
 
 
-def _reach(column: Column, values: Sequence[Value]) -> str:
+def _half_width(column: Column, values: Sequence[Value]) -> str:
     """The greatest half-width of the seeds' intervals over images, as text."""
     ends = [max(v.high - v.value, v.value - v.low) for v in values if v.low is not None and v.high is not None]
     return f"{_unit(values) * max(ends):.{column.digits}f}" if ends else ""
@@ -195,9 +195,9 @@ def _figure(column: Column, values: Sequence[Value]) -> str:
 def _text(cell: Cell, most: int) -> str:
     """A cell's text, with a mark where there is no backdoor, and its number of seeds where that is not the table's."""
     text = cell.text if cell.backdoor else f"{cell.text} {NO_BACKDOOR}"
-    if cell.found < cell.meant:
-        return f"{text} ({cell.found} of {cell.meant} seeds)"
-    return f"{text} ({cell.found} seeds)" if cell.summed and cell.found != most else text
+    if cell.found < cell.seeds:
+        return f"{text} ({cell.found} of {cell.seeds} seeds)"
+    return f"{text} ({cell.found} seeds)" if cell.is_mean and cell.found != most else text
 
 
 def _note(cells: Collection[Cell], most: int) -> list[str]:
@@ -206,10 +206,10 @@ def _note(cells: Collection[Cell], most: int) -> list[str]:
     paired = {cell.paired for cell in cells if cell.paired}
     counts = sorted({n for cell in cells for n in cell.images})
     held_out = sorted({n for cell in cells for n in cell.thresholds})
-    reach = max((cell.reach for cell in cells if cell.reach), key=float, default="")
-    said = [
+    half_width = max((cell.half_width for cell in cells if cell.half_width), key=float, default="")
+    parts = [
         f"mean ± standard deviation over {most} seeds" if most else "",
-        f"each seed's own 95 % interval over images reaches at most {reach} to either side" if reach else "",
+        f"each seed's own 95 % interval over images reaches at most {half_width} to either side" if half_width else "",
         f"of differences: mean and 95 % interval over {max(paired)} pairs of equal seed (Student's t)"
         if paired
         else "",
@@ -220,7 +220,7 @@ def _note(cells: Collection[Cell], most: int) -> list[str]:
         f"{NOTHING} where these are too few for the false positive rate" if any(c.unresolved for c in cells) else "",
         f"{NO_BACKDOOR} no backdoor, so no credit to the defence" if not all(c.backdoor for c in cells) else "",
     ]
-    note = "; ".join(filter(None, said))
+    note = "; ".join(filter(None, parts))
     return ["", f"{note[0].upper()}{note[1:]}."] if note else []
 
 
