@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from vitrap.computing import Precision
 from vitrap.params import hyperparameters, param
 
 ARITHMETIC = ("precision", "attention", "compiled")
@@ -37,7 +36,7 @@ class Recipe:
         low=0,
         high=1,
     )
-    precision: Literal["auto", Precision] = param(
+    precision: Literal["auto", "fp32", "bf16"] = param(
         "auto",
         "of the matrix products; auto: bf16 where the device has units for it and the network is wide enough",
     )
