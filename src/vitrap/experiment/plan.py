@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitrap.contracts import Goal
 from vitrap.data.poison import choose_covers, choose_rows
@@ -29,6 +28,7 @@ from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
 from vitrap.resuming import state_seconds
 from vitrap.train.arithmetic import Arithmetic, arithmetic_of
+from vitrap.train.loop import BATCH_NORMS
 from vitrap.train.optimiser import make_optimiser
 from vitrap.train.recipe import ARITHMETIC
 
@@ -313,7 +313,7 @@ def _other_images(spec: Spec, world: World, device: torch.device) -> World | Non
 
 def _check_batches(spec: Spec, model: nn.Module) -> None:
     """Refuse batches of one image for a network with batch norm, which has no statistics over one image."""
-    if spec.recipe.batch_size == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if spec.recipe.batch_size == 1 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise UserError("recipe.batch_size = 1 is too small for a network with batch norm; make it at least 2")
 
 
