@@ -120,7 +120,7 @@ def recorded_threads(record: Record) -> int | None:
 
 
 def recorded_arithmetic(record: Record, default: Arithmetic) -> Arithmetic:
-    """The arithmetic of a run by its record; an older record does not name the attention, which then is the default."""
+    """The arithmetic of a run by its record. Older records do not name the attention; they get the default."""
     attention = default.attention if record.attention == "" else record.attention
     return replace(default, attention=attention, compiled=record.compiled)
 
