@@ -64,6 +64,7 @@ def check_folder(folder: Path, named: str, remedy: str) -> None:
         UserError: naming it and why.
     """
     try:
+        os.fspath(folder).encode()  # safetensors takes no path that is not Unicode text
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
@@ -247,7 +248,7 @@ def own_draft(folder: Path, waiting: Callable[[], AbstractContextManager[Any]] =
         folder: the folder to make; that which it is in must be there.
         waiting: shows, for as long as its block lasts, that another process is being waited for.
     """
-    draft = _draft_of(folder)
+    draft = draft_of(folder)
     with _locked(draft, waiting):
         _put_back(folder)
         _clear(draft)
@@ -271,17 +272,19 @@ def replace_folder(new: Path, folder: Path) -> None:
     for file in new.iterdir():
         _sync(file)
     if folder.exists():
-        os.rename(folder.resolve(), _draft_of(folder) / OLD)
+        os.rename(folder.resolve(), draft_of(folder) / OLD)
     os.rename(new, folder.resolve())
 
 
 def standing(folder: Path) -> Path:
     """Where the content of `folder` is: there or, while `replace_folder` is half done, in its draft."""
-    old = _draft_of(folder) / OLD
-    return old if old.exists() and not folder.exists() else folder
+    if folder.exists():
+        return folder
+    old = draft_of(folder) / OLD
+    return old if old.exists() else folder
 
 
-def _draft_of(folder: Path) -> Path:
+def draft_of(folder: Path) -> Path:
     """The draft of a folder; a link to a folder shares the draft of what it leads to."""
     place = folder.resolve()
     return place.with_name(f".{place.name}-draft")

@@ -211,8 +211,20 @@ def sorted_val_images() -> dict[str, bytes]:
     return {re.sub("(val/n0.)/", r"\1/images/", name): content for name, content in sorted_val().items()}
 
 
+def sorted_val_with_annotations() -> dict[str, bytes]:
+    """As `sorted_val`, where the script that sorted them left the annotations."""
+    file = "tiny-imagenet-200/val/val_annotations.txt"
+    return sorted_val() | {file: tiny_imagenet()[file]}
+
+
 @pytest.mark.parametrize(
-    ("name", "layout"), [("gtsrb", kaggle), ("tiny-imagenet", sorted_val), ("tiny-imagenet", sorted_val_images)]
+    ("name", "layout"),
+    [
+        ("gtsrb", kaggle),
+        ("tiny-imagenet", sorted_val),
+        ("tiny-imagenet", sorted_val_images),
+        ("tiny-imagenet", sorted_val_with_annotations),
+    ],
 )
 def test_another_layout_is_the_same_data(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: Callable[[], dict[str, bytes]]

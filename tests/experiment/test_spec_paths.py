@@ -263,3 +263,31 @@ def test_old_records_have_no_contents(finished: Path) -> None:
     table = to_table(read_record(finished))
     del table["contents"]
     assert parse(json.dumps(table).encode(), Record).contents == {}
+
+
+# ---- odd names
+
+
+@pytest.mark.parametrize(
+    "name", ["npy:~nosuchuser/x", "npy:/", "imagefolder:~nosuchuser", "npy:\0", "imagefolder:/proc"]
+)
+def test_a_path_that_leads_to_no_data_is_refused(here: Path, name: str) -> None:
+    with pytest.raises(UserError):
+        run(load_spec(None, [*TINY, f'data.name="{name}"'.replace("\0", "\\u0000")]), "runs", device="cpu")
+
+
+def test_a_link_and_a_dot_are_named_by_what_they_lead_to(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images(here / "own")
+    (here / "link").symlink_to(here / "own")
+    folders = {run_folder(load_spec(None, [*OWN, f"data.name=npy:{name}"]), "runs") for name in ("own", "link")}
+    monkeypatch.chdir(here / "own")
+    folders |= {run_folder(load_spec(None, [*OWN, "data.name=npy:."]), "runs")}
+    assert [folder.name.rpartition("-")[0] for folder in folders] == ["badnets-own"]
+
+
+def test_a_file_that_is_not_read_changes_no_hash(here: Path) -> None:
+    images(here / "own")
+    spec = load_spec(None, [*OWN, "data.name=npy:own"])
+    before = spec.hash()
+    (here / "own" / "README").write_text("about these images")
+    assert spec.hash() == before

@@ -4,6 +4,7 @@ A subcommand parses its arguments, calls one function of the package, and prints
 itself, so that only commands that compute import torch.
 """
 
+import errno
 import gc
 import os
 import sys
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from vitrap.experiment.defence_rows import Row
     from vitrap.experiment.record import Record
     from vitrap.experiment.spec import Spec
+
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""How torch says that there is no memory."""
 
 app = typer.Typer(
     add_completion=False,
@@ -364,9 +368,18 @@ def main() -> None:
     except OSError as failure:  # the disk is full, say: the draft under way is removed, finished stages stay
         named = f"{failure.filename!r} cannot be written or read ({failure.strerror})"
         what = named if failure.filename else str(failure)
-        message = f"vitrap: {what}; free some space or write elsewhere, the next call goes on"
+        full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space or write elsewhere" if full else "see to it or choose another"
+        message = f"vitrap: {what}; {remedy}, the next call goes on"
         err.print(message, highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2 if failure.filename else 1) from None
+    except (MemoryError, RuntimeError) as failure:
+        # Torch says in words alone that it found no memory.
+        if isinstance(failure, RuntimeError) and not any(each in str(failure) for each in NO_MEMORY):
+            raise
+        message = "vitrap: there is not enough memory; lower data.size, recipe.batch_size or the size of the network"
+        err.print(message, highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
 
 
 def process() -> None:

@@ -335,9 +335,11 @@ def _tiny_imagenet(root: Path, progress: Progress | None) -> Arrays:
     label = {wnid: i for i, wnid in enumerate(wnids)}
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
     train = [(p, label[wnid]) for wnid in wnids for p in _pictures(folder / "train" / wnid)]
-    if (folder / "val" / "val_annotations.txt").exists():
+    # A script that sorts val/ into folders may leave the annotations where they were.
+    unsorted = folder / "val" / "images"
+    if (folder / "val" / "val_annotations.txt").exists() and any(file.is_file() for file in unsorted.glob("*")):
         truth = dict(line.split("\t")[:2] for line in _lines(folder / "val" / "val_annotations.txt"))
-        test = [(folder / "val" / "images" / name, label[truth[name]]) for name in sorted(truth)]
+        test = [(unsorted / name, label[truth[name]]) for name in sorted(truth)]
     else:
         sorted_in = [(p, label[wnid]) for wnid in wnids for p in _pictures(folder / "val" / wnid)]
         test = sorted(sorted_in, key=lambda one: one[0].name)

@@ -140,7 +140,8 @@ def _named_files(spec: Any, folders: Collection[Path]) -> Iterator[Path]:
             yield from _named_files(value, folders)
     elif isinstance(spec, str) and spec:
         with suppress(OSError, ValueError):  # most texts are names that no file can have
-            for place in sorted(folder / Path(spec.removeprefix("npy:")).expanduser() for folder in folders):
+            path = os.path.expanduser(spec.removeprefix("npy:"))  # unlike Path's, it leaves an unknown user's ~name
+            for place in sorted(folder / path for folder in folders):
                 if place.is_file():
                     yield place.absolute()
                 elif place.is_dir() and place != Path():

@@ -13,7 +13,7 @@ from vitrap.experiment.predict import triggered
 from vitrap.experiment.progress import Tick
 from vitrap.experiment.stages import backdoor_notice
 from vitrap.experiment.streams import stream
-from vitrap.files import check_folder, named_errors, whole_folder, write_bytes, write_json
+from vitrap.files import check_folder, draft_of, named_errors, whole_folder, write_bytes, write_json
 from vitrap.images import CHUNK
 from vitrap.printable import printable
 from vitrap.tensors.pixels import to_bytes
@@ -27,7 +27,7 @@ def check_new(folder: Path) -> None:
     """
     if os.path.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} is there already and not an empty folder; give another with -o")
-    for place in (folder.parent, folder):  # a draft is made beside it
+    for place in (folder.parent, folder, draft_of(folder)):
         check_folder(place, f"folder {str(folder)!r}", "give another with -o")
 
 

@@ -42,6 +42,8 @@ from vitrap.metrics.values import Measures, Stealth
 from vitrap.models.classifier import Classifier, load_weights, read_model
 from vitrap.probe import check_type
 
+DAMAGED = "record.damaged"
+"""File in a run's folder: a record that could not be read, when the run was made anew."""
 RUN_FILES = ("model.safetensors", TRIGGER, STORED, STREAM)
 """Files that a run's folder shares with the stage of its victim."""
 PICTURES = "pictures.png"
@@ -217,8 +219,19 @@ def _valid_record(folder: Path, keys: Mapping[str, str]) -> Record | None:
 
 
 def _tell_damage(folder: Path) -> None:
-    """Log that a finished run is made anew because files of it are missing or damaged, if that is so."""
-    if (folder / RECORD).exists() and (wrong := run_damage(folder)):
+    """Log that a finished run is made anew because files of it are missing or damaged, if that is so.
+
+    A damaged record is kept under another name: its rows of defences might be of use.
+    """
+    if not (folder / RECORD).exists():
+        return
+    try:
+        read_record(folder)
+    except UserError as error:
+        os.replace(folder / RECORD, folder / DAMAGED)
+        log.warning("vitrap: %s; it is kept as %s, and made anew without its rows of defences", error, DAMAGED)
+        return
+    if wrong := run_damage(folder):
         log.warning("vitrap: run %r is damaged (%s); it is made anew", str(folder), wrong)
 
 

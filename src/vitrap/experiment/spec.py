@@ -6,6 +6,7 @@ refused at once.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -67,8 +68,10 @@ class DataTable:
 
     @property
     def short_name(self) -> str:
-        """The name without the folders before it; of `imagefolder:PATH`, the last folder."""
-        return self.name.rstrip("/").rpartition("/")[2].rpartition(":")[2][:60] or "data"
+        """The name; of `imagefolder:PATH` and `npy:PATH` that of the folder, whatever link or `.` leads there."""
+        kind, colon, path = self.name.partition(":")
+        name = os.path.basename(os.path.realpath(path)) if colon else kind
+        return name[:60] or "data"
 
 
 @hyperparameters
@@ -219,7 +222,7 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     tables = ("data", *NETWORKS, "attack", "recipe", FOLDERS)
     for key in table:
         if key not in {"name", "seed", "defences", *tables}:
-            raise unknown("key", key, ["name", "seed", "defences", *tables])
+            raise unknown("key", key, ["name", "seed", "defences", *(each for each in tables if each != FOLDERS)])
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
             raise UserError(f"{key} = {shown(table[key])} must be a table: [{key}]")

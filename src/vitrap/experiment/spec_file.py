@@ -113,7 +113,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise UserError(f"override {shown(text)} has more than one line; give each key=value by itself")
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")
-    if not equals or not all(keys) or len(keys) > DEEPEST:
+    if not equals or not all(keys) or len(keys) > DEEPEST or keys[0] == FOLDERS:
         raise UserError(f"override {shown(text)} is not of the form key=value or table.key=value")
     try:
         read = parse_toml(f"value = {value}")["value"]

@@ -5,7 +5,7 @@ Imports no torch.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import file_digest, sha256
@@ -14,8 +14,11 @@ from typing import Any
 
 PREFIXES = ("npy:", "imagefolder:")
 """How the name of a data set begins that is a path."""
-DEEPEST = 4
-"""Levels of folders below that of a data set that count as its content."""
+CONTENT = {
+    "npy:": ("*_images.npy", "*_labels.npy", "train_groups.npy", "classes.txt"),
+    "imagefolder:": tuple(f"{part}/{'*/' * depth}*" for part in ("train", "val", "test") for depth in range(1, 4)),
+}
+"""Which files below the folder of a data set are its content, as patterns: those that are read."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class SpecPath:
     def content(self) -> str | None:
         """The SHA-256 (hex) of the file, or of all files in the folder; None where it is not there."""
         try:
-            files = tuple(_files(self.place))
+            files = tuple(_files(self.place, CONTENT.get(self.prefix, ())))
             return _digest(self.place, files) if files else None
         except (OSError, ValueError):  # a name that no file can have
             return None
@@ -66,11 +69,9 @@ def is_data_path(name: Any) -> bool:
     return isinstance(name, str) and name.startswith(PREFIXES)
 
 
-def _files(place: Path) -> Iterator[tuple[str, int, int]]:
-    """A file, or each file of a folder in order: its path within the folder, its size and its time of change."""
-    found = [place]
-    if place.is_dir():
-        found = sorted(file for depth in range(DEEPEST) for file in place.glob("/".join("*" * (depth + 1))))
+def _files(place: Path, patterns: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+    """A file, or each file of a folder that matches, in order: path within the folder, size and time of change."""
+    found = sorted(file for each in patterns for file in place.glob(each)) if place.is_dir() else [place]
     for file in found:
         if file.is_file() and not file.name.startswith("."):
             about = file.stat()
