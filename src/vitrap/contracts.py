@@ -328,6 +328,8 @@ class Suspect:
             raise UserError(f"the {name} set has 0 images; a defender needs at least one: raise data.holdout")
         if images.slot is not None:
             raise UserError(f"suspect.{name} says which of its images are poisoned; hand in {name}.unmarked()")
+        if (least := int(images.labels.min())) < 0:
+            raise UserError(f"suspect.{name} has the label {least}; number classes from 0")
         if (greatest := int(images.labels.max())) >= self.n_classes:
             raise UserError(f"suspect.{name} has the label {greatest}, and n_classes = {self.n_classes}; raise it")
 

@@ -97,6 +97,8 @@ class ImageSet:
         Raises:
             UserError: pixels or labels are something else, or do not fit together.
         """
+        if type(n_classes) not in (int, type(None)):
+            raise UserError(f"n_classes = {n_classes!r} is of type {type(n_classes).__name__}; give a whole number")
         _check_pixels(pixels)
         _check_labels(labels, pixels, n_classes)
         n = len(labels)

@@ -204,6 +204,7 @@ DOUBTFUL = {
     "a transparent grey": saved(Image.fromarray(RAMP), "PNG", transparency=16),
     "a transparent grey of 4 bits": png(4, 0, b"\0\x0f\0\x0f", 2, (b"tRNS", b"\0\x0f")),
     "a transparent colour of 16 bits": png(16, 2, b"\0" + b"\2\1" * 3, 1, (b"tRNS", b"\2\1" * 3)),
+    "a transparent black of 16 bits": png(16, 2, b"\0" + b"\0\1" * 3, 1, (b"tRNS", b"\0\0" * 3)),
 }  # fmt: skip
 
 

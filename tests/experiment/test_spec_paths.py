@@ -13,7 +13,7 @@ from vitrap.experiment.answers import recall, traces_of
 from vitrap.experiment.defend import defend
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.record import Record, to_table
-from vitrap.experiment.records import parse, read_record
+from vitrap.experiment.records import parse, read_record, read_records
 from vitrap.experiment.run import open_run, run, run_folder
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
 from vitrap.experiment.spec_paths import SpecPath
@@ -197,6 +197,11 @@ def test_other_data_are_not_taken_for_the_runs(finished: Path, here: Path) -> No
         screened(finished, data="npy:other")
 
 
+def test_the_file_of_places_is_no_record(finished: Path) -> None:
+    assert (finished.parent / "places.json").exists()
+    assert read_records(finished.parent).skipped == ()
+
+
 def test_a_run_opens_with_nothing_but_its_folder(finished: Path, here: Path) -> None:
     alone = here / "alone" / finished.name
     shutil.copytree(finished, alone)
@@ -241,7 +246,9 @@ def test_a_run_keeps_to_the_threads_of_its_record(
     monkeypatch.setattr("vitrap.experiment.answers.recall", lambda *asked: None)
     assert run(spec, "runs", device="cpu").environment.threads == 2
     assert trainings.since() == 0
-    assert run(spec, "runs", device="cpu", threads=1).environment.threads == 1
+    with pytest.raises(UserError, match=r"was made with threads = 2, .* with --force"):
+        run(spec, "runs", device="cpu", threads=1)
+    assert run(spec, "runs", device="cpu", threads=1, redo="all").environment.threads == 1
     assert trainings.since() == 2
 
 

@@ -106,7 +106,8 @@ def _doubt(image: Image.Image) -> str:
             return "has other values than 16 bits with 0 as black"
     # A PNG may name a transparent grey or colour. Pillow does not scale that as it does the pixels.
     key = image.info.get("transparency")
-    if image.format == "PNG" and image.mode != "P" and key is not None and (image.mode != "RGB" or max(key) > 255):
+    eight_bits = image.mode == "RGB" and "16" not in str(getattr(image, "tile", ""))
+    if image.format == "PNG" and image.mode != "P" and key is not None and not eight_bits:
         return "lets one of its values stand for transparent"
     if not {"icc_profile", "srgb"} & image.info.keys() and not _is_srgb(image):
         return "has another gamma or other primaries than sRGB"

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from vitrap.experiment.records import PLACES
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.spec_file import FOLDERS
 from vitrap.experiment.spec_paths import set_leaf
 from vitrap.experiment.store import locked
 from vitrap.files import read_json, write_json
-
-PLACES = "places.json"
 
 
 def keep_places(out: Path, spec: Spec) -> None:

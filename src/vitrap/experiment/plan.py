@@ -5,6 +5,7 @@ makes it. So no stage that an older version of the attack made is used with the 
 """
 
 import inspect
+import logging
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -26,11 +27,14 @@ from vitrap.experiment.streams import SURROGATE_SEED, TEST_SURROGATE_SEED, strea
 from vitrap.images import CHUNK
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
+from vitrap.probe import check_type
 from vitrap.resuming import state_seconds
 from vitrap.train.arithmetic import Arithmetic, arithmetic_of
 from vitrap.train.loop import BATCH_NORMS
 from vitrap.train.optimiser import make_optimiser
 from vitrap.train.recipe import ARITHMETIC
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
             world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
         content = world.fingerprint
     else:
+        check_type(world, World, "world")
         content = _content(world)
     # To choose settings, a run is measured on held-out training images in place of the test set.
     if data.measured == "choose":
@@ -267,6 +272,9 @@ def _check_classes(spec: Spec, world: World, goal: Goal) -> None:
     These are the classes of test images, and those that the attacker wants for them.
     """
     train, test = world.train.labels, world.test.labels
+    empty = sorted(set(range(world.train.n_classes)) - set(train.unique().tolist()))
+    if empty:
+        log.warning("vitrap: %s has no training image of %d of its classes: %s", world.name, len(empty), empty[:10])
     counted = test[goal.counts(test)]
     if not len(counted):
         raise UserError(

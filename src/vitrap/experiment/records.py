@@ -17,6 +17,8 @@ from vitrap.experiment.record import RECORD, SCHEMA, Failure, Record
 from vitrap.files import read_bytes
 from vitrap.formats import adapter, parse_json
 
+PLACES = "places.json"
+"""File beside the runs: where the files that they were made from lie."""
 FAILURE = "failure.json"
 """File in a run's folder that says why a run of a sweep failed."""
 EARLIER = "record.earlier"
@@ -137,7 +139,8 @@ def _texts(place: Path) -> Iterator[tuple[Path, bytes | OSError]]:
         files = [place]
     else:
         own = [file for name in (RECORD, FAILURE) for file in (place / name, *place.glob(f"*/{name}"))]
-        files = sorted({file for file in (*own, *place.glob("*.json"), *place.glob("*.jsonl")) if os.path.exists(file)})
+        others = (file for ending in ("json", "jsonl") for file in place.glob(f"*.{ending}") if file.name != PLACES)
+        files = sorted({file for file in (*own, *others) if os.path.exists(file)})
     for file in files:
         try:
             content = read_bytes(file)

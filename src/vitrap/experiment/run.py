@@ -95,6 +95,7 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
     folder = run_folder(spec, out)
 
     def make() -> Record:
+        check_threads(folder, threads, redo)
         # The folder must take what is to be made; where there is a record, perhaps nothing is.
         if redo != "nothing" or not os.path.exists(folder / RECORD):
             Store(folder.parent).check(folder.name)
@@ -233,6 +234,20 @@ def _tell_damage(folder: Path) -> None:
         return
     if wrong := run_damage(folder):
         log.warning("vitrap: run %r is damaged (%s); it is made anew", str(folder), wrong)
+
+
+def check_threads(folder: Path, threads: int | None, redo: Redo) -> None:
+    """Refuse another number of threads than that of the run that is there: its record and its rows would be lost.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    before = _threads_of(folder)
+    if redo == "nothing" and threads is not None and before not in (None, threads):
+        raise UserError(
+            f"run {str(folder)!r} was made with threads = {before}, and its figures hold for that number; leave out"
+            f" --threads {threads}, choose another --out, or make it anew, without its rows of defences, with --force"
+        )
 
 
 def _threads_of(folder: Path) -> int | None:
