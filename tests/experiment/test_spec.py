@@ -323,7 +323,8 @@ def test_an_override_is_one_line(text: str) -> None:
 
 BOUND = ("data.size=10000000", "data.name=" + "a" * 300, "data.name=" + "a/" * 3000, "seed=" + "9" * 5000,
          f"seed={2**64}", "recipe.batch_size=99999999999999999999", "recipe.lr=1e300", "recipe.crop=100000",
-         ".".join(["model"] * 60) + "=1", "model.patch_size=[[2020-01-01]]", "model.x=" + "[" * 3000)  # fmt: skip
+         "model.depth=1000000", "surrogate.embed_dim=-100000", ".".join(["model"] * 60) + "=1",
+         "model.patch_size=[[2020-01-01]]", "model.x=" + "[" * 3000)  # fmt: skip
 
 
 @pytest.mark.parametrize("override", BOUND, ids=lambda text: text[:30])

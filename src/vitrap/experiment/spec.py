@@ -30,6 +30,8 @@ LONGEST_NAME = 100
 """Letters that the name of a run may have."""
 FEWEST_SCREENED = 10
 """Least number of images of each kind that a screen scores; a threshold from fewer scores means nothing."""
+LARGEST_OVERRIDE = 10_000
+"""Greatest whole number among timm's arguments: a depth or width beyond it takes time or memory without end."""
 MOST_SCREENED = 10**9
 """Greatest number of images of each kind that a screen scores: of all, where there are fewer."""
 LONGEST = 255, 4000
@@ -94,7 +96,10 @@ class ModelTable:
     overrides: Table = param({}, "timm's arguments: patch_size, depth, embed_dim, num_heads, ...")
 
     def check_settings(self) -> None:
-        """Refuse weights from more than one place, and a linear probe without pretrained weights."""
+        """Refuse networks too large to build, weights from two places, a linear probe without pretrained weights."""
+        for key, value in leaves(self.overrides):
+            if isinstance(value, int) and abs(value) > LARGEST_OVERRIDE:
+                raise UserError(f"{key} = {shown(value)} is out of range: it must be at most {LARGEST_OVERRIDE:,}")
         given = {"pretrained": self.pretrained, "checkpoint": self.checkpoint, "weights": self.weights}
         starts = [key for key, value in given.items() if value]
         if len(starts) > 1:
