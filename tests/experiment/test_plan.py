@@ -1,6 +1,8 @@
 """What a plan refuses of the data's classes, before anything is computed."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from tests.experiment.conftest import TINY
 from vitrap.data.cache import Arrays, write_folder
-from vitrap.data.sources import hold_out
+from vitrap.data.sources import hold_out, open_data
 from vitrap.errors import UserError
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.spec import load_spec
@@ -62,3 +64,19 @@ def test_classes_that_have_images_are_taken(tmp_path: Path, overrides: tuple[str
 def test_a_class_without_any_image_is_taken_where_nothing_wants_it(tmp_path: Path) -> None:
     plan(tmp_path / "data", LABELS, LABELS, 4)
     plan(tmp_path / "data", held_out_class(2), LABELS % 2, 0)
+
+
+# ---- data from outside
+
+
+@pytest.mark.parametrize("part", ["test", "choose", "clean", "threshold"])
+@pytest.mark.parametrize(
+    "change", [{"size": 8}, {"n_classes": 11}, {"pixels": "grey"}], ids=["size", "classes", "grey"]
+)
+def test_parts_of_a_world_are_alike(part: str, change: dict[str, Any]) -> None:
+    world = open_data("digits")
+    images = getattr(world, part)
+    changed = {"pixels": images.pixels[:, :1]} if "pixels" in change else change
+    other = replace(world, **{part: replace(images, **changed)})
+    with pytest.raises(UserError, match=rf"world.{part} has .*, and world.train .*; make them alike"):
+        make_plan(load_spec(None, TINY), "cpu", world=other)

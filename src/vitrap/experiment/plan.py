@@ -24,7 +24,7 @@ from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.spec import Spec, digest
 from vitrap.experiment.store import Stage
 from vitrap.experiment.streams import SURROGATE_SEED, TEST_SURROGATE_SEED, stream
-from vitrap.images import CHUNK
+from vitrap.images import CHUNK, ImageSet
 from vitrap.metrics.stealth import lpips_at_hand
 from vitrap.models.observe import transformer
 from vitrap.probe import check_type
@@ -182,7 +182,7 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
             world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
         content = world.fingerprint
     else:
-        check_type(world, World, "world")
+        _check_world(world)
         content = _content(world)
     # To choose settings, a run is measured on held-out training images in place of the test set.
     if data.measured == "choose":
@@ -264,6 +264,26 @@ def _check_attack(spec: Spec, world: World) -> None:
         free[choose_rows(train.labels, rate, goal, attack.labels, stream(0, "check"))] = False
     if rate := getattr(attack, "cover_rate", None):
         choose_covers(free, rate, stream(0, "check"))
+
+
+def _check_world(world: World) -> None:
+    """Refuse data from outside whose parts differ in channels, size or number of classes.
+
+    Raises:
+        UserError: naming the part.
+    """
+    check_type(world, World, "world")
+    wanted = _shape(world.train)
+    for name in ("test", "choose", "clean", "threshold"):
+        if (found := _shape(getattr(world, name))) != wanted:
+            raise UserError(
+                f"world.{name} has (channels, size, classes) {found}, and world.train {wanted}; make them alike"
+            )
+
+
+def _shape(images: ImageSet) -> tuple[int, int, int]:
+    """Channels, working size and number of classes of a set."""
+    return images.pixels.shape[1], images.size, images.n_classes
 
 
 def _check_classes(spec: Spec, world: World, goal: Goal) -> None:
