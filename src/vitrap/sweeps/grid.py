@@ -17,7 +17,7 @@ from typing import Any
 
 from vitrap.errors import UserError, shown
 from vitrap.experiment.spec import Spec, Table, parse_spec
-from vitrap.experiment.spec_file import PAGE, parse_override, read_table, set_keys
+from vitrap.experiment.spec_file import PAGE, leaves, parse_override, read_table, set_keys
 
 MOST = 10_000
 """A sweep of more runs needs `--yes`."""
@@ -116,7 +116,7 @@ def _cases(cases: Any) -> list[Settings]:
     """The cases of the grid, each with its settings by dotted key."""
     if not isinstance(cases, list) or not all(isinstance(case, Mapping) and case for case in cases):
         raise UserError(f"grid.case = {shown(cases)} must be tables of settings that belong together: [[grid.case]]")
-    return [dict(_leaves(case)) for case in cases]
+    return [dict(leaves(case)) for case in cases]
 
 
 def _lists(case: Settings) -> dict[str, list[Any]]:
@@ -159,15 +159,6 @@ def _check_count(where: str, count: int, any_number: bool) -> None:
         raise UserError(f"the grid of {where!r} has {shown(count)} runs, more than {MOST_AT_ALL:,}; split it")
     if count > MOST and not any_number:
         raise UserError(f"the grid of {where!r} has {count} runs, more than {MOST}; say --yes if you mean it")
-
-
-def _leaves(case: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a nested table by its dotted key."""
-    for key, value in case.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{place}{key}.")
-        else:
-            yield f"{place}{key}", value
 
 
 def _override(
