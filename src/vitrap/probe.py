@@ -119,6 +119,6 @@ def _answer_fault(logits: Any, n: int, n_classes: int) -> str:
     if not logits.isfinite().all():
         return "answers with NaN or infinite logits, though its weights are finite; see what it computes of images"
     shares = logits.float()
-    if ((shares >= 0) & (shares <= 1)).all() and (shares.sum(1) - 1).abs().max() < 1e-3:
+    if ((shares > 0) & (shares < 1)).all() and (shares.sum(1) - 1).abs().max() < 1e-3:
         return "answers with probabilities, which sum to 1; take off its softmax, so that it returns logits"
     return ""
