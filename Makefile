@@ -37,15 +37,19 @@ clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# Set-up. A stamp is older than pyproject.toml when dependencies may have changed.
-.venv/.ready: pyproject.toml | $(BIN)/pip
+# Set-up. A stamp is older than pyproject.toml when dependencies may have changed. An extra comes with all of vitrap, so
+# that one call of pip does.
+define install
 	@echo 'installing vitrap into .venv: the first time this fetches torch, up to 6 GB with its CUDA libraries'
-	$(BIN)/pip install --quiet --editable .
-	@touch $@
+	$(BIN)/pip install --quiet --editable '.$(if $*,[$*])'
+	@touch .venv/.ready $@
+endef
 
-.venv/.ready-%: .venv/.ready
-	$(BIN)/pip install --quiet --editable '.[$*]'
-	@touch $@
+.venv/.ready: pyproject.toml | $(BIN)/pip
+	$(install)
+
+.venv/.ready-%: pyproject.toml | $(BIN)/pip
+	$(install)
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
