@@ -17,7 +17,16 @@ from vitrap import registry
 from vitrap.attacks.ageb import Ageb
 from vitrap.attacks.badnets import BadNets
 from vitrap.errors import UserError
-from vitrap.experiment.spec import DataTable, ModelTable, Spec, digest, load_defence, load_spec, parse_spec
+from vitrap.experiment.spec import (
+    LARGEST_OVERRIDE,
+    DataTable,
+    ModelTable,
+    Spec,
+    digest,
+    load_defence,
+    load_spec,
+    parse_spec,
+)
 from vitrap.train.recipe import RECIPES, Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -280,6 +289,13 @@ def test_a_name_that_cannot_name_a_folder_is_refused(name: str) -> None:
         parse_spec({"name": name})
 
 
+@pytest.mark.parametrize("data", ["/", "a/b", "a\\b", "npy:a\nb", "imagefolder:" + "\U0001f600" * 60])
+def test_a_run_without_a_name_gets_one_that_names_a_folder_whatever_its_data_are_called(data: str) -> None:
+    spec = parse_spec({"data": {"name": data}})
+    assert parse_spec({"name": spec.name}).name == spec.name
+    assert spec.name.startswith("ageb-")
+
+
 def test_a_spec_that_is_not_there_or_not_toml_is_refused(tmp_path: Path, write) -> None:
     gone = tmp_path / "gone.toml"
     assert refusal(path=gone) == (
@@ -405,7 +421,8 @@ def _values(f: Any) -> st.SearchStrategy[Any]:
 
 
 words = st.text("abcxyz-_:/. 019", min_size=1, max_size=12)
-plain = st.one_of(st.booleans(), st.integers(-(10**6), 10**6), st.floats(-1e6, 1e6), words, st.lists(st.integers(0, 9)))
+whole = st.integers(-LARGEST_OVERRIDE, LARGEST_OVERRIDE)
+plain = st.one_of(st.booleans(), whole, st.floats(-1e6, 1e6), words, st.lists(st.integers(0, 9)))
 arguments = st.dictionaries(st.sampled_from(["depth", "patch_size", "mlp_ratio", "global_pool"]), plain)
 starts = st.sampled_from([{}, {"pretrained": True}, {"pretrained": False}, {"checkpoint": "x"}, {"weights": "x y.z"}])
 models = st.builds(

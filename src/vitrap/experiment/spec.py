@@ -28,6 +28,8 @@ Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
 LONGEST_NAME = 100
 """Letters that the name of a run may have."""
+MOST_BYTES = 2 * LONGEST_NAME
+"""Bytes that the name of a run may have: folders, locks and drafts are named after it and may have 255."""
 FEWEST_SCREENED = 10
 """Least number of images of each kind that a screen scores; a threshold from fewer scores means nothing."""
 LARGEST_OVERRIDE = 10_000
@@ -305,8 +307,7 @@ class _NameAndSeed:
     seed: int = param(0, "seed of victim and twin", low=0, high=2**53)
 
     def check_settings(self) -> None:
-        # Names of folders, locks and drafts are made of it, which may have 255 bytes.
-        fits = 0 < len(self.name) <= LONGEST_NAME and len(self.name.encode()) <= 2 * LONGEST_NAME
+        fits = 0 < len(self.name) <= LONGEST_NAME and len(self.name.encode()) <= MOST_BYTES
         if not fits or not self.name.isprintable() or set(self.name) & set("/\\") or self.name.startswith("."):
             letters = f"{LONGEST_NAME} letters, digits and dashes"
             raise UserError(f"name = {shown(self.name)} cannot name a folder; use at most {letters}")
@@ -326,7 +327,8 @@ def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
 def _default_name(attack_name: str, attack: Any, data: DataTable) -> str:
     """The attack, its setting if it has any, and the data set, as a folder can be named."""
     name = "-".join(filter(None, [attack_name, str(getattr(attack, "setting", "")), data.short_name]))
-    return "".join(letter if letter.isprintable() and letter != "\\" else "-" for letter in name)[:LONGEST_NAME]
+    name = "".join(letter if letter.isprintable() and letter not in "/\\" else "-" for letter in name)
+    return name.encode()[:MOST_BYTES].decode(errors="ignore")[:LONGEST_NAME]
 
 
 def _defences(tables: Any) -> tuple[DefenceSpec, ...]:
