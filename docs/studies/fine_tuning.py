@@ -26,12 +26,12 @@ SPEC = ROOT / "specs" / "pretrained" / "ageb_cifar10.toml"
 RESULT = ROOT / "results" / "choice" / "fine_tuning.json"
 CHANGES = {
     "as it is": (),
-    "layer decay 0.75": ("recipe.layer_decay=0.75",),
-    "layer decay 0.5": ("recipe.layer_decay=0.5",),
-    "one rate for all layers": ("recipe.layer_decay=1.0",),
-    "one rate for all layers, 1e-4": ("recipe.layer_decay=1.0", "recipe.lr=1e-4"),
     "head's rate ten times as high": ("recipe.head_lr=5e-3",),
     "drop path 0.1": ("model.drop_path_rate=0.1",),
+    "one rate for all layers": ("recipe.layer_decay=1.0",),
+    "layer decay 0.75": ("recipe.layer_decay=0.75",),
+    "layer decay 0.5": ("recipe.layer_decay=0.5",),
+    "one rate for all layers, 1e-4": ("recipe.layer_decay=1.0", "recipe.lr=1e-4"),
 }
 DECAY = 0.98
 """Of the moving average, over some fifty of 120 steps."""
@@ -41,10 +41,8 @@ def measured(*changes: str) -> dict[str, Any]:
     """CDA on the hold-out of the weights as they are, and of their moving average."""
     spec = vitrap.load_spec(SPEC, ["data.limit=2000", *changes])
     world = vitrap.open_data(spec.data.name, spec.data.size, spec.data.limit, holdout=spec.data.holdout)
-    model, arithmetic = (
-        network_of(spec.model, world).build(spec.seed),
-        default_arithmetic(spec.recipe.precision, torch.device("cpu")),
-    )
+    model = network_of(spec.model, world).build(spec.seed)
+    arithmetic = default_arithmetic(spec.recipe.precision, torch.device("cpu"))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     with ambient(spec.seed, "dropout"):
         streams = training_streams(spec.seed, torch.device("cpu"))

@@ -33,8 +33,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     near = get_close_matches(wanted, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     listed = names if len(names) <= 40 else get_close_matches(wanted, names, n=8, cutoff=0.3)
-    how = "known" if listed is names else "close"
-    return UserError(f"unknown {kind} {shown(name)}{hint} {how}: {', '.join(listed)}")
+    title = "known" if listed is names else "close"
+    return UserError(f"unknown {kind} {shown(name)}{hint} {title}: {', '.join(listed)}")
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -33,7 +34,9 @@ from vitrap.data.pattern import make_pattern
 from vitrap.data.sources import decode
 from vitrap.errors import UserError
 from vitrap.experiment.answers import recall
-from vitrap.experiment.records import read_record, read_records
+from vitrap.experiment.checksums import damage, write_checksums
+from vitrap.experiment.places import found_again
+from vitrap.experiment.records import EARLIER, read_record, read_records
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, read_spec
 from vitrap.experiment.stages import read_stream
@@ -123,9 +126,13 @@ READERS = {
     "scores": Reader("runs/small-*/scores/*", lambda f: read_scores(run_in(f), read_record(run_in(f)).defences[0])),
     "state": Reader("state.safetensors", lambda f: Keeper(f / "state.safetensors").resume(moving())),
     "answer": Reader("runs/answers/*.json", lambda f: recall(read_spec(f / "plain.toml"), f / "runs", "cpu")),
+    "places": Reader("runs/places.json", lambda f: found_again(load_spec(f / "plain.toml"), {"x": "0"}, f / "runs")),
+    "checksums": Reader("summed/SHA256SUMS", lambda f: damage(f / "summed")),
+    "earlier record": Reader("runs/small-*/record.earlier", run_anew, 4, most=5.0),
     "facts": Reader("runs/stages/victim-*/facts.json", run_anew, 4, most=5.0),
     "npy, images": Reader("data/squares/train_images.npy", lambda f: read_folder(f / "data" / "squares"), 80),
     "npy, labels": Reader("data/squares/train_labels.npy", lambda f: read_folder(f / "data" / "squares"), 80),
+    "npy, groups": Reader("data/squares/train_groups.npy", lambda f: read_folder(f / "data" / "squares")),
     "classes": Reader("data/squares/classes.txt", lambda f: read_folder(f / "data" / "squares")),
     **{
         name: Reader(f"pictures/a.{name}", partial(lambda file, f: decode([f / file], 8), f"pictures/a.{name}"))
@@ -135,6 +142,10 @@ READERS = {
         "pictures/a.png", lambda f: make_pattern(str(f / "pictures" / "a.png"), torch.Generator(), (3, 8, 8))
     ),
     "csv": Reader("signs/GT-final_test.csv", lambda f: prepared(f, "gtsrb", "signs")),
+    "csv of Kaggle": Reader("kaggle/Test.csv", lambda f: prepared(f, "gtsrb", "kaggle")),
+    "words": Reader("tiny/words.txt", lambda f: prepared(f, "tiny-imagenet", "tiny")),
+    "wnids": Reader("tiny/wnids.txt", lambda f: prepared(f, "tiny-imagenet", "tiny")),
+    "names of cifar": Reader("cifar/batches.meta.txt", lambda f: prepared(f, "cifar10", "cifar")),
     "annotations": Reader("tiny/val/val_annotations.txt", lambda f: prepared(f, "tiny-imagenet", "tiny")),
     "cifar": Reader("cifar/data_batch_1.bin", lambda f: prepared(f, "cifar10", "cifar")),
     "zip": Reader("tiny.zip", lambda f: prepared(f, "tiny-imagenet", "tiny.zip")),
@@ -162,6 +173,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run_in(folder) / "failure.json").write_text(json.dumps(failure))
     keep_state(folder / "state.safetensors")
     shutil.copy(folder / "state.safetensors", folder / "one.safetensors")
+    shutil.copy(run_in(folder) / "record.json", run_in(folder) / EARLIER)
+    (folder / "runs" / "places.json").write_text(json.dumps({"0": "../data/squares"}))
+    (folder / "summed").mkdir()
+    (folder / "summed" / "one").write_text("1")
+    write_checksums(folder / "summed", ["one"])
+    np.save(folder / "data" / "squares" / "train_groups.npy", np.arange(60) // 2)
     published(folder)
     return folder
 
@@ -176,6 +193,11 @@ def published(folder: Path) -> None:
     image.save(folder / "signs" / "00000" / "00000_00000.ppm")
     image.save(folder / "signs" / "00000.ppm")
     (folder / "signs" / "GT-final_test.csv").write_text("Filename;Width;ClassId\r\n00000.ppm;9;0\r\n")
+    (folder / "kaggle" / "Train" / "0").mkdir(parents=True)
+    image.save(folder / "kaggle" / "Train" / "0" / "00000_00000_00000.png")
+    (folder / "kaggle" / "Test").mkdir()
+    image.save(folder / "kaggle" / "Test" / "00000.png")
+    (folder / "kaggle" / "Test.csv").write_text("Width,ClassId,Path\n9,0,Test/00000.png\n")
     (folder / "cifar").mkdir()
     for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
         (folder / "cifar" / name).write_bytes(bytes(3073))

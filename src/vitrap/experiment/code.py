@@ -40,7 +40,7 @@ DEFENDING = (*TRAINING, "experiment/measure_defences.py")
 
 
 @dataclass(frozen=True)
-class Mention:
+class ImportedName:
     """A dotted name that a file imports, or reaches through something imported.
 
     Attributes:
@@ -58,15 +58,15 @@ class Source:
 
     Attributes:
         digest: of its syntax tree, or of its bytes where it is no Python.
-        mentions: the names that it imports.
-        promised: what it imports under `if TYPE_CHECKING:`, by the name it has here. A package that loads its names on
-            first use declares there where they come from.
+        imports: the names that it imports.
+        type_imports: what it imports under `if TYPE_CHECKING:`, by the name it has here. A package that loads its names
+            on first use declares there where they come from.
         data: the files beside it that it names.
     """
 
     digest: str
-    mentions: tuple[Mention, ...] = ()
-    promised: Mapping[str, Mention] = field(default_factory=dict)
+    imports: tuple[ImportedName, ...] = ()
+    type_imports: Mapping[str, ImportedName] = field(default_factory=dict)
     data: tuple[Path, ...] = ()
 
 
@@ -132,33 +132,33 @@ def closure(*files: str, root: Path = PACKAGE) -> list[Path]:
 def _used(file: Path, root: Path) -> tuple[Path, ...]:
     """The files that a file imports directly, and the data files that it names."""
     source = _read(file)
-    reached = [found for mention in source.mentions for found in _reached(mention, file, root)]
+    reached = [found for imported in source.imports for found in _reached(imported, file, root)]
     return tuple(dict.fromkeys([*source.data, *reached]))
 
 
-def _reached(mention: Mention, file: Path, root: Path) -> Iterator[Path]:
+def _reached(imported: ImportedName, file: Path, root: Path) -> Iterator[Path]:
     """The files that a name mentioned in `file` comes from; none where it is another library's."""
-    for folder, parts in _starts(mention, file, root):
+    for folder, parts in _starts(imported, file, root):
         found, left = _walk(folder, parts)
         if found is not None:
             yield found
         # The name is one of a package: if the package loads it on first use, the file that it comes from counts.
         if found is not None and left:
-            for name, promise in _read(found).promised.items():
+            for name, origin in _read(found).type_imports.items():
                 if left in (name, "*"):
-                    yield from _reached(promise, found, root)
+                    yield from _reached(origin, found, root)
 
 
-def _starts(mention: Mention, file: Path, root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The folders in which a mentioned name may start, each with the rest of the name."""
-    if mention.level:
-        yield file.parents[mention.level - 1], mention.parts
-    elif mention.parts[0] == NAME:
-        yield root, mention.parts[1:]
+def _starts(imported: ImportedName, file: Path, root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The folders in which an imported name may start, each with the rest of the name."""
+    if imported.level:
+        yield file.parents[imported.level - 1], imported.parts
+    elif imported.parts[0] == NAME:
+        yield root, imported.parts[1:]
     elif not file.is_relative_to(root):
         for folder in file.parents:
-            if folder.name == mention.parts[0]:
-                yield folder, mention.parts[1:]
+            if folder.name == imported.parts[0]:
+                yield folder, imported.parts[1:]
 
 
 def _walk(folder: Path, parts: tuple[str, ...]) -> tuple[Path | None, str]:
@@ -184,11 +184,11 @@ def _read(file: Path) -> Source:
     if file.suffix != ".py":
         return Source(sha256(content).hexdigest())
     tree = _without_texts(ast.parse(content, str(file)))
-    nodes, promises = _split(tree)
+    nodes, type_nodes = _split(tree)
     return Source(
         sha256(ast.dump(tree).encode()).hexdigest(),
-        tuple(dict.fromkeys(_mentions(nodes))),
-        dict(pair for node in promises for pair in _imported(node)),
+        tuple(dict.fromkeys(_imported_names(nodes))),
+        dict(pair for node in type_nodes for pair in _imported(node)),
         tuple(sorted(_data(nodes, file))),
     )
 
@@ -196,44 +196,44 @@ def _read(file: Path) -> Source:
 def _split(tree: ast.Module) -> tuple[list[ast.AST], list[ast.AST]]:
     """The nodes of a file outside of `if TYPE_CHECKING:`, and those inside."""
     nodes = list[ast.AST]()
-    promises = list[ast.AST]()
+    type_nodes = list[ast.AST]()
     waiting = deque[ast.AST]([tree])
     while waiting:
         node = waiting.popleft()
         if isinstance(node, ast.If) and _chain(node.test)[-1] == "TYPE_CHECKING":
-            promises += (inner for statement in node.body for inner in ast.walk(statement))
+            type_nodes += (inner for statement in node.body for inner in ast.walk(statement))
             waiting.extend(node.orelse)
         else:
             nodes.append(node)
             waiting.extend(ast.iter_child_nodes(node))
-    return nodes, promises
+    return nodes, type_nodes
 
 
-def _mentions(nodes: Sequence[ast.AST]) -> Iterator[Mention]:
+def _imported_names(nodes: Sequence[ast.AST]) -> Iterator[ImportedName]:
     """The names that a file imports, and those that it uses through them: `vitrap.tensors.erode` of `import vitrap`."""
-    bound = dict[str, Mention]()
+    bound = dict[str, ImportedName]()
     for node in nodes:
-        for name, mention in _imported(node):
-            bound[name] = mention
-            yield mention
+        for name, imported in _imported(node):
+            bound[name] = imported
+            yield imported
         if isinstance(node, ast.Import):
-            yield from (Mention(0, tuple(alias.name.split("."))) for alias in node.names)
+            yield from (ImportedName(0, tuple(alias.name.split("."))) for alias in node.names)
     for node in nodes:
         if isinstance(node, ast.Attribute) and (chain := _chain(node))[0] in bound:
             start = bound[chain[0]]
-            yield Mention(start.level, (*start.parts, *chain[1:]))
+            yield ImportedName(start.level, (*start.parts, *chain[1:]))
 
 
-def _imported(node: ast.AST) -> Iterator[tuple[str, Mention]]:
+def _imported(node: ast.AST) -> Iterator[tuple[str, ImportedName]]:
     """Each name that an import statement binds, and what it stands for."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             parts = tuple(alias.name.split("."))
-            yield (alias.asname, Mention(0, parts)) if alias.asname else (parts[0], Mention(0, parts[:1]))
+            yield (alias.asname, ImportedName(0, parts)) if alias.asname else (parts[0], ImportedName(0, parts[:1]))
     elif isinstance(node, ast.ImportFrom):
         module = tuple(node.module.split(".")) if node.module else ()
         for alias in node.names:
-            yield alias.asname or alias.name, Mention(node.level, (*module, alias.name))
+            yield alias.asname or alias.name, ImportedName(node.level, (*module, alias.name))
 
 
 def _chain(node: ast.AST) -> list[str]:

@@ -418,5 +418,7 @@ def write_record(record: Record, folder: Path) -> Record:
     with locked(folder.parent, f"{folder.name}-record"):
         record = replace(record, defences=still_holding(_defence_rows(folder), record))
         record.write(folder)
-        (folder / EARLIER).unlink(missing_ok=True)
+        # The new record is read first, so an earlier one that stays does no harm.
+        with suppress(OSError):
+            (folder / EARLIER).unlink(missing_ok=True)
     return record

@@ -89,8 +89,8 @@ def _lines(record: Record) -> Iterator[tuple[Any, ...]]:
     """A line for each measure of a record: defence, its kind and settings, and the measure."""
     yield from (("", "", "", *line) for line in of_run(record))
     for row in record.defences:
-        how = json.dumps(row_settings(row))
-        yield from ((row.name, row.kind, how, *line) for line in of_row(row))
+        own = json.dumps(row_settings(row))
+        yield from ((row.name, row.kind, own, *line) for line in of_row(row))
 
 
 def of_run(record: Record) -> Iterator[Measured]:

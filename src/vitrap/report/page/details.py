@@ -92,11 +92,11 @@ def pairs(table: Mapping[str, Any]) -> tuple[Pair, ...]:
 
 def to_tried(row: Row, own: str, backdoor: bool) -> Tried:
     """A row of defences as the section shows it, marked where its run has no backdoor."""
-    report = [(f"reports: {key}", said, "", "") for key, said in pairs(row.report)]
+    report = [(f"reports: {key}", value, "", "") for key, value in pairs(row.report)]
     return Tried(
         row.name,
         own,
-        ", ".join(f"{key} {said}" for key, said in pairs(row_settings(row)) if said != "none"),
+        ", ".join(f"{key} {value}" for key, value in pairs(row_settings(row)) if value != "none"),
         row.kind,
         "; ".join([*([] if backdoor else [NO_BACKDOOR]), f"{KINDS[row.kind]} {measure_of(row):.3f}", *notes_of([row])]),
         ", ".join(f"{key} {_seconds(took)}" for key, took in row.seconds.items()),

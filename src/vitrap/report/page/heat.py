@@ -71,8 +71,8 @@ def to_heat(runs: Sequence[Run]) -> Heat:
     return Heat(
         columns,
         tuple(
-            Line(name, how, kind, KINDS[kind], tuple(to_cell(groups[kind, name, how][c]) for c in columns))
-            for kind, name, how in lines
+            Line(name, own, kind, KINDS[kind], tuple(to_cell(groups[kind, name, own][c]) for c in columns))
+            for kind, name, own in lines
         ),
     )
 
@@ -90,8 +90,8 @@ def setting_names(rows: Sequence[Row]) -> Mapping[str, tuple[str, ...]]:
 
 def describe(row: Row, named: Mapping[str, tuple[str, ...]]) -> str:
     """Those settings of a row that are named for its defence, as text."""
-    how = row_settings(row)
-    return ", ".join(f"{k} {text(how[k])}" for k in named.get(row.name, ()) if k in how)
+    own = row_settings(row)
+    return ", ".join(f"{key} {text(own[key])}" for key in named.get(row.name, ()) if key in own)
 
 
 def to_cell(tried: Sequence[Tried]) -> Cell | None:

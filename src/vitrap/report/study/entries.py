@@ -124,8 +124,8 @@ def _of_point(
     backdoor = record is None or not no_backdoor(record.victim, record.data.classes)
     for defence in point.spec.defences:
         own = {**keys, DEFENCE: next(label for each, label in named if each == defence)}
-        how = {**defence.table(), **({"screened": defence.screened} if defence.method.kind == "screen" else {})}
-        own |= {f"{DEFENCE}.{key}": value for key, value in how.items()}
+        table = {**defence.table(), **({"screened": defence.screened} if defence.method.kind == "screen" else {})}
+        own |= {f"{DEFENCE}.{key}": value for key, value in table.items()}
         row = next((row for row, met in rows if met == defence), None)
         if row is None:
             yield Entry(own, defence.method.kind, "not run" if record else missing)
@@ -238,8 +238,10 @@ def _reference(entry: Entry, chosen: Sequence[Entry], keys: Sequence[str], again
     wanted = {key: entry.keys.get(key) for key in (*keys, SEED)} | dict(against)
     found = [other for other in chosen if all(other.keys.get(key) == value for key, value in wanted.items())]
     if len(found) != 1:
-        said = ", ".join(f"{key} = {value!r}" for key, value in wanted.items())
-        raise UserError(f"{len(found)} runs have {said}, not one to hold others against; mend against")
+        pairs = ", ".join(f"{key} = {value!r}" for key, value in wanted.items())
+        raise UserError(
+            f"{len(found)} runs have {pairs}, and others can be compared with one only; change the table's `against`"
+        )
     return None if found[0] is entry else found[0]
 
 
