@@ -160,7 +160,7 @@ def count(run: Path) -> dict[str, Any]:
 
     record = read_record(run)
     spec = replace(parse_spec(record.spec), name=record.name, defences=())
-    plan = make_plan(spec, "cpu", attacking=False)
+    plan = make_plan(spec, "cpu", with_surrogates=False)
     case = FinishedRun(run, record, plan, no_progress).evaluation()
     # a retraining is counted as a training
     case = replace(case, twin_facts=measure_each_time, train_kept=lambda kept: case.twin)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import vitrap
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.contracts import ImageSet
+from vitrap.experiment.opened_run import OpenedRun
 from vitrap.experiment.predict import batch_of, predict, spread, triggered
-from vitrap.experiment.run import OpenedRun, run_folder
+from vitrap.experiment.run import run_folder
 from vitrap.metrics.accuracy import attack_success
 from vitrap.metrics.agreement import overlap, rank_correlation
 from vitrap.models.classifier import read_model

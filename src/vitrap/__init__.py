@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from vitrap.data.sources import open_data as open_data
     from vitrap.errors import UserError as UserError
     from vitrap.experiment.defend import defend as defend
+    from vitrap.experiment.export import poison as poison
+    from vitrap.experiment.opened_run import open_run as open_run
     from vitrap.experiment.record import Record as Record
-    from vitrap.experiment.run import open_run as open_run
-    from vitrap.experiment.run import poison as poison
     from vitrap.experiment.run import run as run
     from vitrap.experiment.scores import read_scores as read_scores
     from vitrap.experiment.spec import Spec as Spec
@@ -43,8 +43,8 @@ _HOMES = {
     "load_spec": "vitrap.experiment.spec",
     "load_sweep": "vitrap.sweeps.grid",
     "open_data": "vitrap.data.sources",
-    "open_run": "vitrap.experiment.run",
-    "poison": "vitrap.experiment.run",
+    "open_run": "vitrap.experiment.opened_run",
+    "poison": "vitrap.experiment.export",
     "read_scores": "vitrap.experiment.scores",
     "run": "vitrap.experiment.run",
     "sweep": "vitrap.sweeps.sweep",

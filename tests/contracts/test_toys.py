@@ -24,12 +24,14 @@ from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment import stages
 from vitrap.experiment.defend import FinishedRun, defend
+from vitrap.experiment.export import poison
+from vitrap.experiment.opened_run import open_run
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import read_record, read_records
-from vitrap.experiment.run import open_run, poison, run, run_folder
+from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.spec import Spec, load_defence, load_spec
 from vitrap.metrics.accuracy import attack_success
 from vitrap.sweeps.grid import load_sweep
@@ -192,7 +194,7 @@ def test_a_defender_sees_the_set_that_the_victim_was_trained_on(
     run(spec, tmp_path, device="cpu")
     (victims,) = [data for data in trained if data.slot is not None]
     folder = run_folder(spec, tmp_path)
-    plan = make_plan(spec, "cpu", attacking=False)
+    plan = make_plan(spec, "cpu", with_surrogates=False)
     seen = FinishedRun(folder, read_record(folder), plan, no_progress).evaluation().poisoned
     everything = torch.arange(len(victims))
     assert torch.equal(to_bytes(seen.images(everything)), to_bytes(victims.images(everything)))

@@ -104,7 +104,7 @@ def case() -> Evaluation:
         seed=0,
         arithmetic=Arithmetic(),
         retrain=fit,
-        train_kept=fit,
+        train_on_kept=fit,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vitrap.experiment.code as code
+import vitrap.experiment.retraining as retraining
 import vitrap.experiment.stages as stages
 from vitrap.experiment.record import Record
 from vitrap.experiment.run import run, run_folder
@@ -66,7 +67,8 @@ class Trainings:
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     counter = Trainings()
-    monkeypatch.setattr(stages, "train", counter)
+    for module in (stages, retraining):
+        monkeypatch.setattr(module, "train", counter)
     return counter
 
 

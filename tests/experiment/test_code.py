@@ -111,7 +111,7 @@ def users(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         ours = (m.__file__ for m in finder.modules.values() if m.__file__)  # pyright: ignore[reportAttributeAccessIssue]
         return {str(Path(file).relative_to(hollow)) for file in ours if not file.endswith("__init__.py")}
 
-    stages = {"experiment/stages.py", "experiment/streams.py", "experiment/network.py"}
+    stages = {f"experiment/{n}.py" for n in ("stages", "curves", "facts", "retraining", "streams", "network")}
     triggers = {"experiment/trigger_file.py"}
     opening = found("data/sources.py", "models/classifier.py") | {"data/digits.npz"}
     training = opening | found("train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
@@ -261,7 +261,7 @@ def test_the_files_that_are_named_are_there() -> None:
     with pytest.raises(FileNotFoundError):
         code_digest("train/nothing.py")
     with pytest.raises(FileNotFoundError):
-        code_digest("errors.py", alone=("train/nothing.py",))
+        code_digest("errors.py", without_imports=("train/nothing.py",))
 
 
 def test_a_file_that_is_no_python_troubles_its_users_alone(tree: Path) -> None:
@@ -359,12 +359,12 @@ def test_a_relative_import_goes_up_and_a_cycle_ends(make: Make) -> None:
 
 def test_a_file_alone_counts_without_what_it_imports(make: Make) -> None:
     root = make({**TOY, "a.py": "import vitrap.b"})
-    first = code_digest("c.py", alone=("a.py",), root=root)
+    first = code_digest("c.py", without_imports=("a.py",), root=root)
     make({"b.py": "x = 2"})
-    assert code_digest("c.py", alone=("a.py",), root=root) == first
+    assert code_digest("c.py", without_imports=("a.py",), root=root) == first
     assert code_digest("c.py", "a.py", root=root) != first
     make({"a.py": "import vitrap.b as c"})
-    assert code_digest("c.py", alone=("a.py",), root=root) != first
+    assert code_digest("c.py", without_imports=("a.py",), root=root) != first
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ from vitrap.experiment.plan import make_plan
 from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import EARLIER, read_record, read_records
+from vitrap.experiment.retraining import Retraining
 from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
-from vitrap.experiment.stages import Retraining
 from vitrap.experiment.store import locked
 from vitrap.metrics.detection import auroc
 from vitrap.metrics.diagnosis import no_backdoor
@@ -518,7 +518,7 @@ def test_what_retrains_knows_no_attack() -> None:
 
 
 def test_a_retraining_may_go_on_from_a_model(folder: Path) -> None:
-    plan = make_plan(parse_spec(read_record(folder).spec), "cpu", attacking=False)
+    plan = make_plan(parse_spec(read_record(folder).spec), "cpu", with_surrogates=False)
     again = Retraining(plan.victim, plan.spec.recipe, 0, plan.device, plan.arithmetic, no_progress)
     first = again(plan.world.train, epochs=1)
     weights = {name: weight.clone() for name, weight in first.state_dict().items()}

@@ -13,8 +13,8 @@ from tests.experiment.conftest import Runs, Trainings, tiny
 from tests.full_disk import files_of_at_most
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
+from vitrap.experiment.export import poison
 from vitrap.experiment.measure_defences import Evaluation
-from vitrap.experiment.run import poison
 from vitrap.tensors.pixels import to_bytes
 
 FILES = ["classes.txt", "poison.json", "test_images.npy", "test_labels.npy", "train_covers.npy", "train_images.npy",

@@ -105,14 +105,15 @@ def case() -> Evaluation:
         seed=3,
         arithmetic=Arithmetic(),
         retrain=not_at_all,
-        train_kept=not_at_all,
+        train_on_kept=not_at_all,
     )
 
 
 def open_case(runs: Runs, name: str) -> Evaluation:
     plan = make_plan(runs.specs[name], "cpu")
     return replace(
-        FinishedRun(runs.folder(name), runs.records[name], plan, no_progress).evaluation(), twin_facts=measure_each_time
+        FinishedRun(runs.folder(name), runs.records[name], plan, no_progress).evaluation(),
+        result_on_twin=measure_each_time,
     )
 
 
@@ -182,7 +183,7 @@ def test_a_filter_sees_the_training_set_without_its_mask(case: Evaluation) -> No
         return Flagged(torch.zeros(n), torch.zeros(n, dtype=torch.bool))
 
     method: Any = Made(flag, seen, "filter", needs_train=True)
-    measure_defence(DefenceSpec("made", method), replace(case, train_kept=lambda kept: case.twin), lambda: None)
+    measure_defence(DefenceSpec("made", method), replace(case, train_on_kept=lambda kept: case.twin), lambda: None)
     unmarked, clean = (s.train for s in seen)
     assert unmarked is not None
     assert clean is case.world.train
@@ -240,7 +241,7 @@ def flag_none(suspect: Suspect) -> Outcome:
 def test_a_row_has_the_keys_that_its_page_lists(
     case: Evaluation, kind: str, outcome: Callable[[Suspect], Outcome]
 ) -> None:
-    found = row(replace(case, train_kept=lambda kept: case.twin), outcome, kind, kind == "filter")
+    found = row(replace(case, train_on_kept=lambda kept: case.twin), outcome, kind, kind == "filter")
     listed = keys_of_rows()
     assert {part.name for part in fields(found)} == listed["every"] | listed[kind]
 
@@ -480,8 +481,8 @@ def test_a_second_attack_on_a_twin_does_not_apply_the_defence_to_it_again(
         return kept[asked.name]
 
     method: Any = Made(outcome, [], kind)
-    first = measure_defence(DefenceSpec("made", method), replace(case, twin_facts=remember), lambda: None)[0]
-    other = replace(case, victim=Linear(2).eval(), twin_facts=remember)
+    first = measure_defence(DefenceSpec("made", method), replace(case, result_on_twin=remember), lambda: None)[0]
+    other = replace(case, victim=Linear(2).eval(), result_on_twin=remember)
     second = measure_defence(DefenceSpec("made", method), other, lambda: None)[0]
     assert [suspect.model for suspect in method.seen] == [case.victim, case.twin, other.victim]
     twins = [key for key in vars(first) if "clean_model" in key]
@@ -499,7 +500,9 @@ def test_screens_and_filters_are_applied_to_the_twin_anew(case: Evaluation, kind
     def remember(*args: object) -> Any:
         raise AssertionError("remembered")
 
-    found = row(replace(case, twin_facts=remember, train_kept=lambda kept: case.twin), apply, kind, kind == "filter")
+    found = row(
+        replace(case, result_on_twin=remember, train_on_kept=lambda kept: case.twin), apply, kind, kind == "filter"
+    )
     assert found.auroc.value >= 0
 
 
@@ -517,7 +520,7 @@ def test_a_filter_that_knows_everything(case: Evaluation) -> None:
         kept.append(images)
         return case.twin
 
-    found = row(replace(case, train_kept=train_kept), apply, "filter", needs_train=True)
+    found = row(replace(case, train_on_kept=train_kept), apply, "filter", needs_train=True)
     assert found.auroc.value == found.tpr.value == 1
     assert found.fpr.value == 0
     assert found.n_flagged == found.tpr.n == len(POISONED)
@@ -536,7 +539,7 @@ def test_covers_count_as_no_poison(case: Evaluation) -> None:
         flagged = case.poisoned.poisoned | case.poisoned.covers
         return Flagged(flagged.float(), flagged)
 
-    found = row(replace(case, train_kept=lambda kept: case.twin), apply, "filter", needs_train=True)
+    found = row(replace(case, train_on_kept=lambda kept: case.twin), apply, "filter", needs_train=True)
     n = len(case.world.train)
     assert found.fpr == wilson(len(COVERS), n - len(POISONED))
     assert found.auroc.value == pytest.approx(1 - 0.5 * len(COVERS) / (n - len(POISONED)))
@@ -548,7 +551,7 @@ def test_a_filter_where_nothing_is_poisoned(case: Evaluation) -> None:
         flagged = torch.arange(len(case.world.train)) < 4
         return Flagged(flagged.float(), flagged)
 
-    clean = replace(case, poison=lambda: case.world.train, train_kept=lambda kept: case.twin)
+    clean = replace(case, poison=lambda: case.world.train, train_on_kept=lambda kept: case.twin)
     found = row(clean, apply, "filter", needs_train=True)
     assert found.auroc == Auroc(0.5, 0.0, 1.0, 0, 100)
     assert found.tpr == Rate(0.0, 0.0, 1.0, 0)

@@ -9,9 +9,9 @@ import pytest
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment.defend import defend
+from vitrap.experiment.opened_run import open_run
 from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.records import read_record, read_records
-from vitrap.experiment.run import open_run
 from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, parse_spec
 from vitrap.metrics.accuracy import attack_success

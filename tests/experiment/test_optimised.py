@@ -10,7 +10,8 @@ import torch
 import vitrap.attacks.megatron as megatron
 from tests.experiment.conftest import tiny
 from vitrap.errors import UserError
-from vitrap.experiment.run import open_run, run, run_folder
+from vitrap.experiment.opened_run import open_run
+from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.spec import Spec
 
 

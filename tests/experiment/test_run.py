@@ -21,12 +21,13 @@ from vitrap.contracts import Access
 from vitrap.data.sources import open_data
 from vitrap.errors import UserError
 from vitrap.experiment.answers import recall
+from vitrap.experiment.opened_run import open_run
 from vitrap.experiment.plan import choose_device, make_plan
 from vitrap.experiment.predict import predict, triggered
 from vitrap.experiment.progress import no_progress
 from vitrap.experiment.record import SCHEMA, Record, to_table
 from vitrap.experiment.records import read_record
-from vitrap.experiment.run import open_run, run, run_folder
+from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.spec import parse_spec
 from vitrap.tensor_file import read_tensor_file
 from vitrap.train.arithmetic import Arithmetic

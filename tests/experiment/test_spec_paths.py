@@ -11,10 +11,11 @@ from tests.experiment.conftest import TINY, Trainings
 from vitrap.errors import UserError
 from vitrap.experiment.answers import recall, traces_of
 from vitrap.experiment.defend import defend
+from vitrap.experiment.opened_run import open_run
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import parse, read_record, read_records
-from vitrap.experiment.run import open_run, run, run_folder
+from vitrap.experiment.run import run, run_folder
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
 from vitrap.experiment.spec_paths import SpecPath
 from vitrap.sweeps.grid import load_sweep

@@ -45,17 +45,17 @@ def test_a_stages_key_changes_with_whatever_it_depends_on() -> None:
 
 
 def test_a_stage_is_made_once(tmp_path: Path) -> None:
-    place = Store(tmp_path).stage(STAGE, make("one"))
+    place = Store(tmp_path).find_or_make(STAGE, make("one"))
     assert place == tmp_path / "stages" / f"clean-{STAGE.key}"
-    assert Store(tmp_path).stage(STAGE, make("two")) == place
+    assert Store(tmp_path).find_or_make(STAGE, make("two")) == place
     assert set(content(place)) == {"model", "depends.json", CHECKSUMS}
     assert content(place)["model"] == "one"
     assert json.loads((place / "depends.json").read_text()) == STAGE.depends
 
 
 def test_force_makes_it_anew_in_place_of_the_old(tmp_path: Path) -> None:
-    Store(tmp_path).stage(STAGE, make("one"))
-    place = Store(tmp_path).stage(STAGE, make("two"), force=True)
+    Store(tmp_path).find_or_make(STAGE, make("one"))
+    place = Store(tmp_path).find_or_make(STAGE, make("two"), force=True)
     assert content(place)["model"] == "two"
     assert os.listdir(tmp_path / "stages") == [place.name]
 
@@ -64,7 +64,7 @@ def test_force_makes_it_anew_in_place_of_the_old(tmp_path: Path) -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_a_stage_that_fails_leaves_nothing_or_what_was_there(tmp_path: Path, error: BaseException, there: bool) -> None:
     if there:
-        Store(tmp_path).stage(STAGE, make("one"))
+        Store(tmp_path).find_or_make(STAGE, make("one"))
     before = content(tmp_path)
 
     def fail(folder: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_stage_that_fails_leaves_nothing_or_what_was_there(tmp_path: Path, err
         raise error
 
     with pytest.raises(type(error)):
-        Store(tmp_path).stage(STAGE, fail, force=True)
+        Store(tmp_path).find_or_make(STAGE, fail, force=True)
     assert content(tmp_path) == before
     assert hidden(tmp_path) == []
 
@@ -89,9 +89,9 @@ def test_the_state_of_a_training_outlives_what_stopped_it(tmp_path: Path, error:
         make("whole")(folder)
 
     with pytest.raises(type(error)):
-        Store(tmp_path).stage(STAGE, fail)
+        Store(tmp_path).find_or_make(STAGE, fail)
     assert list(content(tmp_path).values()) == ["step 7"]
-    place = Store(tmp_path).stage(STAGE, go_on)
+    place = Store(tmp_path).find_or_make(STAGE, go_on)
     assert set(content(place)) == {"model", "depends.json", CHECKSUMS}
     assert hidden(tmp_path) == []
 
@@ -107,8 +107,8 @@ def test_a_state_that_would_lead_to_the_same_refusal_or_is_unwanted_goes(tmp_pat
         make("whole")(folder)
 
     with pytest.raises((RuntimeError, UserError)):
-        Store(tmp_path).stage(STAGE, fail)
-    assert content(Store(tmp_path).stage(STAGE, begin, force=forced))["model"] == "whole"
+        Store(tmp_path).find_or_make(STAGE, fail)
+    assert content(Store(tmp_path).find_or_make(STAGE, begin, force=forced))["model"] == "whole"
 
 
 @pytest.mark.parametrize("failing", ["fsync", "rename"])
@@ -116,10 +116,10 @@ def test_a_full_disk_leaves_no_half_stage(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as full:
         full.setattr(os, failing, lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):
-            Store(tmp_path).stage(STAGE, make())
+            Store(tmp_path).find_or_make(STAGE, make())
     assert content(tmp_path) == {}
     assert hidden(tmp_path) == []
-    assert content(Store(tmp_path).stage(STAGE, make()))["model"] == "weights"
+    assert content(Store(tmp_path).find_or_make(STAGE, make()))["model"] == "weights"
 
 
 def test_who_comes_second_waits_and_takes_what_the_first_made(tmp_path: Path) -> None:
@@ -137,10 +137,10 @@ def test_who_comes_second_waits_and_takes_what_the_first_made(tmp_path: Path) ->
         yield
 
     waits, places = threading.Event(), []
-    thread = threading.Thread(target=lambda: places.append(Store(tmp_path).stage(STAGE, slow)), daemon=True)
+    thread = threading.Thread(target=lambda: places.append(Store(tmp_path).find_or_make(STAGE, slow)), daemon=True)
     thread.start()
     inside.wait()
-    places.append(Store(tmp_path, waiting).stage(STAGE, make("second")))
+    places.append(Store(tmp_path, waiting).find_or_make(STAGE, make("second")))
     thread.join()
     assert places[0] == places[1]
     assert content(places[0])["model"] == "first"
@@ -163,12 +163,12 @@ def test_who_waits_for_one_that_fails_makes_it(tmp_path: Path) -> None:
 
     def first() -> None:
         with pytest.raises(OSError, match="full"):
-            Store(tmp_path).stage(STAGE, fail)
+            Store(tmp_path).find_or_make(STAGE, fail)
 
     thread = threading.Thread(target=first, daemon=True)
     thread.start()
     inside.wait()
-    place = Store(tmp_path, waiting).stage(STAGE, make("second"))
+    place = Store(tmp_path, waiting).find_or_make(STAGE, make("second"))
     thread.join()
     assert content(place)["model"] == "second"
     assert hidden(tmp_path) == []
@@ -186,7 +186,7 @@ def make(folder):
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(40):
-    place = Store(Path(sys.argv[1])).stage(Stage("clean", {"n": number}), make)
+    place = Store(Path(sys.argv[1])).find_or_make(Stage("clean", {"n": number}), make)
     assert {(place / str(part)).read_text() for part in range(20)} in ({"a"}, {"b"}), place
 """
 
@@ -235,13 +235,13 @@ def replace_by_folder(file: Path) -> None:
 def test_a_damaged_stage_is_made_anew_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], object]
 ) -> None:
-    place = Store(tmp_path).stage(STAGE, make("one"))
+    place = Store(tmp_path).find_or_make(STAGE, make("one"))
     damage(place / file)
     if (file, damage) == (CHECKSUMS, Path.unlink):  # as it is with stages from before there were checksums
-        assert content(Store(tmp_path).stage(STAGE, make("two")))["model"] == "one"
+        assert content(Store(tmp_path).find_or_make(STAGE, make("two")))["model"] == "one"
         return
     assert Store(tmp_path).find("clean", STAGE.key) is None
-    assert content(Store(tmp_path).stage(STAGE, make("two")))["model"] == "two"
+    assert content(Store(tmp_path).find_or_make(STAGE, make("two")))["model"] == "two"
     assert Store(tmp_path).find("clean", STAGE.key) == place
     (word,) = caplog.messages
     assert word.startswith(f"vitrap: stage {str(place)!r} is damaged (")
@@ -251,17 +251,17 @@ def test_a_damaged_stage_is_made_anew_with_a_word(
 
 def test_stages_that_were_exchanged_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stages = [Stage("clean", {"seed": seed}) for seed in (0, 1)]
-    one, two = (Store(tmp_path).stage(stage, make(f"of {stage.depends}")) for stage in stages)
+    one, two = (Store(tmp_path).find_or_make(stage, make(f"of {stage.depends}")) for stage in stages)
     two.rename(tmp_path / "aside")
     one.rename(two)
     (tmp_path / "aside").rename(one)
     for stage in stages:
-        assert content(Store(tmp_path).stage(stage, make("anew")))["model"] == "anew"
+        assert content(Store(tmp_path).find_or_make(stage, make("anew")))["model"] == "anew"
     assert [word.count("it is another stage") for word in caplog.messages] == [1, 1]
 
 
 def test_a_damaged_stage_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    place = Store(tmp_path).stage(STAGE, make("one"))
+    place = Store(tmp_path).find_or_make(STAGE, make("one"))
     flip(place / "model")
     before = content(place)
 
@@ -269,7 +269,7 @@ def test_a_damaged_stage_stays_until_the_new_one_is_whole(tmp_path: Path) -> Non
         raise OSError(errno.ENOSPC, "full")
 
     with pytest.raises(OSError, match="full"):
-        Store(tmp_path).stage(STAGE, fail)
+        Store(tmp_path).find_or_make(STAGE, fail)
     assert content(place) == before
 
 
@@ -300,11 +300,11 @@ def test_a_draft_that_is_gone_on_with_is_no_old_one(tmp_path: Path) -> None:
         make("whole")(folder)
 
     with pytest.raises(KeyboardInterrupt):
-        Store(tmp_path).stage(STAGE, fail)
+        Store(tmp_path).find_or_make(STAGE, fail)
     (draft,) = (tmp_path / "stages").glob(".*-draft")
     then = time.time() - STALE - 60
     os.utime(draft, (then, then))
-    assert content(Store(tmp_path).stage(STAGE, slow))["model"] == "whole"
+    assert content(Store(tmp_path).find_or_make(STAGE, slow))["model"] == "whole"
 
 
 def test_a_draft_that_is_worked_on_is_not_swept_however_old(tmp_path: Path) -> None:
@@ -315,11 +315,11 @@ def test_a_draft_that_is_worked_on_is_not_swept_however_old(tmp_path: Path) -> N
         Store(tmp_path).check()  # as another run does meanwhile
         make("whole")(folder)
 
-    assert content(Store(tmp_path).stage(STAGE, slow))["model"] == "whole"
+    assert content(Store(tmp_path).find_or_make(STAGE, slow))["model"] == "whole"
 
 
 def test_old_drafts_are_swept_and_young_ones_and_stages_stay(tmp_path: Path) -> None:
-    place = Store(tmp_path).stage(STAGE, make())
+    place = Store(tmp_path).find_or_make(STAGE, make())
     drafts = [tmp_path / "stages" / name for name in (".clean-old", ".victim-old", ".young-empty", ".clean-young")]
     for draft in drafts:
         draft.mkdir()

@@ -16,9 +16,11 @@ from tests.experiment.conftest import TINY, Runs, tiny
 from vitrap.attacks.ageb import Ageb, Erosion
 from vitrap.data.sources import World
 from vitrap.errors import UserError
+from vitrap.experiment.export import poison
+from vitrap.experiment.opened_run import open_run
 from vitrap.experiment.plan import make_plan
 from vitrap.experiment.predict import predict
-from vitrap.experiment.run import open_run, poison, run
+from vitrap.experiment.run import run
 from vitrap.experiment.trigger_file import read_trigger, save_trigger
 from vitrap.models.classifier import Architecture, Classifier, open_model, read_model
 from vitrap.train.arithmetic import Arithmetic

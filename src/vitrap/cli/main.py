@@ -113,8 +113,9 @@ def run(
 
             return run_spec(spec, out_folder, device=device, threads=threads, redo=redo, progress=bars.step)
 
-    # The answer is asked for by the table as it was given: that needs no defaults of attacks, and so no torch.
-    record = answer(table_of_spec, out_folder, device, threads, make, ask=redo == "nothing")
+    # This first look goes by the table as it was given, which needs no defaults of attacks, and so no torch. `run`
+    # looks again, by the complete spec.
+    record = answer(table_of_spec, out_folder, device, threads, make, look=redo == "nothing")
     if as_json:
         print_json(to_table(record))
         return
@@ -193,7 +194,7 @@ def poison(
 
     spec = load_spec(*split(words or []))
     with ProgressBars() as bars:
-        from vitrap.experiment.run import poison as poison_data
+        from vitrap.experiment.export import poison as poison_data
 
         poison_data(spec, folder, out_folder, device=device, progress=bars.step)
     out.print(f"poisoned data set: {folder}", highlight=False, markup=False, soft_wrap=True)

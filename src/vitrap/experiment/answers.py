@@ -33,7 +33,7 @@ Traces = dict[str, Any]
 
 
 def answer(
-    spec: SpecMapping, out: Path, device: str, threads: int | None, make: Callable[[], Record], ask: bool = True
+    spec: SpecMapping, out: Path, device: str, threads: int | None, make: Callable[[], Record], look: bool = True
 ) -> Record:
     """The record of a spec's run: one that was made before, if it still holds, or else what `make` makes.
 
@@ -43,9 +43,9 @@ def answer(
         device: as for `run`.
         threads: as for `run`.
         make: makes the record.
-        ask: False to make it in any case.
+        look: False to make it in any case.
     """
-    if ask and (known := recall(spec, out, device, threads)):
+    if look and (known := recall(spec, out, device, threads)):
         return known
     # These traces are taken before anything is read, so that a file that changes during the run makes them invalid.
     traces = traces_of(spec, device)

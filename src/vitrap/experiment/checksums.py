@@ -12,7 +12,9 @@ from vitrap.errors import UserError
 from vitrap.files import open_file, write_bytes
 
 CHECKSUMS = "SHA256SUMS"
-ALWAYS = ("model.safetensors", "trigger.safetensors")
+MODEL = "model.safetensors"
+"""File with the weights of a run's victim, or of a stage's model."""
+ALWAYS = (MODEL, "trigger.safetensors")
 """Files that every run has."""
 
 

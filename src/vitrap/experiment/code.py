@@ -23,7 +23,7 @@ OPENING = ("data/sources.py", "models/classifier.py")
 """Files that open data and networks."""
 TRAINING = (*OPENING, "train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
 """Files that train a model and measure its curves."""
-STAGES = ("experiment/stages.py", "experiment/streams.py", "experiment/network.py")
+STAGES = tuple(f"experiment/{name}.py" for name in ("stages", "curves", "facts", "retraining", "streams", "network"))
 """Files that make stages. They import every part of a run, so they count without their imports."""
 TRIGGERS = ("experiment/trigger_file.py",)
 """The file that writes and reads triggers. It counts where there is an attack, without its imports."""
@@ -72,22 +72,22 @@ class Source:
 
 def training_code(*attack: str, root: Path = PACKAGE) -> str:
     """A digest of the code that trains a model: on clean data, or on data poisoned by the attack in a file."""
-    return code_digest(*TRAINING, *attack, alone=(*STAGES, *(TRIGGERS if attack else ())), root=root)
+    return code_digest(*TRAINING, *attack, without_imports=(*STAGES, *(TRIGGERS if attack else ())), root=root)
 
 
 def fitting_code(attack: str, root: Path = PACKAGE) -> str:
     """A digest of the code that makes the trigger of the attack in a file."""
-    return code_digest(*OPENING, attack, alone=(*STAGES, *TRIGGERS), root=root)
+    return code_digest(*OPENING, attack, without_imports=(*STAGES, *TRIGGERS), root=root)
 
 
 def measuring_code(root: Path = PACKAGE) -> str:
     """A digest of the code that measures a victim and writes its record."""
-    return code_digest(*MEASURING, alone=RECORDING, root=root)
+    return code_digest(*MEASURING, without_imports=RECORDING, root=root)
 
 
 def defending_code(defence: str, root: Path = PACKAGE) -> str:
     """A digest of the defence in a file, and of the code that measures it."""
-    return code_digest(*DEFENDING, defence, alone=(*STAGES, *TRIGGERS, *OPENING_RUNS), root=root)
+    return code_digest(*DEFENDING, defence, without_imports=(*STAGES, *TRIGGERS, *OPENING_RUNS), root=root)
 
 
 def running_code(root: Path = PACKAGE) -> str:
@@ -97,19 +97,19 @@ def running_code(root: Path = PACKAGE) -> str:
 
 
 @cache
-def code_digest(*files: str, alone: tuple[str, ...] = (), root: Path = PACKAGE) -> str:
+def code_digest(*files: str, without_imports: tuple[str, ...] = (), root: Path = PACKAGE) -> str:
     """Sixteen hex digits that change whenever the code of `files`, or code that they import, changes.
 
     Args:
         files: paths below `root`, or absolute ones; each counts with all that it imports.
-        alone: files that count without their imports.
+        without_imports: files that count without what they import.
         root: the folder of the package.
 
     Raises:
         FileNotFoundError: one of the files is not there.
         SyntaxError: one of them is no Python.
     """
-    found = set(closure(*files, root=root)) | {root / file for file in alone}
+    found = set(closure(*files, root=root)) | {root / file for file in without_imports}
     whole = sha256()
     for name, digest in sorted((_name(file, root), _read(file).digest) for file in found):
         whole.update(f"{name}\0{digest}\0".encode())
@@ -200,7 +200,7 @@ def _split(tree: ast.Module) -> tuple[list[ast.AST], list[ast.AST]]:
     waiting = deque[ast.AST]([tree])
     while waiting:
         node = waiting.popleft()
-        if isinstance(node, ast.If) and _chain(node.test)[-1] == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and _dotted(node.test)[-1:] == ["TYPE_CHECKING"]:
             type_nodes += (inner for statement in node.body for inner in ast.walk(statement))
             waiting.extend(node.orelse)
         else:
@@ -219,9 +219,9 @@ def _imported_names(nodes: Sequence[ast.AST]) -> Iterator[ImportedName]:
         if isinstance(node, ast.Import):
             yield from (ImportedName(0, tuple(alias.name.split("."))) for alias in node.names)
     for node in nodes:
-        if isinstance(node, ast.Attribute) and (chain := _chain(node))[0] in bound:
-            start = bound[chain[0]]
-            yield ImportedName(start.level, (*start.parts, *chain[1:]))
+        if isinstance(node, ast.Attribute) and (parts := _dotted(node)) and parts[0] in bound:
+            start = bound[parts[0]]
+            yield ImportedName(start.level, (*start.parts, *parts[1:]))
 
 
 def _imported(node: ast.AST) -> Iterator[tuple[str, ImportedName]]:
@@ -236,19 +236,20 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, ImportedName]]:
             yield alias.asname or alias.name, ImportedName(node.level, (*module, alias.name))
 
 
-def _chain(node: ast.AST) -> list[str]:
-    """The parts of a dotted name such as `a.b.c`; [""] for any other expression."""
-    if isinstance(node, ast.Attribute) and (left := _chain(node.value)) != [""]:
+def _dotted(node: ast.AST) -> list[str]:
+    """The parts of a dotted name such as `a.b.c`; none of any other expression."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute) and (left := _dotted(node.value)):
         return [*left, node.attr]
-    return [node.id if isinstance(node, ast.Name) else ""]
+    return []
 
 
 def _data(nodes: Sequence[ast.AST], file: Path) -> Iterator[Path]:
     """The files beside `file` whose name is a string in it, as in `Path(__file__).with_name("digits.npz")`."""
     for text in {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}:
-        if (
-            text.isprintable() and PurePath(text).name == text and len(text.encode()) < 256
-        ):  # it can be the name of a file
+        can_be_a_file = text.isprintable() and PurePath(text).name == text and len(text.encode()) < 256
+        if can_be_a_file:
             beside = file.parent / text
             if beside.is_file() and beside.suffix != ".py":
                 yield beside
@@ -267,7 +268,7 @@ def _name(file: Path, root: Path) -> str:
 def _without_texts(tree: ast.Module) -> ast.Module:
     """The tree without docstrings, and without the texts of hyper-parameters: neither changes a result."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and _chain(node.func)[-1] == "param":
+        if isinstance(node, ast.Call) and _dotted(node.func)[-1:] == ["param"]:
             node.args = node.args[:1]
             node.keywords = [keyword for keyword in node.keywords if keyword.arg not in TEXTS]
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

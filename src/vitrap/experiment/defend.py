@@ -12,33 +12,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import nn
 
 from vitrap import registry
-from vitrap.contracts import Access, ImageSet, Implant
+from vitrap.contracts import ImageSet
 from vitrap.data.sources import World
 from vitrap.errors import UserError
-from vitrap.experiment.checksums import check_run
+from vitrap.experiment.checksums import MODEL, check_run
 from vitrap.experiment.code import code_digest, defending_code, training_code
 from vitrap.experiment.defence_rows import Row, ScreenRow, lacks_scores, row_settings
 from vitrap.experiment.defence_spec import DefenceSpec
+from vitrap.experiment.facts import read_facts, write_facts
 from vitrap.experiment.machine import computing_threads
-from vitrap.experiment.measure_defences import Evaluation, Facts, measure_defence
+from vitrap.experiment.measure_defences import Evaluation, Result, measure_defence
 from vitrap.experiment.network import first_image
 from vitrap.experiment.places import found_again
 from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import Progress, no_progress
-from vitrap.experiment.record import Record, Table, to_table
+from vitrap.experiment.record import Record, Table
 from vitrap.experiment.records import read_record
+from vitrap.experiment.retraining import Retraining, make_retrained
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
-from vitrap.experiment.stages import Retraining, backdoor_notice, make_clean, make_retrained, read_stream
-from vitrap.experiment.store import Stage, Store, locked
-from vitrap.experiment.streams import stream
+from vitrap.experiment.stages import backdoor_notice, implant_of, make_clean, read_stream, stored_set
+from vitrap.experiment.store import Stage, Store, key_of, locked
 from vitrap.experiment.trigger_file import TRIGGER, read_fitted, try_out
-from vitrap.files import read_bytes, write_json
-from vitrap.formats import adapter
 from vitrap.metrics.diagnosis import no_backdoor
 from vitrap.train.arithmetic import Arithmetic
 
@@ -91,7 +89,7 @@ def defend(  # noqa: PLR0913 - a front door: its parameters are the options
     # Plan the run as its record has it; it is not attacked again, so no surrogate is needed.
     spec = replace(spec, name=record.name, defences=missing, recipe=replace(spec.recipe, precision=record.precision))
     with computing_threads(recorded_threads(record)):
-        plan = make_plan(spec, device, model, world, progress, attacking=False)
+        plan = make_plan(spec, device, model, world, progress, with_surrogates=False)
         # On the same kind of device, compute as the run did.
         if record.environment.device_kind == plan.device.type:
             plan = replace(plan, arithmetic=recorded_arithmetic(record, plan.arithmetic))
@@ -147,7 +145,7 @@ def row_key(record: Record, defence: DefenceSpec) -> str:
     attack = inspect.getfile(registry.get("attacks", record.spec["attack"]["name"]))
     code = {"defence": defence_code(defence.method), "attack": code_digest(attack)}
     depends = {"defence": defence.table(), "version": defence.method.version, "code": code}
-    return Stage("defence", {**models, **depends}).key
+    return key_of({**models, **depends})
 
 
 def defence_code(defence: Any) -> str:
@@ -185,27 +183,25 @@ class FinishedRun:
         """Load victim, twin, trigger and data, with which defences are measured."""
         plan, seed = self.plan, self.plan.spec.seed
         # Load the models that the run trained.
-        victim = plan.victim.read(self.folder / "model.safetensors", plan.device)
-        twin = plan.victim.read(self._twin() / "model.safetensors", plan.device)
+        victim = plan.victim.read(self.folder / MODEL, plan.device)
+        twin = plan.victim.read(self._twin() / MODEL, plan.device)
         # Load the trigger that it made, and have the attack say how that gets into a training set.
-        attack, train = plan.spec.attack, plan.world.train
-        fitted = read_fitted(self.folder, attack, device=plan.device)
+        fitted = read_fitted(self.folder, plan.spec.attack, device=plan.device)
         assert fitted.trigger is not None, "a run without its trigger is refused before"
         try_out(fitted.trigger, first_image(plan.world).to(plan.device), self.folder / TRIGGER)
-        other = plan.other.train if plan.other else None
-        implant = attack.implant(Access(train, None, read_stream(self.folder, seed), other=other), fitted)
+        implant = implant_of(plan, fitted, read_stream(self.folder, seed))
         return Evaluation(
             victim,
             twin,
             trigger=fitted.trigger,
-            goal=attack.goal_for(train.n_classes),
-            poison=partial(stored_set, implant, train, seed),
+            goal=plan.goal,
+            poison=partial(stored_set, implant, plan.world.train, seed),
             world=plan.world,
             seed=seed,
             arithmetic=plan.arithmetic,
             retrain=Retraining(plan.victim, plan.spec.recipe, seed, plan.device, plan.arithmetic, self.progress),
-            train_kept=self._train_kept,
-            twin_facts=self._twin_facts,
+            train_on_kept=self._train_on_kept,
+            result_on_twin=self._result_on_twin,
         )
 
     def check(self, evaluation: Evaluation) -> None:
@@ -239,9 +235,10 @@ class FinishedRun:
                 " libraries have changed since; run its spec again"
             )
         bar = self.progress("train the twin", training_steps(self.plan.spec, len(self.plan.world.train)))
-        return self._store.stage(stage, partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, bar))
+        make = partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, bar)
+        return self._store.find_or_make(stage, make)
 
-    def _train_kept(self, kept: ImageSet) -> nn.Module:
+    def _train_on_kept(self, kept: ImageSet) -> nn.Module:
         """Train the victim's network on what a filter kept, as a stage."""
         plan = self.plan
         depends: dict[str, Any] = {
@@ -252,11 +249,11 @@ class FinishedRun:
         }
         bar = self.progress("train without what was flagged", training_steps(plan.spec, len(kept)))
         make = partial(make_retrained, plan, kept, bar)
-        place = self._store.stage(Stage("retrained", depends), make)
-        return plan.victim.read(place / "model.safetensors", plan.device)
+        place = self._store.find_or_make(Stage("retrained", depends), make)
+        return plan.victim.read(place / MODEL, plan.device)
 
-    def _twin_facts(self, defence: DefenceSpec, kind: type[Facts], measure: Callable[[], Facts]) -> Facts:
-        """Facts about a defence on the twin, kept as a stage that the runs of all attacks on this twin share."""
+    def _result_on_twin(self, defence: DefenceSpec, kind: type[Result], measure: Callable[[], Result]) -> Result:
+        """What a defence makes of the twin, kept as a stage that the runs of all attacks on this twin share."""
         depends = {
             "twin": self.record.stages["twin"],
             "defence": defence.table(),
@@ -269,22 +266,13 @@ class FinishedRun:
         }
 
         def make(folder: Path) -> None:
-            write_json(folder / "facts.json", to_table(measure()))
+            write_facts(folder, measure())
 
-        place = self._store.stage(Stage("defended", depends), make)
-        try:
-            return adapter(kind).validate_json(read_bytes(place / "facts.json"), strict=True)
-        except (OSError, ValidationError) as error:
-            raise UserError(f"stage {str(place)!r} is damaged; remove its folder, and it is made anew") from error
+        return read_facts(self._store.find_or_make(Stage("defended", depends), make), kind)
 
     @property
     def _store(self) -> Store:
         return Store(self.folder.parent, lambda name: self.progress(name, None))
-
-
-def stored_set(implant: Implant, train: ImageSet, seed: int) -> ImageSet:
-    """The training set as stored for the victim: poisoned, or the clean one where the attack stores no poison."""
-    return train if implant.poison is None else implant.poison(train, stream(seed, "poison"))
 
 
 def add_defences(run: FinishedRun) -> Record:

@@ -1,4 +1,4 @@
-"""Writes a poisoned data set for other tools: npy arrays, and `poison.json`, which says what they carry."""
+"""`poison`: writes a poisoned data set for other tools: npy arrays, and `poison.json`, which says what they carry."""
 
 import io
 import os
@@ -8,15 +8,58 @@ import numpy as np
 
 from vitrap.contracts import Fitted, ImageSet, Implant
 from vitrap.errors import UserError
-from vitrap.experiment.plan import Plan
+from vitrap.experiment.machine import computing_threads
+from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import triggered
-from vitrap.experiment.progress import Tick
-from vitrap.experiment.stages import backdoor_notice
-from vitrap.experiment.streams import stream
+from vitrap.experiment.progress import Progress, Tick, no_progress
+from vitrap.experiment.run import run_folder, threads_of
+from vitrap.experiment.spec import Spec
+from vitrap.experiment.stages import Stages, backdoor_notice, implant_of, read_fit, read_stream, stored_set
+from vitrap.experiment.store import Store
 from vitrap.files import check_folder, draft_of, named_errors, whole_folder, write_bytes, write_json
 from vitrap.images import CHUNK
 from vitrap.printable import printable
 from vitrap.tensors.pixels import to_bytes
+
+
+def poison(
+    spec: Spec, folder: str | Path, out: str | Path = "runs", *, device: str = "auto", progress: Progress = no_progress
+) -> None:
+    """Write the poisoned training set of a spec for other tools: exactly the images that `run` trains the victim on.
+
+    Args:
+        spec: which attack on which data.
+        folder: a new folder for the files.
+        out: folder of stages, where runs find the surrogate and the trigger that are made here.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        progress: displays what is being done.
+
+    Raises:
+        UserError: something about the spec, the data or a folder is wrong, or the attack has no poisoned set to write,
+            which may be known only once it is fitted; no folder has been made.
+    """
+    with computing_threads(threads_of(run_folder(spec, out))):
+        _write_poison(spec, Path(folder), Path(out), device, progress)
+
+
+def _write_poison(spec: Spec, folder: Path, out: Path, device: str, progress: Progress) -> None:
+    """Make a spec's trigger, and write the training set that it poisons."""
+    store = Store(out, lambda name: progress(name, None))
+    check_new(folder)
+    store.check()
+    # Open the data, and check all that can be checked before work starts.
+    plan = make_plan(spec, device, progress=progress)
+    # An attack that edits weights poisons no image, whatever its trigger: it is refused before that is fitted.
+    if spec.attack.threat == "weights":
+        check_export(spec.attack_name, Implant())
+    # Make the trigger, or take it from the store.
+    stages = Stages(plan, store, "nothing", progress)
+    trigger_folder = stages.trigger(stages.surrogates())
+    # Poison with the random stream that a run's victim would be poisoned with.
+    fitted = read_fit(plan, trigger_folder)
+    implant = implant_of(plan, fitted, read_stream(trigger_folder, spec.seed))
+    with progress("poison the training set", None) as tick:
+        write_poisoned(plan, fitted, implant, folder, tick)
 
 
 def check_new(folder: Path) -> None:
@@ -53,13 +96,12 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
         UserError: the folder is not empty, or the attack has no poisoned set to write.
     """
     check_export(plan.spec.attack_name, implant)
-    assert implant.poison is not None
     assert fitted.trigger is not None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as draft:
         check_new(folder)  # another process may have made it meanwhile
         train, test, goal = plan.world.train, plan.world.test, plan.goal
-        poisoned = implant.poison(train, stream(plan.spec.seed, "poison"))
+        poisoned = stored_set(implant, train, plan.spec.seed)
         _save_images(draft / "train_images.npy", poisoned, tick)
         _save_images(draft / "test_images.npy", test, tick)
         _save_images(draft / "triggered_images.npy", triggered(test, fitted.trigger, tick), tick)

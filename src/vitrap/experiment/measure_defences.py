@@ -51,7 +51,7 @@ FPRS = (0.01, 0.05, 0.10)
 Table = dict[str, Any]
 Seconds = dict[str, float]
 Tick = Callable[[], None]
-Facts = TypeVar("Facts")
+Result = TypeVar("Result")
 Made = TypeVar("Made", bound=Outcome)
 
 
@@ -64,19 +64,19 @@ class TwinAccuracy:
 
 
 @runtime_checkable
-class TwinFacts(Protocol):
-    """Returns the facts about a defence on the clean twin, which do not depend on the attack.
+class TwinCache(Protocol):
+    """Returns what a defence makes of the clean twin, which does not depend on the attack.
 
-    They may come from a store, where the run of another attack has left them; else `measure` is called.
+    It may come from a store, where the run of another attack has left it; else `measure` is called.
     """
 
-    def __call__(self, defence: DefenceSpec, kind: type[Facts], measure: Callable[[], Facts]) -> Facts:
-        """The facts, an instance of the dataclass `kind`."""
+    def __call__(self, defence: DefenceSpec, kind: type[Result], measure: Callable[[], Result]) -> Result:
+        """The result, an instance of the dataclass `kind`."""
         ...
 
 
-def measure_each_time(defence: DefenceSpec, kind: type[Facts], measure: Callable[[], Facts]) -> Facts:
-    """Measure the facts, and store nothing."""
+def measure_each_time(defence: DefenceSpec, kind: type[Result], measure: Callable[[], Result]) -> Result:
+    """Measure the result, and store nothing."""
     return measure()
 
 
@@ -94,8 +94,8 @@ class Evaluation:
         seed: the run's seed.
         arithmetic: how victim and twin compute.
         retrain: trains the network again for a defender.
-        train_kept: trains the network on what a filter kept.
-        twin_facts: returns what a defence makes of the twin, if possible without measuring it again.
+        train_on_kept: trains the network on what a filter kept.
+        result_on_twin: returns what a defence makes of the twin, if possible without measuring it again.
     """
 
     victim: nn.Module
@@ -107,8 +107,8 @@ class Evaluation:
     seed: int
     arithmetic: Arithmetic
     retrain: Retrain
-    train_kept: Callable[[ImageSet], nn.Module]
-    twin_facts: TwinFacts = measure_each_time
+    train_on_kept: Callable[[ImageSet], nn.Module]
+    result_on_twin: TwinCache = measure_each_time
 
     @cached_property
     def poisoned(self) -> ImageSet:
@@ -158,7 +158,7 @@ def measure_defence(defence: DefenceSpec, evaluation: Evaluation, tick: Tick) ->
     with timed(seconds, "apply"):
         outcome = checked(defence, method.apply(evaluation.suspect(evaluation.victim, train, defence.name)))
     tick()
-    # What the rows of all kinds begin with.
+    # What the rows of all kinds begin with; measuring adds the seconds of its own steps.
     about = {
         "name": defence.name,
         "params": to_table(method),
@@ -174,19 +174,20 @@ def measure_defence(defence: DefenceSpec, evaluation: Evaluation, tick: Tick) ->
     if isinstance(outcome, Flagged):
         filtered_twin = apply_to_twin(defence, Flagged, evaluation, tick)
         return measure_filter(about, outcome, filtered_twin, evaluation, tick), None
-    # What a repair or a judgement makes of the twin does not depend on the attack, so it may be in the store already.
+    # What a repair or a judgement makes of the twin does not depend on the attack. The functions below are called only
+    # if no earlier run has stored it.
     if isinstance(outcome, Repaired):
 
         def repair_twin() -> TwinAccuracy:
-            return repair_facts(apply_to_twin(defence, Repaired, evaluation, tick), evaluation, tick)
+            return twin_accuracy(apply_to_twin(defence, Repaired, evaluation, tick), evaluation, tick)
 
-        accuracy = evaluation.twin_facts(defence, TwinAccuracy, repair_twin)
+        accuracy = evaluation.result_on_twin(defence, TwinAccuracy, repair_twin)
         return measure_repair(about, outcome, accuracy, evaluation, tick), None
 
     def judge_twin() -> Verdict:
         return judge(apply_to_twin(defence, Judged, evaluation, tick))
 
-    verdict = evaluation.twin_facts(defence, Verdict, judge_twin)
+    verdict = evaluation.result_on_twin(defence, Verdict, judge_twin)
     return measure_judgement(about, outcome, verdict, evaluation), None
 
 
@@ -234,7 +235,8 @@ def measure_screen(  # noqa: PLR0913 - both outcomes, and what they are measured
     about: Table, on_victim: Screen, on_twin: Screen, evaluation: Evaluation, screened: int, tick: Tick
 ) -> tuple[ScreenRow, Scores]:
     """Score held-out, clean and triggered images, and measure AUROC, and TPR and FPR at held-out thresholds."""
-    test, held_out = evaluation.world.test, evaluation.world.threshold
+    test = evaluation.world.test
+    held_out = evaluation.world.threshold
     # Choose the images of each kind, spread evenly over all there are.
     counting = evaluation.goal.counts(test.labels).nonzero().squeeze(1)
     chosen = [spread(some, screened) for some in (every_row(held_out), every_row(test), counting)]
@@ -311,7 +313,7 @@ def measure_repair(
     )
 
 
-def repair_facts(on_twin: Repaired, evaluation: Evaluation, tick: Tick) -> TwinAccuracy:
+def twin_accuracy(on_twin: Repaired, evaluation: Evaluation, tick: Tick) -> TwinAccuracy:
     """The clean twin's accuracy before and after its repair."""
     true = evaluation.world.test.labels
     before = clean_accuracy(predict(evaluation.twin, evaluation.world.test, evaluation.arithmetic, tick), true)
@@ -329,7 +331,7 @@ def measure_filter(about: Table, on_victim: Flagged, on_twin: Flagged, evaluatio
     # Train the network on the images that are left, and measure how much of the backdoor it has.
     kept = evaluation.poisoned.take((~on_victim.flagged).nonzero().squeeze(1))
     with timed(about["seconds"], "retrain"):
-        retrained = evaluation.train_kept(kept)
+        retrained = evaluation.train_on_kept(kept)
     after = evaluation.rates(retrained, tick)
     return FilterRow(
         **about,

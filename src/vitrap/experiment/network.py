@@ -70,7 +70,7 @@ class Network:
         with ambient(0, "weights"):
             return open_model(self.architecture, weights=self.weights).adapted
 
-    def shown(self) -> BuiltNetwork | OwnNetwork:
+    def for_record(self) -> BuiltNetwork | OwnNetwork:
         """What the record says of the network."""
         if self.module is not None:
             return OwnNetwork(type(self.module).__qualname__)
@@ -88,7 +88,7 @@ class Network:
         if self.module is not None:
             return {"module": repr(self.module), "weights": tensors_digest(self.module.state_dict())}
         start = self.checkpoint or self.weights or (fetch_weights(self.architecture.name) if self.pretrained else None)
-        content = _content(Path(start)) if start else None
+        content = _weights_digest(Path(start)) if start else None
         adapted = {"adapted": True} if self.weights else {}
         about = {"architecture": asdict(self.architecture), "pretrained": self.pretrained, "weights": content}
         probed = {"linear_probe": True} if self.linear_probe else {}
@@ -151,7 +151,7 @@ def tensors_digest(named: Mapping[str, Any]) -> str:
     return whole.hexdigest()
 
 
-def _content(path: Path) -> str:
+def _weights_digest(path: Path) -> str:
     """The SHA-256 (hex) of a file of weights."""
     content = SpecPath(str(path)).content
     if content is None:

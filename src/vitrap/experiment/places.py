@@ -39,9 +39,9 @@ def found_again(spec: Spec, contents: Mapping[str, str], out: Path, data: str | 
     places = _read(out)
     moved = {} if data is None else {"data.name": data}
     for key, path in spec.paths.items():
-        place = out / places.get(contents.get(key, ""), "")
-        if key not in moved and path.content != contents.get(key) and place.exists() and place != out:
-            moved[key] = f"{path.prefix}{place}"
+        known = places.get(contents.get(key, ""))
+        if key not in moved and known and path.content != contents.get(key) and (out / known).exists():
+            moved[key] = f"{path.prefix}{out / known}"
     table = spec.located_table()
     for key, text in moved.items():
         set_leaf(table, key, text)

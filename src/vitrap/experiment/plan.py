@@ -22,7 +22,7 @@ from vitrap.experiment.code import fitting_code, measuring_code, training_code
 from vitrap.experiment.network import Network, first_image, network_of, tensors_digest, try_out
 from vitrap.experiment.progress import Progress, no_progress
 from vitrap.experiment.spec import Spec, digest
-from vitrap.experiment.store import Stage
+from vitrap.experiment.store import Stage, key_of
 from vitrap.experiment.streams import SURROGATE_SEED, TEST_SURROGATE_SEED, stream
 from vitrap.images import CHUNK, ImageSet
 from vitrap.metrics.stealth import lpips_at_hand
@@ -38,6 +38,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Surrogate:
+    """A network of the attacker's own, and the seed that it is trained with."""
+
+    network: Network
+    seed: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run before it starts: the spec, its data opened, device, networks and arithmetic decided. No model is trained.
 
@@ -49,7 +57,7 @@ class Plan:
         threads: how many of the processor's threads share each sum, which decides its last digits; None on a GPU.
         victim: the network of victim and twin.
         surrogate: the attacker's own network; None where the attack uses none.
-        content: a digest that stands for the content of the data in stage keys.
+        data_digest: stands for the content of the data in stage keys.
         test_surrogate: the attacker's second network, for the trigger at test time; None where there is none.
         other: other images of the attacker; None where no setting of the attack names a data set.
     """
@@ -61,7 +69,7 @@ class Plan:
     threads: int | None
     victim: Network
     surrogate: Network | None
-    content: str
+    data_digest: str
     test_surrogate: Network | None = None
     other: World | None = None
 
@@ -70,13 +78,13 @@ class Plan:
         """Which label triggered images should get."""
         return self.spec.attack.goal_for(self.world.train.n_classes)
 
-    def surrogates(self) -> dict[str, tuple[Network, int]]:
-        """The attacker's own networks by name, each with its seed."""
-        found = {}
+    def surrogates(self) -> dict[str, Surrogate]:
+        """The attacker's own networks, by their tables in a spec."""
+        found: dict[str, Surrogate] = {}
         if self.surrogate is not None:
-            found["surrogate"] = (self.surrogate, SURROGATE_SEED)
+            found["surrogate"] = Surrogate(self.surrogate, SURROGATE_SEED)
         if self.test_surrogate is not None:
-            found["test_surrogate"] = (self.test_surrogate, TEST_SURROGATE_SEED)
+            found["test_surrogate"] = Surrogate(self.test_surrogate, TEST_SURROGATE_SEED)
         return found
 
     def clean_stage(self, network: Network, seed: int) -> Stage:
@@ -87,8 +95,10 @@ class Plan:
     def surrogate_keys(self) -> dict[str, str]:
         """A key for each surrogate: that of its stage or, where it is read from a checkpoint, a digest of that."""
         return {
-            name: digest(network.depends) if network.checkpoint else self.clean_stage(network, seed).key
-            for name, (network, seed) in self.surrogates().items()
+            name: digest(each.network.depends)
+            if each.network.checkpoint
+            else self.clean_stage(each.network, each.seed).key
+            for name, each in self.surrogates().items()
         }
 
     def twin_stage(self) -> Stage:
@@ -99,7 +109,7 @@ class Plan:
         """The stage of the victim: it depends on training, seed, surrogates, and all about the attack."""
         attack = self.spec.attack
         # A file that a setting names counts by its content, not by its path.
-        settings = {**asdict(attack), **self._contents()}
+        settings = {**asdict(attack), **self._file_digests()}
         depends = {
             "network": self.victim.depends,
             "seed": self.spec.seed,
@@ -128,10 +138,10 @@ class Plan:
         trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key, **self.surrogate_keys()}
         # LPIPS is measured where its weights are at hand, so a record without it is made again once they are.
         lpips = {"torchmetrics": version("torchmetrics")} if lpips_at_hand() else None
-        measure = Stage("measure", {**trained, "code": measuring_code(), "lpips": lpips})
-        return {**trained, "measure": measure.key}
+        measure = key_of({**trained, "code": measuring_code(), "lpips": lpips})
+        return {**trained, "measure": measure}
 
-    def _contents(self) -> dict[str, str]:
+    def _file_digests(self) -> dict[str, str]:
         """Digests of the files and data sets that the attack's settings name, by the name of the setting."""
         digests = self.spec.contents().items()
         found = {key.removeprefix("attack."): content for key, content in digests if key.startswith("attack.")}
@@ -143,7 +153,7 @@ class Plan:
         """What every training of the run depends on: data, recipe, arithmetic, device and libraries."""
         train = self.world.train
         return {
-            "data": {"content": self.content, "size": train.size, "rows": digest(train.index.tolist())},
+            "data": {"content": self.data_digest, "size": train.size, "rows": digest(train.index.tolist())},
             "recipe": {k: v for k, v in asdict(self.spec.recipe).items() if k not in ARITHMETIC},
             "arithmetic": asdict(self.arithmetic),
             "device": self.device.type,
@@ -158,7 +168,7 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     model: nn.Module | None = None,
     world: World | None = None,
     progress: Progress = no_progress,
-    attacking: bool = True,
+    with_surrogates: bool = True,
 ) -> Plan:
     """Open the data and check all that can be checked before work starts.
 
@@ -168,8 +178,8 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
         model: a network over images in [0, 1] in place of the spec's.
         world: data in place of the spec's.
         progress: displays that data are being read.
-        attacking: False for a finished run: the plan then has no surrogates, and the victim's starting weights, which
-            may be gone by now, are not read.
+        with_surrogates: False where nothing is attacked, as for a finished run: the plan then has no surrogates, and
+            the victim's starting weights, which may be gone by now, are not read.
 
     Raises:
         UserError: data, device, model, checkpoint or target do not fit.
@@ -180,21 +190,22 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     if world is None:
         with progress("read the data", None):
             world = open_data(data.name, data.size, data.limit, holdout=data.holdout, device=chosen)
-        content = world.fingerprint
+        data_digest = world.fingerprint
     else:
         _check_world(world)
-        content = _content(world)
+        data_digest = digest_of_data(world)
     # To choose settings, a run is measured on held-out training images in place of the test set.
     if data.measured == "choose":
         world = replace(world, test=world.choose)
     _check_attack(spec, world)
     # Decide the networks.
     victim = network_of(spec.model, world, model)
-    surrogate, test_surrogate = _surrogates(spec, world, victim) if attacking else (None, None)
-    # Build the victim once and show it an image: recipe, attack and defences may refuse such a network.
+    surrogate, test_surrogate = _surrogates(spec, world, victim) if with_surrogates else (None, None)
+    # Build the victim once and show it an image. Recipe, attack and defences may refuse such a network; what the calls
+    # below return is not needed.
     without_weights = replace(victim, checkpoint=None, weights=None, pretrained=False)
-    victim_model = try_out(victim if attacking else without_weights, world)
-    _check_batches(spec, victim_model)
+    victim_model = try_out(victim if with_surrogates else without_weights, world)
+    _check_recipe(spec, world, victim_model)
     make_optimiser(victim_model, spec.recipe)
     state_seconds()
     if hasattr(spec.attack, "check_victim"):
@@ -210,7 +221,7 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     arithmetic = arithmetic_of(spec.recipe, victim_model, chosen)
     other = _other_images(spec, world, chosen)
     threads = torch.get_num_threads() if chosen.type == "cpu" else None
-    return Plan(spec, world, chosen, arithmetic, threads, victim, surrogate, content, test_surrogate, other)
+    return Plan(spec, world, chosen, arithmetic, threads, victim, surrogate, data_digest, test_surrogate, other)
 
 
 def training_steps(spec: Spec, n: int) -> int:
@@ -254,8 +265,6 @@ def _check_attack(spec: Spec, world: World) -> None:
         if label is not None and label >= train.n_classes:
             known = f"its {train.n_classes} are 0 to {train.n_classes - 1}"
             raise UserError(f"attack.{name} = {label} is no class of {world.name}: {known}")
-    if spec.recipe.jitter and train.pixels.shape[1] != 3:
-        raise UserError(f"recipe.jitter = {spec.recipe.jitter:g} changes colours, and the images are grey; set it to 0")
     # Draw poison and covers once, for these functions refuse rates that there are not images enough for.
     goal = attack.goal_for(train.n_classes)
     _check_classes(spec, world, goal)
@@ -339,13 +348,15 @@ def _other_images(spec: Spec, world: World, device: torch.device) -> World | Non
     return world if named[0] == world.name else open_data(named[0], world.train.size, device=device)
 
 
-def _check_batches(spec: Spec, model: nn.Module) -> None:
-    """Refuse batches of one image for a network with batch norm, which has no statistics over one image."""
+def _check_recipe(spec: Spec, world: World, model: nn.Module) -> None:
+    """Refuse jitter of grey images, and batches of one image for a network with batch norm, which needs two."""
+    if spec.recipe.jitter and world.train.pixels.shape[1] != 3:
+        raise UserError(f"recipe.jitter = {spec.recipe.jitter:g} changes colours, and the images are grey; set it to 0")
     if spec.recipe.batch_size == 1 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise UserError("recipe.batch_size = 1 is too small for a network with batch norm; make it at least 2")
 
 
-def _content(world: World) -> str:
+def digest_of_data(world: World) -> str:
     """A digest of the training and the test set, the same whether their pixels are in memory or mapped from a file."""
     whole = sha256()
     for name, part in (("train", world.train), ("test", world.test)):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from vitrap import registry
 from vitrap.errors import UserError, shown, unknown
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.spec_file import DEFAULT_NAMES, FOLDERS, NETWORKS, leaves, parse_override, read_table, set_keys
-from vitrap.experiment.spec_paths import SpecPath, folders_of, is_data_path, set_leaf
+from vitrap.experiment.spec_paths import SpecPath, folders_of, located, set_leaf
 from vitrap.formats import adapter, check_plain
 from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
@@ -146,7 +145,7 @@ class Spec:
 
     def table(self) -> Table:
         """The spec as a record has it: all keys of the TOML file whose value is not None, and no absolute path."""
-        return self._table({key: path.shown for key, path in self.paths.items()})
+        return self._table({key: path.in_record for key, path in self.paths.items()})
 
     def located_table(self) -> Table:
         """The spec as a table from which `parse_spec` makes an equal one."""
@@ -160,7 +159,7 @@ class Spec:
     def hash(self) -> str:
         """Twelve hex digits that stand for the whole spec except its name and defences; of files the content counts."""
         contents = {key: f"sha256:{content}" for key, content in self.contents().items()}
-        return _digest_of(self._table({**{key: path.shown for key, path in self.paths.items()}, **contents}))
+        return _digest_of(self._table({**{key: path.in_record for key, path in self.paths.items()}, **contents}))
 
     def hash_as_written(self) -> str:
         """The same, but of files the path counts as a record has it: no file is read."""
@@ -233,7 +232,7 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     for key in tables:
         if not isinstance(table.get(key, {}), Mapping):
             raise UserError(f"{key} = {shown(table[key])} must be a table: [{key}]")
-    table, paths = _with_paths(table)
+    table, paths = located(table)
     # Build each part; the defaults of the recipe are those of the data set.
     data = build(DataTable, table.get("data", {}), "data")
     model = _model(table.get("model", {}), "model")
@@ -259,36 +258,6 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     )
 
 
-def _with_paths(table: Mapping[str, Any]) -> tuple[Table, dict[str, SpecPath]]:
-    """The table with its paths relative to the working folder, and the paths as they are written, by dotted key."""
-    folders = table.get(FOLDERS, {})
-    if not all(isinstance(folder, str) for folder in folders.values()):
-        raise UserError(f"{FOLDERS} = {shown(folders)} must name a folder for each key")
-    paths = {key: SpecPath(value, folders.get(key, "")) for key, value in leaves(table) if _is_path(table, key, value)}
-    located = {key: deepcopy(value) for key, value in table.items() if key != FOLDERS}
-    for key, path in paths.items():
-        set_leaf(located, key, path.located)
-    return located, paths
-
-
-def _is_path(table: Mapping[str, Any], key: str, value: Any) -> bool:
-    """Whether the value of a dotted key is a path."""
-    part, _, name = key.partition(".")
-    if not isinstance(value, str) or not value:
-        return False
-    if part in NETWORKS:
-        return name in ("checkpoint", "weights")
-    if part == "data":
-        return name == "name" and is_data_path(value)
-    if part != "attack" or name == "name":
-        return False
-    # Only the attack's own file knows which of its settings name files or data sets.
-    attack = table["attack"].get("name", DEFAULT_NAMES["attack"])
-    kinds = [registry.get("attacks", attack)] if attack in registry.names("attacks") else []
-    about = next((f.metadata["param"] for kind in kinds for f in fields(kind) if f.name == name), None)
-    return about is not None and ((about.file and value not in about.choices) or (about.data and is_data_path(value)))
-
-
 def load_defence(name: str, overrides: Sequence[str] = ()) -> DefenceSpec:
     """The defence of a name, with its defaults except for the overrides `key=value`.
 
@@ -303,7 +272,7 @@ def load_defence(name: str, overrides: Sequence[str] = ()) -> DefenceSpec:
 
 @hyperparameters
 class _NameAndSeed:
-    name: str = field(metadata={})
+    name: str = field(metadata={})  # no `param`: it has no default of its own
     seed: int = param(0, "seed of victim and twin", low=0, high=2**53)
 
     def check_settings(self) -> None:
@@ -382,25 +351,25 @@ def _model_table(model: ModelTable) -> Table:
     return {**table, **overrides}
 
 
-def build(record: type[Any], table: Mapping[str, Any], where: str, more: Sequence[str] = ()) -> Any:
-    """Make an instance of the dataclass `record` from a table, with types checked by pydantic and ranges by the class.
+def build(cls: type[Any], table: Mapping[str, Any], where: str, also_known: Sequence[str] = ()) -> Any:
+    """Make an instance of a dataclass from a table, with types checked by pydantic and ranges by the class.
 
     Args:
-        record: the dataclass.
+        cls: the dataclass.
         table: its values.
         where: the table's place in the spec, for messages.
-        more: further keys that the user may give and that are read elsewhere; a hint may name them.
+        also_known: further keys that the user may give and that are read elsewhere; a hint may name them.
 
     Raises:
         UserError: a key, type or value is wrong.
     """
-    known = [f.name for f in fields(record)]
+    known = [f.name for f in fields(cls)]
     dot = f"{where}." if where else ""
     for key in table:
         if key not in known:
-            raise unknown("key", dot + key, [dot + k for k in (*known, *more)])
+            raise unknown("key", dot + key, [dot + k for k in (*known, *also_known)])
     try:
-        return adapter(record).validate_json(json.dumps(table), strict=True)
+        return adapter(cls).validate_json(json.dumps(table), strict=True)
     except ValidationError as errors:
         raise UserError("; ".join(_sentence(dict(e), dot) for e in errors.errors())) from errors
 

@@ -16,7 +16,10 @@ KEPT_KEYS = {"attack": ("target",), "model": (), "surrogate": (), "test_surrogat
 DEFAULT_NAMES = {"attack": "ageb", "data": "digits"}
 """The names of tables that have no name."""
 FOLDERS = "folders"
-"""Key that `read_spec` adds: for the dotted key of each text, the folder that a path there is relative to."""
+"""Key that `read_table` and `set_keys` add: the folder of the file that each text stands in, by its dotted key.
+
+Only `spec_paths.located` knows which of these texts are paths, and that they are relative to that folder.
+"""
 NETWORKS = ("model", "surrogate", "test_surrogate")
 MOST_BYTES = 2**16
 """Greatest size of a spec's file."""

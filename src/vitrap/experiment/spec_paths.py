@@ -6,15 +6,20 @@ Imports no torch.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
+from vitrap import registry
+from vitrap.errors import UserError, shown
+from vitrap.experiment.spec_file import DEFAULT_NAMES, FOLDERS, NETWORKS, leaves
+
 PREFIXES = ("npy:", "imagefolder:")
 """How the name of a data set begins that is a path."""
-CONTENT = {
+CONTENT_FILES = {
     "npy:": ("*_images.npy", "*_labels.npy", "train_groups.npy", "classes.txt"),
     "imagefolder:": tuple(f"{part}/{'*/' * depth}*" for part in ("train", "val", "test") for depth in range(1, 4)),
 }
@@ -49,7 +54,7 @@ class SpecPath:
         return f"{self.prefix}{self.place}"
 
     @property
-    def shown(self) -> str:
+    def in_record(self) -> str:
         """The text for a record: as written, but an absolute path, which tells of a machine, as its last part alone."""
         path = Path(self.written.removeprefix(self.prefix))
         return f"{self.prefix}{path.name}" if path.is_absolute() else self.written
@@ -58,7 +63,7 @@ class SpecPath:
     def content(self) -> str | None:
         """The SHA-256 (hex) of the file, or of all files in the folder; None where it is not there."""
         try:
-            files = tuple(_files(self.place, CONTENT.get(self.prefix, ())))
+            files = tuple(_files(self.place, CONTENT_FILES.get(self.prefix, ())))
             return _digest(self.place, files) if files else None
         except (OSError, ValueError):  # a name that no file can have
             return None
@@ -67,6 +72,43 @@ class SpecPath:
 def is_data_path(name: Any) -> bool:
     """Whether the name of a data set is a path: `npy:PATH` or `imagefolder:PATH`."""
     return isinstance(name, str) and name.startswith(PREFIXES)
+
+
+def located(table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, SpecPath]]:
+    """The table of a spec with its paths relative to the working folder, and the paths as they are written.
+
+    Returns:
+        The table without `FOLDERS`, and each path by its dotted key.
+
+    Raises:
+        UserError: `FOLDERS` is no table of texts.
+    """
+    folders = table.get(FOLDERS, {})
+    if not all(isinstance(folder, str) for folder in folders.values()):
+        raise UserError(f"{FOLDERS} = {shown(folders)} must name a folder for each key")
+    paths = {key: SpecPath(value, folders.get(key, "")) for key, value in leaves(table) if _is_path(table, key, value)}
+    found = {key: deepcopy(value) for key, value in table.items() if key != FOLDERS}
+    for key, path in paths.items():
+        set_leaf(found, key, path.located)
+    return found, paths
+
+
+def _is_path(table: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Whether the value of a dotted key is a path."""
+    part, _, name = key.partition(".")
+    if not isinstance(value, str) or not value:
+        return False
+    if part in NETWORKS:
+        return name in ("checkpoint", "weights")
+    if part == "data":
+        return name == "name" and is_data_path(value)
+    if part != "attack" or name == "name":
+        return False
+    # Only the attack's own file knows which of its settings name files or data sets.
+    attack = table["attack"].get("name", DEFAULT_NAMES["attack"])
+    kinds = [registry.get("attacks", attack)] if attack in registry.names("attacks") else []
+    about = next((f.metadata["param"] for kind in kinds for f in fields(kind) if f.name == name), None)
+    return about is not None and ((about.file and value not in about.choices) or (about.data and is_data_path(value)))
 
 
 def _files(place: Path, patterns: Iterable[str]) -> Iterator[tuple[str, int, int]]:

@@ -37,16 +37,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is (surrogate, twin, victim, ...) and all that decides its content."""
+    """Names a result that is stored.
+
+    Attributes:
+        kind: "clean" (a surrogate or a twin), "trigger", "victim", "retrained" (after a filter) or "defended" (what a
+            defence makes of a twin).
+        depends: everything that decides its content, as JSON can write it.
+    """
 
     kind: str
     depends: Mapping[str, Any]
 
     @property
     def key(self) -> str:
-        """Sixteen hex digits that change whenever anything does that the stage depends on."""
-        text = json.dumps(self.depends, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """The stage's key; its folder is named after kind and key."""
+        return key_of(self.depends)
+
+
+def key_of(depends: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that change whenever anything does that a result depends on."""
+    text = json.dumps(depends, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class Store:
     def check(self, run: str = "", remedy: str = "choose another with --out") -> None:
         """Refuse a folder that cannot be written, before any work is done; nothing is made yet.
 
+        Drafts that killed processes have left among the stages are removed.
+
         Args:
             run: name of the folder below it that a run is to be written into.
             remedy: what to do about it.
@@ -73,9 +86,9 @@ class Store:
         """
         for folder in (self.root, self.root / LOCKS, self.root / "stages", self.root / run):
             check_folder(folder, f"output folder {str(folder)!r}", remedy)
-        self._sweep()
+        self._remove_old_drafts()
 
-    def _sweep(self) -> None:
+    def _remove_old_drafts(self) -> None:
         """Remove drafts that killed processes left, unless one has the state of a training of the last week."""
         for draft in (self.root / "stages").glob(".*"):
             with suppress(OSError):  # a living process holds the stage's lock, or another has swept the draft
@@ -85,7 +98,7 @@ class Store:
                     with _lock(self.root, stage).acquire(blocking=False):
                         shutil.rmtree(draft)
 
-    def stage(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
+    def find_or_make(self, stage: Stage, make: Callable[[Path], None], force: bool = False) -> Path:
         """The folder of a stage, made by `make(folder)` unless it is there already (or `force`).
 
         One that is there but damaged is made anew, and the log says so. Of several processes that need it, one makes
@@ -103,7 +116,7 @@ class Store:
             draft = place.with_name(f".{place.name}-draft")
             _clear(draft, whole=force)
             draft.mkdir(parents=True, exist_ok=True)
-            os.utime(draft)  # so that `_sweep` does not take it for abandoned
+            os.utime(draft)  # so that `_remove_old_drafts` does not take it for abandoned
             try:
                 make(draft)
                 write_json(draft / DEPENDS, stage.depends)
@@ -159,7 +172,7 @@ def _lock(out: Path, name: str) -> FileLock:
 def stage_damage(place: Path) -> str:
     """What is wrong with the folder of a stage; "" if nothing is."""
     try:
-        key = Stage("", read_json(place / DEPENDS)).key
+        key = key_of(read_json(place / DEPENDS))
     except (OSError, ValueError, RecursionError):
         return f"{DEPENDS} is missing or damaged"
     return damage(place) if place.name.endswith(key) else "it is another stage"

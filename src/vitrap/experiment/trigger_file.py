@@ -35,7 +35,7 @@ MISFITS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, Ass
 """What a class of ours may raise if it is given values of other types or shapes than it was written with."""
 
 
-def check_networks(trigger: Trigger | Crafted, settings: Any) -> None:
+def check_networks(trigger: Trigger | Crafted, attack: Any) -> None:
     """Refuse a trigger with a network that could not be built again from its file.
 
     Raises:
@@ -44,7 +44,7 @@ def check_networks(trigger: Trigger | Crafted, settings: Any) -> None:
     for name, network in _networks(trigger).items():
         built = how_built(network)
         if "module" in built:
-            _own_class(built["module"], settings)
+            _own_class(built["module"], attack)
         elif built["network"] is None:
             raise UserError(
                 f"the trigger's {name} is a {type(network).__name__}, which its file cannot build again; give the"
@@ -52,8 +52,8 @@ def check_networks(trigger: Trigger | Crafted, settings: Any) -> None:
             )
 
 
-def save_trigger(trigger: Trigger | Crafted, settings: Any, path: Path, **facts: str) -> None:
-    """Write a trigger of the attack `settings`; `facts` go into the file's metadata.
+def save_trigger(trigger: Trigger | Crafted, attack: Any, path: Path, **facts: str) -> None:
+    """Write a trigger of an attack; `facts` go into the file's metadata.
 
     Raises:
         TypeError: the trigger is no dataclass, or a field of it cannot be written.
@@ -69,7 +69,7 @@ def save_trigger(trigger: Trigger | Crafted, settings: Any, path: Path, **facts:
         elif isinstance(value, nn.Module):
             tensors |= {f"{f.name}.{k}": v.detach().cpu().contiguous() for k, v in weights_of(value).items()}
             plain[f.name] = how_built(value)
-        elif value is not settings:
+        elif value is not attack:  # a field that holds the attack itself is not written
             plain[f.name] = {"value": value}
     kept = {"trigger": type(trigger).__name__, "fields": json.dumps(plain)}
     write_bytes(path, save(tensors, {**kept, **facts}))
@@ -77,52 +77,50 @@ def save_trigger(trigger: Trigger | Crafted, settings: Any, path: Path, **facts:
 
 def read_trigger(
     path: Path,
-    settings: Any,
+    attack: Any,
     networks: Mapping[str, nn.Module] | None = None,
     device: torch.device | str = "cpu",
 ) -> Trigger:
-    """Read a trigger that `save_trigger` wrote for the attack `settings`.
+    """Read a trigger that `save_trigger` wrote for an attack.
 
     Args:
         path: the file.
-        settings: the attack with its settings, as in the run's spec.
+        attack: the attack with its settings, as in the run's spec.
         networks: networks of the trigger that cannot be built from the file, by field name, with their weights.
         device: where the trigger is to work.
 
     Raises:
         UserError: the file is missing, damaged, or of another attack.
     """
-    return cast(Trigger, _read(path, settings, networks or {}, device))
+    return cast(Trigger, _read(path, attack, networks or {}, device))
 
 
-def _read(
-    path: Path, settings: Any, networks: Mapping[str, nn.Module], device: torch.device | str
-) -> Trigger | Crafted:
+def _read(path: Path, attack: Any, networks: Mapping[str, nn.Module], device: torch.device | str) -> Trigger | Crafted:
     """Read a file's tensors and metadata, and build the trigger of them."""
     try:
         file = read_tensor_file(path)
     except (OSError, UserError) as error:
         raise UserError(f"trigger file {str(path)!r} is missing or damaged: {error}") from error
     try:
-        return _built(file, settings, networks, device)
+        return _built(file, attack, networks, device)
     except MISFITS as error:
         raise UserError(f"trigger file {str(path)!r}: {first_line(error)}") from error
 
 
 def _built(
-    file: TensorFile, settings: Any, networks: Mapping[str, nn.Module], device: torch.device | str
+    file: TensorFile, attack: Any, networks: Mapping[str, nn.Module], device: torch.device | str
 ) -> Trigger | Crafted:
     """The trigger of a file; whatever its class makes of odd values is raised as it is."""
-    kind = _kind(file.facts.get("trigger", ""), settings)
+    kind = _kind(file.facts.get("trigger", ""), attack)
     plain = file.table("fields") if "fields" in file.facts else {}
     values: dict[str, Any] = {}
     for f in fields(kind):
         if f.name in file.tensors:
             values[f.name] = file.tensors[f.name].to(device)
-        elif f.name not in plain:
-            values[f.name] = settings
+        elif f.name not in plain:  # the field holds the attack itself
+            values[f.name] = attack
         elif "value" not in plain[f.name]:
-            network = _network(f.name, plain[f.name], settings, file.tensors, networks)
+            network = _network(f.name, plain[f.name], attack, file.tensors, networks)
             values[f.name] = network.to(device).eval().requires_grad_(False)
         else:
             value = plain[f.name]["value"]
@@ -130,13 +128,13 @@ def _built(
     return kind(**values)
 
 
-def _kind(named: str, settings: Any) -> Any:
-    """The class of this name that is a trigger, from the file of the attack `settings`; or `Crafted`."""
-    kind: Any = getattr(sys.modules[type(settings).__module__], named, None)
+def _kind(named: str, attack: Any) -> Any:
+    """The class of this name that is a trigger, from the file of an attack; or `Crafted`."""
+    kind: Any = getattr(sys.modules[type(attack).__module__], named, None)
     kind = Crafted if named == Crafted.__name__ else kind
     fires = isinstance(kind, type) and any("__call__" in vars(each) for each in kind.__mro__)
     if kind is not Crafted and not (is_dataclass(kind) and fires):
-        raise UserError(f"belongs to another attack than {type(settings).__name__} (it is of a {shown(named)})")
+        raise UserError(f"belongs to another attack than {type(attack).__name__} (it is of a {shown(named)})")
     return kind
 
 
@@ -162,7 +160,7 @@ def try_out(trigger: Trigger, images: Images, path: Path) -> None:
 
 def read_fitted(
     folder: Path,
-    settings: Any,
+    attack: Any,
     networks: Mapping[str, nn.Module] | None = None,
     device: torch.device | str = "cpu",
 ) -> Fitted:
@@ -171,7 +169,7 @@ def read_fitted(
     Args:
         folder: it has `trigger.safetensors`, unless the trigger is known only after training, and may have
             `stored.safetensors`.
-        settings: as for `read_trigger`.
+        attack: as for `read_trigger`.
         networks: as for `read_trigger`.
         device: as for `read_trigger`.
 
@@ -179,8 +177,8 @@ def read_fitted(
         UserError: a file is damaged, or of another attack.
     """
     there = [(folder / name).exists() for name in (TRIGGER, STORED)]
-    trigger = read_trigger(folder / TRIGGER, settings, networks, device) if there[0] else None
-    stored = _read(folder / STORED, settings, networks or {}, device) if there[1] else None
+    trigger = read_trigger(folder / TRIGGER, attack, networks, device) if there[0] else None
+    stored = _read(folder / STORED, attack, networks or {}, device) if there[1] else None
     return Fitted(trigger, stored)
 
 
@@ -207,7 +205,7 @@ def how_built(network: nn.Module) -> dict[str, Any]:
 
 
 def _network(
-    name: str, built: Mapping[str, Any], settings: Any, tensors: Mapping[str, Tensor], given: Mapping[str, nn.Module]
+    name: str, built: Mapping[str, Any], attack: Any, tensors: Mapping[str, Tensor], given: Mapping[str, nn.Module]
 ) -> nn.Module:
     """Build the network of a field, or take it from `given`, with its weights."""
     if built.get("network") is None and "module" not in built:
@@ -222,7 +220,7 @@ def _network(
     if "module" in built:
         check_sizes(built["arguments"], max(LARGEST, largest(weights)))
         with torch.random.fork_rng(devices=[]):  # its first weights are replaced, and must change no random state
-            network = module = _own_class(built["module"], settings)(**built["arguments"])
+            network = module = _own_class(built["module"], attack)(**built["arguments"])
     else:
         network = blank_model(parse_architecture(built["network"], weights))
         module = network.body
@@ -234,14 +232,14 @@ def _network(
     return network
 
 
-def _own_class(named: str, settings: Any) -> type[nn.Module]:
+def _own_class(named: str, attack: Any) -> type[nn.Module]:
     """The module class of this name, from vitrap or the attack's own package; nothing else is ever imported.
 
     Raises:
         UserError: it is of another package, or not there.
     """
     place, _, name = named.partition(":")
-    home = type(settings).__module__.partition(".")[0]
+    home = type(attack).__module__.partition(".")[0]
     found: Any = None
     parts = place.split(".")
     # A module such as `__main__` would do its work when it is imported.

@@ -73,7 +73,7 @@ def tune(
     spec = load_spec(path, overrides)
     if write:
         check_file(Path(path), f"spec {str(path)!r}", "copy it to where it can be, or give --dry-run")
-    plan = make_plan(spec, device, progress=progress, attacking=False)
+    plan = make_plan(spec, device, progress=progress, with_surrogates=False)
     train = plan.world.train
     size = (train.pixels.shape[1], train.size, train.n_classes)
     # How fast a network trains does not depend on its weights.
