@@ -192,9 +192,9 @@ class Implant:
     """How the backdoor gets into the victim; a field that is None changes nothing.
 
     Attributes:
-        poison: returns the poisoned training set, given the clean one and a generator.
+        poison: returns the poisoned training set, given the clean one and a generator with a stream of its own.
         objective: what training minimises; None for the recipe's cross-entropy.
-        edit: changes the trained model, with the attacker's random stream.
+        edit: changes the trained model, given a generator with a stream of its own.
         examine: numbers about a model and triggered images, for the record; called for victim and clean twin.
     """
 
@@ -325,7 +325,7 @@ class Suspect:
     def _check_images(self, name: str, images: ImageSet) -> None:
         """Refuse an empty set, one that says which of its images are poisoned, and labels that are no classes."""
         if not len(images):
-            raise UserError(f"the {name} set has 0 images; a defender needs at least one: raise data.holdout")
+            raise UserError(f"the {name} set has 0 images; a defender needs at least one; increase data.holdout")
         if images.slot is not None:
             raise UserError(f"suspect.{name} says which of its images are poisoned; hand in {name}.unmarked()")
         if (least := int(images.labels.min())) < 0:

@@ -1,4 +1,8 @@
-"""Reads JSON and TOML that anybody may have written: what comes out is plain, not too deep, and has finite numbers."""
+"""Reads JSON and TOML that anybody may have written.
+
+`check_plain` refuses values that a record could not hold: nested too deep, infinite, or of a type that JSON lacks.
+`parse_json` calls it; who calls `parse_toml` does so too, with the key that the text belongs to.
+"""
 
 import json
 import math

@@ -324,9 +324,7 @@ def _check_labels(labels: Tensor, pixels: Tensor, n_classes: int | None) -> None
 def misshapen(images: Tensor, wanted: str) -> UserError:
     """The error for images whose shape is not the one that is `wanted`, "b x 3 x 32 x 32" say."""
     came = " x ".join(str(side) for side in images.shape)
-    return UserError(
-        f"images of shape {came} do not fit, {wanted} is wanted; resize them; a single one is images[None]"
-    )
+    return UserError(f"images have shape {came}; expected {wanted}; resize them, or add a batch axis with images[None]")
 
 
 def pixels_limit(device: torch.device) -> int:

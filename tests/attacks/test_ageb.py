@@ -377,7 +377,7 @@ def test_without_gradients_around_it_the_trigger_is_the_same(tiny_vit: Build, ro
 def test_the_surrogate_is_restored_when_its_pass_fails(tiny_vit: Build, route: Route) -> None:
     model = tiny_vit()
     before = snapshot(model)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="images have shape"):
         Erosion(model, Ageb(route=route)).gradient(drawn(1, 12))  # a size that the model is not for
     assert_unchanged(model, before)
 

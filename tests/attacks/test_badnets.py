@@ -37,7 +37,7 @@ def test_the_patch_by_hand(size: int, margin: int, rows: list[str], value: float
 def test_images_smaller_than_the_patch_and_its_margin_are_refused(height: int, width: int) -> None:
     fitting = torch.zeros(1, 3, 5, 5)
     assert Patch(3, 2, 1.0)(fitting).sum() == 3 * 3**2
-    with pytest.raises(UserError, match=f"2 x 3 x {height} x {width} do not fit, b x c x 5 x 5 or larger is wanted"):
+    with pytest.raises(UserError, match=f"2 x 3 x {height} x {width}; expected b x c x 5 x 5 or larger"):
         Patch(3, 2, 1.0)(drawn(height, width))
 
 

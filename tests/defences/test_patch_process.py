@@ -355,7 +355,7 @@ def test_a_model_without_patches_is_refused() -> None:
         screened(nn.Sequential(nn.Flatten(), nn.Linear(768, 10)).eval(), clean_set(drawn()))
 
 
-@pytest.mark.parametrize(("patch", "size", "message"), [(16, 16, "16 px images do not"), (4, 18, "x 18 do not fit")])
+@pytest.mark.parametrize(("patch", "size", "message"), [(16, 16, "16 px images do not"), (4, 18, "x 18; expected")])
 def test_a_grid_that_does_not_fit_is_refused(tiny_vit: Build, patch: int, size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         screened(tiny_vit(patch_size=patch), clean_set(drawn(size=size)))

@@ -374,7 +374,7 @@ def test_a_training_that_diverges_is_named(tiny_vit: Build, clean: ImageSet) -> 
 
 
 def test_it_needs_two_blocks_of_plain_attention(tiny_vit: Build, clean: ImageSet) -> None:
-    with pytest.raises(UserError, match="the model has 1; it needs at least 2"):
+    with pytest.raises(UserError, match="at least 2 blocks, and the model has 1; choose"):
         Sage().apply(suspect(tiny_vit(depth=1), clean))
     with pytest.raises(UserError, match="no plain token attention"):
         Sage().apply(suspect(nn.Sequential(nn.Flatten(), nn.Linear(768, 10)).eval(), clean))

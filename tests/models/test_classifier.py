@@ -59,7 +59,7 @@ def test_images_of_another_shape_are_refused_by_name(shape: tuple[int, ...]) -> 
     with pytest.raises(UserError) as refused:
         opened()(torch.zeros(shape))
     came = " x ".join(map(str, shape))
-    wanted = f"images of shape {came} do not fit, b x 3 x 16 x 16 is wanted; resize them; a single one is images[None]"
+    wanted = f"images have shape {came}; expected b x 3 x 16 x 16; resize them, or add a batch axis with images[None]"
     assert str(refused.value) == wanted
 
 

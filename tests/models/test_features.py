@@ -134,7 +134,7 @@ def test_looking_leaves_no_trace_even_where_the_pass_fails(tiny_vit: Build) -> N
     before = state(model)
     assert not features(model, drawn()).requires_grad
     assert state(model) == before
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="images have shape"):
         features(model, drawn(1, 12))  # a size that the model is not for
     assert state(model) == before
 

@@ -370,8 +370,8 @@ def main() -> None:
         named = f"{failure.filename!r} cannot be written or read ({failure.strerror})"
         what = named if failure.filename else str(failure)
         full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space or write elsewhere" if full else "see to it or choose another"
-        message = f"vitrap: {what}; {remedy}, the next call goes on"
+        remedy = "free some space" if full else "check its permissions"
+        message = f"vitrap: {what}; {remedy} or choose another folder, then repeat the command"
         err.print(message, highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2 if failure.filename else 1) from None
     except (MemoryError, RuntimeError) as failure:

@@ -86,7 +86,10 @@ class MmBd:
     def apply(self, suspect: Suspect) -> Judged:
         """Maximise the margin of each class, and test whether the largest margin is an outlier."""
         if suspect.n_classes < 3:
-            raise UserError(f"mm_bd holds one class against two others or more, and n_classes = {suspect.n_classes}")
+            raise UserError(
+                f"mm_bd compares one class with at least 2 others, and n_classes = {suspect.n_classes};"
+                " choose another defence"
+            )
         # Step 1: the statistic of a class is the largest margin that any of its starts reaches.
         groups = class_groups(suspect.n_classes, self.starts * suspect.clean.size**2)
         with suspect.computing():

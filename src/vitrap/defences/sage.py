@@ -167,7 +167,9 @@ def stage_ends(depth: int, count: int) -> tuple[int, ...]:
         UserError: there are fewer than two blocks.
     """
     if depth < 2:
-        raise UserError(f"sage compares the attention of blocks, and the model has {depth}; it needs at least 2")
+        raise UserError(
+            f"sage compares at least 2 blocks, and the model has {depth}; choose a deeper network or another defence"
+        )
     count = min(count, depth)
     return tuple((stage + 1) * depth // count - 1 for stage in range(count))
 

@@ -61,7 +61,8 @@ def read_record(folder: Path, name: str = RECORD) -> Record:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{str(folder)!r} holds no {RECORD}; give the folder of a finished run") from error
     except OSError as error:
-        raise UserError(f"record {str(path)!r} cannot be read ({error.strerror})") from error
+        why = f"cannot be read ({error.strerror}); check its permissions"
+        raise UserError(f"record {str(path)!r} {why}, or run its spec again") from error
     except ValueError as error:
         raise UserError(f"record {str(path)!r} {error}") from error
 

@@ -134,7 +134,10 @@ def _kind(named: str, attack: Any) -> Any:
     kind = Crafted if named == Crafted.__name__ else kind
     fires = isinstance(kind, type) and any("__call__" in vars(each) for each in kind.__mro__)
     if kind is not Crafted and not (is_dataclass(kind) and fires):
-        raise UserError(f"belongs to another attack than {type(attack).__name__} (it is of a {shown(named)})")
+        raise UserError(
+            f"belongs to another attack than {type(attack).__name__} (its trigger is a {shown(named)});"
+            " run its spec again"
+        )
     return kind
 
 
@@ -149,13 +152,14 @@ def try_out(trigger: Trigger, images: Images, path: Path) -> None:
     Raises:
         UserError: it does not.
     """
+    damaged = f"trigger file {str(path)!r} is damaged"
     try:
         found = trigger(images)
         fits = found.shape == images.shape and bool(found.isfinite().all())
     except MISFITS as error:
-        raise UserError(f"trigger file {str(path)!r} is damaged: its trigger fails ({first_line(error)})") from error
+        raise UserError(f"{damaged}: its trigger fails ({first_line(error)}); run its spec again") from error
     if not fits:
-        raise UserError(f"trigger file {str(path)!r} is damaged: its trigger makes no images of what it is given")
+        raise UserError(f"{damaged}: its trigger does not return images; run its spec again")
 
 
 def read_fitted(

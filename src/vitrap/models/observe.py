@@ -192,7 +192,10 @@ def head_layer(model: nn.Module) -> tuple[str, nn.Linear]:
     if isinstance(head, nn.Linear):
         found = [(name, m) for name, m in found if m is head]
     if not found:
-        raise UserError(f"model {type(model).__name__} has no linear layer, so its features cannot be looked at")
+        raise UserError(
+            f"model {type(model).__name__} has no linear layer, so its features cannot be observed;"
+            " choose another network or another defence"
+        )
     return found[-1]
 
 

@@ -17,7 +17,7 @@ class Recipe:
     optimizer: Literal["adamw", "sgd"] = param("adamw", "what makes steps of gradients; sgd has momentum 0.9")
     lr: float = param(1e-3, "peak learning rate", low=0, open=True)
     layer_decay: float = param(
-        1.0, "each layer learns at so much of the rate of the one above, the head at lr; 1 for all alike", low=0,
+        1.0, "each layer's learning rate, as a multiple of the next layer's towards the head; 1: all alike", low=0,
         high=1, open="low",
     )  # fmt: skip
     head_lr: float | None = param(None, "peak learning rate of the head; left out: lr", low=0, open=True)
@@ -38,10 +38,12 @@ class Recipe:
     )
     precision: Literal["auto", "fp32", "bf16"] = param(
         "auto",
-        "of the matrix products; auto: bf16 where the device has units for it and the network is wide enough",
+        "precision of the matrix products; auto: bf16 where the device has units for it and the network is wide enough",
     )
     attention: Literal["fused", "eager"] | None = param(
-        None, "by torch's kernel, or step by step; left out: step by step for bf16 on a CPU, else the kernel"
+        None,
+        "how attention is computed: fused by torch's kernel, or eager, step by step; left out: eager for bf16 on a CPU,"
+        " else fused",
     )
     compiled: bool | None = param(None, "whether training goes through torch.compile; left out: no")
 
