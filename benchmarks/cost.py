@@ -20,7 +20,7 @@ GROWS_WITH = {
     "attention_block": "", "fine_tune": "clean", "max_softmax": "", "mm_bd": "classes", "patch_process": "clean",
     "psbd": "clean", "sage": "clean", "spectral": "train", "strip": "",
 }  # fmt: skip
-"""What the work of applying each defence grows with, "" for nothing; measuring comes on top."""
+"""What the work of applying each counted defence grows with, "" for nothing; measuring comes on top."""
 AT_MOST = {"psbd": "images"}
 """Its setting that bounds that."""
 SCREENED = 1000

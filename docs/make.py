@@ -193,7 +193,7 @@ def run_cost() -> str:
 
 
 def cell_cost() -> str:
-    """Forward passes and seconds of a cell, by defence."""
+    """Forward passes and seconds of a cell, by defence, of those that were counted."""
     source, runs, n = _counted(), _records("defences"), _study_model().n
     rows = []
     for name, law in GROWS_WITH.items():
@@ -202,7 +202,8 @@ def cell_cost() -> str:
         law = {"": "nothing", "train": "training images", "clean": "clean images"}.get(law, law) + (
             " up to a bound" if name in AT_MOST else ""
         )
-        rows.append([f"`{name}`", f"{passes(source, name, n):,.0f}", law, f"{median(took):.3g}", str(len(took))])
+        seconds = f"{median(took):.3g}" if took else "not measured"
+        rows.append([f"`{name}`", f"{passes(source, name, n):,.0f}", law, seconds, str(len(took))])
     return _table(["defence", "forward passes", "grows with", "seconds on the victim, median", "n"], rows)
 
 
@@ -215,7 +216,7 @@ def study_cost() -> str:
     rows.append(["together, GPU-hours", *(f"{sum(each.values()):,.0f}" for each in hours)])
     rows.append(["days on 8 GPUs", *(f"{sum(each.values()) / 8 / 24:,.1f}" for each in hours)])
     rows.append(["10¹⁸ operations", *(f"{sum(each.values()) / 1e18:,.0f}" for each in found)])
-    filters = sum(each["kind"] == "filter" for each in _counted()["defences"].values()) / len(GROWS_WITH)
+    filters = mean(each["kind"] == "filter" for each in _counted()["defences"].values())
     kept = [(s.trainings + s.victims * s.defences * filters) * s.weights for s in STUDIES]
     rows.append(["models on disk, GB", *(f"{each / 1e9:,.0f}" for each in kept)])
     pixels = [(s.n["train"] / 0.9 + s.n["test"]) * s.pixels for s in STUDIES]
