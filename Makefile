@@ -20,7 +20,7 @@ test: .venv/.ready-test ## every test; VITRAP_DATA names the data cache
 faults: .venv/.ready-test ## a kill and a full disk at every operation on files, any bytes in every file; hours
 	VITRAP_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-check: .venv/.ready-dev ## format, lint, types, import floors
+check: .venv/.ready-dev ## format, lint, types, import layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright

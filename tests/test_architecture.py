@@ -1,6 +1,6 @@
 """The house limits, held over the source of the package: each rule is a function from sources to complaints.
 
-Import floors stand in pyproject.toml and are held by import-linter. Every rule here is also shown a small
+Import layers stand in pyproject.toml and are held by import-linter. Every rule here is also shown a small
 sample that it must catch, and where it makes an exception, one that it must let pass.
 """
 

@@ -113,6 +113,13 @@ def test_every_dependency_is_explained():
     assert set(first_column((DOCS / "dependencies.md").read_text("utf-8"))) == names
 
 
+def test_architecture_page_has_the_layers_of_the_imports():
+    text = (DOCS / "architecture.md").read_text("utf-8").partition("## Layers\n")[2].partition("\n## ")[0]
+    listed = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+    contract = next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
+    assert listed == [re.findall(r"\w+", layer) for layer in contract["layers"] if "__main__" not in layer]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page: Path):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL)

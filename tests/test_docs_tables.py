@@ -27,8 +27,8 @@ STUDIES = [
     path for path in sorted((ROOT / "specs").rglob("*.toml")) if "page" in tomllib.loads(path.read_text("utf-8"))
 ]
 THEORY = DOCS / "studies" / "attention_diffusion.md"  # measures of no record; its own test is beside its statements
-NO_RECORDS = {"architecture.md", "dependencies.md"}
-"""Pages with other numbers in their tables: floors of the house, seconds of a benchmark."""
+NO_RECORDS = {"dependencies.md"}
+"""Pages with other numbers in their tables: seconds of a benchmark."""
 FIGURE = re.compile(r"[-+]?\d+(\.\d+)?( ?%| s| dB)?( ±.*| \[.*| / .*)?")
 
 

@@ -1,1 +1,1 @@
-"""From a spec to a record: the only floor that knows everybody below."""
+"""From a spec to a record: the only layer that uses all layers below."""
