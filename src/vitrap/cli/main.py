@@ -338,10 +338,10 @@ def _print_record(record: "Record", folder: Path) -> None:
 def _print_defences(rows: "Sequence[Row]", record: "Record") -> None:
     """Print a table for each of these rows of a record's defences."""
     from vitrap.experiment.defence_rows import row_settings
-    from vitrap.metrics.diagnosis import in_short, no_backdoor
+    from vitrap.metrics.diagnosis import backdoor_faults, in_short
     from vitrap.report.tables import defence_measures
 
-    faults = in_short(no_backdoor(record.victim, record.data.classes))
+    faults = in_short(backdoor_faults(record.victim, record.data.classes))
     for row in rows:
         settings = ", ".join(f"{k} = {v}" for k, v in row_settings(row).items() if v is not None)
         seconds = ", ".join(f"{name} {took:.1f} s" for name, took in row.seconds.items())

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vitrap.sweeps.grid import Sweep
     from vitrap.sweeps.jobs import Ended, Event
 
+ENDING_WORDS = {"done": "done", "kept": "had a record", "failed": "failed"}
+
 
 def sweep(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="a TOML spec with a [grid]")],
@@ -107,7 +109,7 @@ class SweepDisplay:
 def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
     """Print how many runs ended in which way, and each failure in a line; with failures the exit code is 1."""
     counts = Counter(one.how for one in ended)
-    text = ", ".join(f"{counts[how]} {word}" for how, word in KINDS.items() if counts[how])
+    text = ", ".join(f"{counts[how]} {word}" for how, word in ENDING_WORDS.items() if counts[how])
     out.print(
         f"{grid.name}: {len(ended)} runs: {text}; records: {folder}", highlight=False, markup=False, soft_wrap=True
     )
@@ -119,9 +121,6 @@ def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
         more = "vitrap: the same call tries failed runs again; failure.json in a run's folder says more"
         err.print(more, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
-
-
-KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
 def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str, threads: int | None = None) -> None:
