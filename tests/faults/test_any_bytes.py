@@ -45,7 +45,7 @@ from vitrap.report.page.make_page import make_page
 from vitrap.report.study.collected import collect
 from vitrap.report.study.fill_page import open_study
 from vitrap.resuming import Keeper, Moving, Position
-from vitrap.sweeps.ahead import look_ahead
+from vitrap.sweeps.estimate import estimate_runs
 from vitrap.sweeps.grid import load_sweep
 
 FORMATS = ("png", "jpeg", "bmp", "ppm", "gif", "webp", "tiff")
@@ -112,7 +112,7 @@ READERS = {
     "record, in a page": Reader(RECORD, lambda f: make_page(read_records(f / "runs"), "x", False)),
     "record, in a table": Reader(RECORD, lambda f: open_study(f / "sweep.toml", f / "runs").tables()),
     "record, ahead of a sweep": Reader(
-        RECORD, lambda f: look_ahead(load_sweep(f / "sweep.toml"), read_records(f / "runs"))
+        RECORD, lambda f: estimate_runs(load_sweep(f / "sweep.toml"), read_records(f / "runs"))
     ),
     "record, of a run to open": Reader(RECORD, lambda f: vitrap.open_run(run_in(f))),
     "records": Reader("kept/records.jsonl", lambda f: read_records(f / "kept")),

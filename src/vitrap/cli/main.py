@@ -22,8 +22,8 @@ from vitrap import registry
 from vitrap.cli.console import ProgressBars, err, out, print_json, split
 from vitrap.cli.options import Memory
 from vitrap.cli.report import report
-from vitrap.cli.sweep import print_ahead, sweep
-from vitrap.cli.table import table
+from vitrap.cli.sweep import print_estimates, sweep
+from vitrap.cli.table import table as table_command
 from vitrap.errors import UserError, unknown
 from vitrap.models.families import listed
 
@@ -103,7 +103,7 @@ def run(
     table_of_spec = read_spec(*split(words or []))
     redo = "all" if force_all else "victim" if force else "nothing"
     if dry_run:
-        _print_plan(parse_spec(table_of_spec), out_folder, device, threads)
+        _dry_run(parse_spec(table_of_spec), out_folder, device, threads)
         return
 
     def make() -> "Record":
@@ -295,10 +295,10 @@ def prepare(
 
 app.command()(sweep)
 app.command()(report)
-app.command()(table)
+app.command()(table_command)
 
 
-def _print_plan(spec: "Spec", folder: Path, device: str, threads: int | None) -> None:
+def _dry_run(spec: "Spec", folder: Path, device: str, threads: int | None) -> None:
     """Check a spec as `run` does before it starts, and list it like a sweep of one run."""
     from vitrap.sweeps.grid import Point, Sweep
 
@@ -306,7 +306,7 @@ def _print_plan(spec: "Spec", folder: Path, device: str, threads: int | None) ->
         from vitrap.experiment.plan import make_plan
 
         make_plan(spec, device, progress=bars.step)
-    print_ahead(Sweep(spec.name, (Point({}, spec),)), folder, 1, device, threads)
+    print_estimates(Sweep(spec.name, (Point({}, spec),)), folder, 1, device, threads)
 
 
 def _print_record(record: "Record", folder: Path) -> None:

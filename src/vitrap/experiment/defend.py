@@ -28,7 +28,7 @@ from vitrap.experiment.measure_defences import Evaluation, Result, measure_defen
 from vitrap.experiment.network import first_image
 from vitrap.experiment.places import found_again
 from vitrap.experiment.plan import Plan, make_plan, training_steps
-from vitrap.experiment.progress import Progress, no_progress
+from vitrap.experiment.progress import DEFEND, Progress, no_progress
 from vitrap.experiment.record import Record, Table
 from vitrap.experiment.records import read_record
 from vitrap.experiment.retraining import Retraining, make_retrained
@@ -286,7 +286,7 @@ def add_defences(run: FinishedRun) -> Record:
     with run.progress("measure the victim", None):
         run.check(evaluation)
     for defence in missing:
-        with run.progress(f"defend with {defence.name}", None) as tick:
+        with run.progress(f"{DEFEND} {defence.name}", None) as tick:
             row, scores = measure_defence(defence, evaluation, tick)
         # A defence gets no credit for a victim without a backdoor.
         faults = backdoor_faults(record.victim, record.data.classes)
