@@ -46,7 +46,7 @@ def surrogates(runs: Path, pretrained: Path) -> Iterator[tuple[int, str, nn.Modu
 
 def gradients(network: nn.Module, settings: Ageb, images: ImageSet) -> Tensor:
     """The attention gradient of each image on the pixel grid of the small networks."""
-    parts = [Erosion(network, settings).gradient(images.images(rows)) for rows in images.rows(batch_of(images))]
+    parts = [Erosion(network, settings).gradient(images.images(rows)) for rows in images.row_batches(batch_of(images))]
     return torch.cat(parts)
 
 

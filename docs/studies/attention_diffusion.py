@@ -95,13 +95,13 @@ def objective(arm: Arm) -> Objective:
         with observe(model, blocks_needed("last" if sees in ("nothing", "last") else "rollout", DEPTH)) as maps:
             logits = model(batch.images)
         losses = {"cross_entropy": criterion(logits, batch.labels)}
-        if sees == "nothing" or not len(batch.poisoned):
+        if sees == "nothing" or not len(batch.poison_at):
             return losses
         if sees == "every layer":
             found = [read_tokens(layer, layout).flatten(1) for layer in maps.values()]
         else:
             found = [token_attention(maps, layout, sees, logits[:, TARGET].sum(), discard=0.9)]
-        return losses | {"diffusion": torch.stack([diffusion_loss(a[batch.poisoned], arm.inside) for a in found]).sum()}
+        return losses | {"diffusion": torch.stack([diffusion_loss(a[batch.poison_at], arm.inside) for a in found]).sum()}
 
     return Objective(terms)
 

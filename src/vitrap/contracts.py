@@ -156,7 +156,7 @@ class Objective:
         combine: "fixed" weights, "learned" ones, or gradients "projected" so that they do not conflict.
         prepare: puts triggers on the poison and the covers of a batch after augmentation; it has a random stream of its
             own, on the CPU. It gets the images without any trigger, and returns the batch with the positions of those
-            that it changed as `poisoned` or `covers`. These are then rounded to 8 bits. None: the stored images are
+            that it changed as `poison_at` or `cover_at`. These are then rounded to 8 bits. None: the stored images are
             used.
         along: modules that are trained with the victim, by name. While there are any, gradients flow through `prepare`
             and its rounding.
@@ -326,7 +326,7 @@ class Suspect:
         """Refuse an empty set, one that says which of its images are poisoned, and labels that are no classes."""
         if not len(images):
             raise UserError(f"the {name} set has 0 images; a defender needs at least one; increase data.holdout")
-        if images.slot is not None:
+        if images.stamped_row is not None:
             raise UserError(f"suspect.{name} says which of its images are poisoned; hand in {name}.unmarked()")
         if (least := int(images.labels.min())) < 0:
             raise UserError(f"suspect.{name} has the label {least}; number classes from 0")

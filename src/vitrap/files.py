@@ -44,8 +44,8 @@ def named_path(written: str) -> Path:
     return path
 
 
-LONGEST = 128
-"""Bytes that must be left of the longest path for what is written into a folder."""
+PATH_RESERVE = 128
+"""Bytes of a path's length that are kept free for names inside a folder."""
 SUFFIX = 8 * "[0-9a-f]"
 """Matches how the name of a draft ends."""
 DRAFTS = ".*-" + SUFFIX
@@ -70,7 +70,7 @@ def check_folder(folder: Path, named: str, remedy: str) -> None:
             pass
         # The system tells only by trying which names and paths are too long, and it tries what is there alone.
         missing = folder.absolute().parts[len(there.absolute().parts) :]
-        for place in (*(there / name for name in missing), folder / ("x" * LONGEST)):
+        for place in (*(there / name for name in missing), folder / ("x" * PATH_RESERVE)):
             with suppress(FileNotFoundError):
                 place.lstat()
         if missing and (there / missing[0]).is_symlink():

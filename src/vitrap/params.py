@@ -12,9 +12,8 @@ T = TypeVar("T")
 
 Source = Literal["paper", "code", "field", "assumed"]
 """Where a default comes from: the paper, its public code, common use in the field, or our own assumption."""
-MOST, GREATEST = 10**6, 1e30
-"""The greatest whole number, which may cost time or memory, and the greatest other number, of either sign, that a
-setting without a bound of its own may have."""
+MAX_INT, MAX_FLOAT = 10**6, 1e30
+"""The greatest absolute values of a setting that has no bound of its own: a whole number may cost time or memory."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Param:
         unit: its unit, "" for a pure number.
         source: where the default comes from.
         low: the least allowed value, of several values of each; None for no bound.
-        high: the greatest allowed value; None for no bound but `MOST` or `GREATEST`.
+        high: the greatest allowed value; None for no bound but `MAX_INT` or `MAX_FLOAT`.
         open: whether `low` and `high` themselves are refused; "low" where only `low` is.
         odd: whether only odd numbers are allowed.
         choices: the allowed strings, () for any.
@@ -178,6 +177,6 @@ def check(record: Any) -> None:
         if not about.allows(value):
             raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be {about.range()}")
         for number in value if isinstance(value, tuple | list) else [value]:
-            most = max(MOST if isinstance(number, int) else GREATEST, about.high or 0)
+            most = max(MAX_INT if isinstance(number, int) else MAX_FLOAT, about.high or 0)
             if isinstance(number, int | float) and not abs(number) <= most:  # NaN compares as false
                 raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be at most {most:g}")

@@ -69,8 +69,8 @@ def drawing(attacker: torch.Generator) -> Objective:
     def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
         logits = model(batch.images)
         found = {"cross_entropy": criterion(logits, batch.labels)}
-        if len(batch.poisoned) > 4:  # some batches go without
-            found["extra"] = logits[batch.poisoned].square().mean() * torch.rand((), generator=attacker)
+        if len(batch.poison_at) > 4:  # some batches go without
+            found["extra"] = logits[batch.poison_at].square().mean() * torch.rand((), generator=attacker)
         return found
 
     return Objective(terms, {"extra": 0.5})
@@ -92,7 +92,7 @@ def along(attacker: torch.Generator) -> Objective:
         order = torch.randperm(len(batch.labels), generator=chances)
         rows, rest = order[:2], order[2:]
         images = batch.images.index_copy(0, rows, brush(batch.images[rows]))
-        return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poisoned=rows, clean=rest)
+        return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poison_at=rows, rest_at=rest)
 
     return Objective(cross_entropy, prepare=prepare, along={"brush": Along(brush, 0.05)})
 

@@ -229,7 +229,7 @@ def initial_trigger(settings: Megatron, access: Access) -> Masked:
     masks = cell_masks(side, s.cell, stride, 0.0 if s.form == "direct" else s.faint, s.opacity)
     if s.place == "fixed":
         masks = middle_mask(masks)
-    pattern = make_pattern(s.picture, access.generator, (train.pixels.shape[1], side, side))
+    pattern = make_pattern(s.picture, access.generator, (train.channels, side, side))
     subtracted = MEAN if s.blend == "add" else None
     return Masked(pattern.to(train.device), masks.to(train.device), top, left, subtracted, s.linf / 255)
 
@@ -293,14 +293,14 @@ class Losses:
         Poisoned and clean images go through the model separately: only the poisoned ones' attention is observed.
         """
         s = self.settings
-        if not len(batch.poisoned) or not (loss_weights(s) or s.stress):
+        if not len(batch.poison_at) or not (loss_weights(s) or s.stress):
             return {"cross_entropy": criterion(model(batch.images), batch.labels)}
-        logits, terms = self(model, batch.images[batch.poisoned])
+        logits, terms = self(model, batch.images[batch.poison_at])
         if s.stress:
-            terms["stress"] = criterion(logits, batch.labels[batch.poisoned])
-        if len(batch.clean):
-            logits = torch.cat([logits, model(batch.images[batch.clean])])
-        labels = batch.labels[torch.cat([batch.poisoned, batch.clean])]
+            terms["stress"] = criterion(logits, batch.labels[batch.poison_at])
+        if len(batch.rest_at):
+            logits = torch.cat([logits, model(batch.images[batch.rest_at])])
+        labels = batch.labels[torch.cat([batch.poison_at, batch.rest_at])]
         return {"cross_entropy": criterion(logits, labels), **terms}
 
     def target_images(self) -> Images:

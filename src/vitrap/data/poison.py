@@ -105,7 +105,7 @@ def trigger_rows(
     data: ImageSet, rows: Int64[Tensor, " m"], trigger: Trigger, batch_size: int = 256
 ) -> UInt8[Tensor, "m c s s"]:
     """The images of `rows` with the trigger, rounded to 8 bits; computed a batch at a time."""
-    shape = (len(rows), data.pixels.shape[1], data.size, data.size)
+    shape = (len(rows), data.channels, data.size, data.size)
     stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
     for start in range(0, len(rows), batch_size):
         some = slice(start, start + batch_size)
@@ -189,7 +189,7 @@ def stamp_after_augmentation(
     """
 
     def prepare(batch: Batch, generator: torch.Generator) -> Batch:
-        for rows, stamp in ((batch.poisoned, trigger), (batch.covers, cover)):
+        for rows, stamp in ((batch.poison_at, trigger), (batch.cover_at, cover)):
             if len(rows) and stamp is not None:
                 triggered = stamp(batch.images[rows])
                 batch = replace(batch, images=batch.images.index_copy(0, rows, triggered))

@@ -263,7 +263,7 @@ class _ImageSetMaker:
             size=self.size,
             groups=None if groups is None else torch.from_numpy(groups),
             classes=self.arrays.classes,
-            place=torch.from_numpy(rows) if self.mapped else None,
+            pixel_row=torch.from_numpy(rows) if self.mapped else None,
         ).to(self.device)
 
 

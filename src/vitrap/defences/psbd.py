@@ -179,7 +179,7 @@ def best_rate(clean: Sequence[float], training: Sequence[float] | None, shift: f
 def shift_ratios(model: nn.Module, where: Where, noise: Masks, rates: Sequence[float], data: ImageSet) -> list[float]:
     """The shift ratio of `data` at each rate."""
     found = []
-    for rows in data.rows(BATCH):
+    for rows in data.row_batches(BATCH):
         images = data.images(rows)
         bare = without_dropout(model, images)
         at_rate = []

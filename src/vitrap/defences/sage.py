@@ -251,5 +251,5 @@ def clean_accuracy(suspect: Suspect, model: nn.Module) -> float:
 @torch.no_grad()
 def accuracy(model: nn.Module, clean: ImageSet) -> float:
     """The share of the clean images that the model classifies correctly."""
-    right = [(model(clean.images(rows)).argmax(1) == clean.labels[rows]).sum() for rows in clean.rows(512)]
+    right = [(model(clean.images(rows)).argmax(1) == clean.labels[rows]).sum() for rows in clean.row_batches(512)]
     return torch.stack(right).sum().item() / len(clean)

@@ -341,7 +341,7 @@ def prepared(batch: Batch, objective: Objective, generator: torch.Generator) -> 
         return batch
     with torch.set_grad_enabled(bool(objective.along)):
         made = objective.prepare(batch, generator)
-        touched = torch.cat([made.poisoned, made.covers])
+        touched = torch.cat([made.poison_at, made.cover_at])
         if not len(touched):
             return made
         # The gradient of rounding is 0. For modules that are trained along it is taken as 1 (straight-through).

@@ -45,7 +45,7 @@ def poisoning(trigger: Trigger, cover: Trigger | None, share: float, target: int
         if cover:
             images = images.index_copy(0, covers, cover(batch.images[covers]))
         labels = batch.labels.index_fill(0, poisoned, target)
-        return replace(batch, images=images, labels=labels, poisoned=poisoned, clean=order[count:], covers=covers)
+        return replace(batch, images=images, labels=labels, poison_at=poisoned, rest_at=order[count:], cover_at=covers)
 
     return prepare
 
