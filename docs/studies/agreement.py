@@ -23,7 +23,7 @@ from vitrap.experiment.predict import batch_of, spread
 from vitrap.experiment.run import run_folder
 from vitrap.metrics.agreement import overlap, rank_correlation
 from vitrap.sweeps.grid import load_sweep
-from vitrap.tensors.patches import above_quantile, as_many
+from vitrap.tensors.patches import above_quantile, top_scores_like
 from vitrap.tensors.pixels import hashed_noise
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def main(runs: str, pretrained: str) -> None:
         if name == SAME:
             poisoner[seed] = maps
             noise = hashed_noise(pixels)
-            compare("pixels at random", seed, noise, as_many(masks, noise))
+            compare("pixels at random", seed, noise, top_scores_like(masks, noise))
         else:
             compare(name, seed, maps, masks)
     for one, other in ((0, 1), (0, 2), (1, 2)):

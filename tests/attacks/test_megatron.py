@@ -541,12 +541,12 @@ def test_the_trigger_is_stamped_after_augmentation(fit: Fit, digits_world: World
 )
 def test_a_trigger_or_margin_outside_the_image_is_refused(settings: dict[str, Any], size: int, wrong: str) -> None:
     with pytest.raises(UserError, match=f"{wrong}.*does not lie within images of {size} px"):
-        Megatron(**settings).check(size)
+        Megatron(**settings).check_size(size)
 
 
 def test_a_picture_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="nowhere.png"):
-        Megatron(picture="nowhere.png").check(32)
+        Megatron(picture="nowhere.png").check_size(32)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrap.contracts import AllToAll, AllToOne, Goal, ImageSet, Labels, SourceToTarget
+from vitrap.contracts import AllToAll, AllToOne, Goal, ImageSet, LabelMode, SourceToTarget
 from vitrap.data.poison import Covers, Poison, choose_rows, poison_set, stamp_after_augmentation
 from vitrap.errors import UserError
 
@@ -81,13 +81,13 @@ def test_every_candidate_is_drawn_sometimes() -> None:
         (0.1, 7, "clean", "asks for 1 of the training images, but only 0 may be poisoned with clean labels"),
     ],
 )
-def test_a_rate_that_cannot_be(rate: float, target: int, kind: Labels, message: str) -> None:
+def test_a_rate_that_cannot_be(rate: float, target: int, label_mode: LabelMode, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose_rows(made().labels, rate, AllToOne(target), kind, generator())
 
 
 @pytest.mark.parametrize("kind", ["dirty", "clean"])
-def test_poison_replaces_the_chosen_images_alone(kind: Labels) -> None:
+def test_poison_replaces_the_chosen_images_alone(label_mode: LabelMode) -> None:
     train, goal = made(), AllToOne(1)
     pixels, labels = train.pixels.clone(), train.labels.clone()
     found = Poison(brighten, goal, 0.2, kind)(train, generator())
@@ -209,7 +209,7 @@ def test_a_cover_rate_that_cannot_be(rate: float, message: str) -> None:
         (SourceToTarget(2, 0), "clean", {0}),
     ],
 )
-def test_a_goal_says_which_images_may_be_poisoned(goal: Goal, kind: Labels, classes: set[int]) -> None:
+def test_a_goal_says_which_images_may_be_poisoned(goal: Goal, label_mode: LabelMode, classes: set[int]) -> None:
     labels = torch.arange(120) % 3
     drawn = choose_rows(labels, 0.3, goal, kind, generator())
     assert set(labels[drawn].tolist()) == classes

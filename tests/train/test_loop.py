@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Along, Batch, Criterion, ImageSet, Objective
+from vitrap.contracts import Batch, Criterion, ExtraModule, ImageSet, Objective
 from vitrap.data.poison import stamp_after_augmentation
 from vitrap.errors import UserError
 from vitrap.models.classifier import Architecture, Classifier, open_model
@@ -328,7 +328,7 @@ def painting(painter: nn.Module, lr: float = 0.1) -> Objective:
         images = batch.images.index_copy(0, rows, painter(batch.images[rows]))
         return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poison_at=rows, rest_at=rest)
 
-    return Objective(cross_entropy, prepare=prepare, along={"painter": Along(painter, lr)})
+    return Objective(cross_entropy, prepare=prepare, along={"painter": ExtraModule(painter, lr)})
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])

@@ -239,7 +239,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
     table.columns[1].no_wrap = True
     for f in fields(kind):
         about = f.metadata["param"]
-        default = about.by or ("none" if f.default in (None, MISSING) else f.default)
+        default = about.default_from or ("none" if f.default in (None, MISSING) else f.default)
         facts = "; ".join(filter(None, [about.unit, about.range()]))
         meaning = about.doc + (f" \\[{facts}]" if facts else "")
         table.add_row(about.symbol, f.name, str(default), about.source, meaning)
@@ -253,7 +253,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
 
 def _threats(kind: Any) -> Iterator[str]:
     """A line for each setting of an attack: what the attacker controls, and what the attack needs."""
-    for attack in registry.settings(kind):
+    for attack in registry.variants(kind):
         yield (
             (f"setting {attack.setting}: " if hasattr(attack, "setting") else "")
             + f"threat: the attacker controls the {attack.threat}; labels: {attack.labels};"
@@ -263,7 +263,7 @@ def _threats(kind: Any) -> Iterator[str]:
 
 def _needs(kind: Any) -> Iterator[str]:
     """A line for each setting of a defence: what it returns, and what it needs."""
-    for defence in registry.settings(kind):
+    for defence in registry.variants(kind):
         things = {
             "the training set": defence.needs_train,
             "a model with plain token attention": defence.needs_attention,

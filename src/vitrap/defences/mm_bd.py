@@ -144,7 +144,8 @@ def ascend(
     for _ in range(settings.steps):
         margins, gradients, rounding = margins_and_gradients(model, weights, images, classes[active])
         final[active] = margins
-        # A class stops when its sum of margins changed by a smaller share than the tolerance.
+        # A class stops when its sum of margins changed by a smaller share than the tolerance. `~(... < ...)` and not
+        # `>=`: a sum that is NaN goes on climbing, and is refused in the end.
         total = margins.sum(1)
         tolerance = settings.tolerance if settings.tolerance >= rounding else 0.0
         climbing = ~((total - last).abs() < tolerance * last.abs())

@@ -93,7 +93,7 @@ class PatchProcess:
         drawn = [draw_changes(self, transform, grid[0] * grid[1], suspect.generator) for transform in transforms]
         order = torch.cat([order for order, _ in drawn]).to(clean.device)
         kept = torch.cat([kept for _, kept in drawn]).to(clean.device)
-        blank = mean_colour(clean) * (self.blank == "mean")
+        blank = mean_colour(clean) if self.blank == "mean" else torch.zeros(clean.channels, device=clean.device)
         score = PatchScore(suspect.model, transforms, PatchChange(grid, order, kept, blank))
         # Step 2 on clean images: what each statistic is without a trigger.
         with suspect.computing():

@@ -256,10 +256,10 @@ def _check_attack(spec: Spec, world: World) -> None:
     taken = [SURROGATE_SEED, TEST_SURROGATE_SEED] if spec.test_surrogate else [SURROGATE_SEED]
     if attack.needs_surrogate and spec.seed in taken:
         raise UserError(f"seed = {spec.seed} is the surrogate's own: the twin would be the surrogate; choose another")
-    if spec.test_surrogate is not None and not getattr(attack, "test_surrogate", False):
+    if spec.test_surrogate is not None and not getattr(attack, "takes_test_surrogate", False):
         raise UserError(f"attack {spec.attack_name} has no surrogate at test time; remove [test_surrogate]")
-    if hasattr(attack, "check"):
-        attack.check(train.size)
+    if hasattr(attack, "check_size"):
+        attack.check_size(train.size)
     for name in ("target", "source"):
         label = getattr(attack, name, None)
         if label is not None and label >= train.n_classes:

@@ -65,8 +65,8 @@ def make_retrained(plan: Plan, kept: ImageSet, bar: AbstractContextManager[Tick]
     start = time.perf_counter()
     model = plan.victim.build(plan.spec.seed, plan.device)
     notice = backdoor_notice(plan.spec, "retrained")
-    keeper = keeper_in(folder, notice)
-    curves = train_as_planned(plan, model, kept, plan.spec.seed, None, bar, keeper)
+    checkpointer = keeper_in(folder, notice)
+    curves = train_as_planned(plan, model, kept, plan.spec.seed, None, bar, checkpointer)
     # What an earlier call spent, whose training was resumed here, counts, too.
-    seconds = keeper.seconds + time.perf_counter() - start
+    seconds = checkpointer.seconds + time.perf_counter() - start
     save_stage(model, folder, ModelFacts(seconds, curves, n_poisoned=int(kept.poisoned.sum())), notice)
