@@ -71,7 +71,7 @@ def test_every_candidate_is_drawn_sometimes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "target", "kind", "message"),
+    ("rate", "target", "label_mode", "message"),
     [
         (0.0, 0, "dirty", r"poison_rate = 0.0 is out of range: it must be in \(0, 1\]"),
         (-0.1, 0, "clean", "poison_rate = -0.1 is out of range"),
@@ -83,15 +83,15 @@ def test_every_candidate_is_drawn_sometimes() -> None:
 )
 def test_a_rate_that_cannot_be(rate: float, target: int, label_mode: LabelMode, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        choose_rows(made().labels, rate, AllToOne(target), kind, generator())
+        choose_rows(made().labels, rate, AllToOne(target), label_mode, generator())
 
 
-@pytest.mark.parametrize("kind", ["dirty", "clean"])
+@pytest.mark.parametrize("label_mode", ["dirty", "clean"])
 def test_poison_replaces_the_chosen_images_alone(label_mode: LabelMode) -> None:
     train, goal = made(), AllToOne(1)
     pixels, labels = train.pixels.clone(), train.labels.clone()
-    found = Poison(brighten, goal, 0.2, kind)(train, generator())
-    rows = choose_rows(train.labels, 0.2, goal, kind, generator())
+    found = Poison(brighten, goal, 0.2, label_mode)(train, generator())
+    rows = choose_rows(train.labels, 0.2, goal, label_mode, generator())
     everything = torch.arange(60)
     assert len(found) == len(train)
     assert torch.equal(found.poisoned.nonzero().squeeze(1), rows)
@@ -100,7 +100,7 @@ def test_poison_replaces_the_chosen_images_alone(label_mode: LabelMode) -> None:
     assert torch.equal(found.images(everything)[clean], train.images(everything)[clean])
     assert torch.equal(found.labels[clean], labels[clean])
     assert (found.labels[rows] == 1).all()
-    if kind == "clean":
+    if label_mode == "clean":
         assert torch.equal(found.labels, labels)
     eighths = (brighten(train.images(rows)) * 255).round() / 255
     assert torch.equal(found.images(rows), eighths)
@@ -200,7 +200,7 @@ def test_a_cover_rate_that_cannot_be(rate: float, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("goal", "kind", "classes"),
+    ("goal", "label_mode", "classes"),
     [
         (AllToOne(1), "dirty", {0, 2}),
         (AllToOne(1), "clean", {1}),
@@ -211,7 +211,7 @@ def test_a_cover_rate_that_cannot_be(rate: float, message: str) -> None:
 )
 def test_a_goal_says_which_images_may_be_poisoned(goal: Goal, label_mode: LabelMode, classes: set[int]) -> None:
     labels = torch.arange(120) % 3
-    drawn = choose_rows(labels, 0.3, goal, kind, generator())
+    drawn = choose_rows(labels, 0.3, goal, label_mode, generator())
     assert set(labels[drawn].tolist()) == classes
 
 

@@ -200,16 +200,16 @@ def read_page(sweep: Sweep, folder: Path) -> PageSpec:
     Raises:
         UserError: a key, type or value is wrong, or there is nothing to make.
     """
-    own = build(_PageKeys, _mapping(sweep.page.get("page", {}), "page"), "page")
-    tables = tuple(_table_spec(entry, f"table[{i}]", own) for i, entry in enumerate(_entries(sweep, "table")))
+    page = build(_PageKeys, _mapping(sweep.page.get("page", {}), "page"), "page")
+    tables = tuple(_table_spec(entry, f"table[{i}]", page) for i, entry in enumerate(_entries(sweep, "table")))
     figures = tuple(_figure_spec(entry, f"figure[{i}]", folder) for i, entry in enumerate(_entries(sweep, "figure")))
     if not tables and not figures:
         raise UserError(f"the spec of sweep {sweep.name!r} says of no table: add a [[table]] or a [[figure]]")
     parts = [table.part for table in tables]
     if twice := next((part for part in parts if parts.count(part) > 1), None):
         raise UserError(f"two tables have the part {twice!r}; give each its own")
-    file = _path(folder, own.file) if own.file else None
-    records = _path(folder, own.records) if own.records else None
+    file = _path(folder, page.file) if page.file else None
+    records = _path(folder, page.records) if page.records else None
     return PageSpec(file, records, tables, figures)
 
 
