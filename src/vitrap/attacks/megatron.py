@@ -109,8 +109,7 @@ class Megatron:
     opacity: float = param(0.7, "opacity of the strong cell", source="code", low=0, high=1)
     faint: float = param(by_setting(0.05, 0.3), "opacity around it (clean-label: ours)", source="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
-        "mask",
-        "where the cell may lie: on a grid that tiles the box; the same, with opacity 0 around it; at every pixel",
+        "mask", "where the cell may lie: on a grid that tiles the box; the same, opacity 0 around it; at every pixel"
     )
     place: Literal["fixed", "hashed"] = param("fixed", "the cell's place: the middle, or picked by a hash of the image")
     blend: Literal["over", "add"] = param("over", "with mask m and pattern t: (1 - m) x + m t, or x + m (t - mean)")
