@@ -114,7 +114,7 @@ def make_clean(plan: Plan, network: Network, seed: int, bar: AbstractContextMana
     start = time.perf_counter()
     model = network.build(seed, plan.device)
     watch = watch_clean(plan)
-    checkpointer = keeper_in(folder, {"role": "clean"})
+    checkpointer = checkpointer_in(folder, {"role": "clean"})
     curves = train_as_planned(plan, model, plan.world.train, seed, None, bar, checkpointer, watch)
     # What an earlier call spent, whose training was resumed here, counts, too.
     seconds = checkpointer.seconds + time.perf_counter() - start
@@ -132,7 +132,7 @@ def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], 
     """Fit the attack, and write its triggers, its report and the state of its random stream into `folder`."""
     spec = plan.spec
     start = time.perf_counter()
-    checkpointer = keeper_in(folder, backdoor_notice(spec, "trigger"), access.generator)
+    checkpointer = checkpointer_in(folder, backdoor_notice(spec, "trigger"), access.generator)
     access = replace(access, checkpointer=checkpointer)
     # A network that the attack builds draws its first weights from torch's own random state.
     with bar, ambient(spec.seed, "fit", plan.device):
@@ -211,7 +211,7 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
         model = plan.victim.read(folders["twin"] / MODEL, plan.device)
         trained = replace(read_facts(folders["twin"], ModelFacts), seconds=0.0)
     else:
-        checkpointer = keeper_in(folder, backdoor_notice(spec, "victim"), generator)
+        checkpointer = checkpointer_in(folder, backdoor_notice(spec, "victim"), generator)
         model, trained = _train_victim(plan, train_set, fitted, implant, checkpointer, progress)
     # Edit the trained model; that may change the trigger, too.
     final = fitted
@@ -311,8 +311,8 @@ def train_as_planned(  # noqa: PLR0913 - as `train`
         return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic, checkpointer)
 
 
-def keeper_in(folder: Path, notice: dict[str, Any], generator: torch.Generator | None = None) -> Checkpointer:
-    """A checkpointer of the training's state in a stage's draft, and of the attack's random stream where it draws on."""
+def checkpointer_in(folder: Path, notice: dict[str, Any], generator: torch.Generator | None = None) -> Checkpointer:
+    """Saves the training's state in a stage's draft, with the attack's random stream where training draws from it."""
     streams = {"attack": generator} if generator is not None else {}
     return Checkpointer(folder / STATE, streams, {"vitrap": json.dumps(notice)})
 
