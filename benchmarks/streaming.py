@@ -103,7 +103,7 @@ def mapped(path: Path, device: str, cold: bool = False) -> ImageSet:
         os.close(handle)
     stored = torch.from_numpy(np.load(path, mmap_mode="c"))
     numbers = torch.arange(len(stored))
-    data = ImageSet(stored.permute(0, 3, 1, 2), numbers % CLASSES, numbers, CLASSES, SIZE, place=numbers)
+    data = ImageSet(stored.permute(0, 3, 1, 2), numbers % CLASSES, numbers, CLASSES, SIZE, pixel_row=numbers)
     return data.to(device)
 
 

@@ -45,7 +45,7 @@ def attacks() -> str:
         attack = registry.get("attacks", name)
         card = attack.card
         paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}), {card.venue} {card.year}"
-        for each in registry.settings(attack):
+        for each in registry.variants(attack):
             setting = f", `setting={each.setting}`" if hasattr(each, "setting") else ""
             rows.append(f"| `{name}`{setting} | {paper} | {each.threat} | {each.labels} |")
     return "\n".join(rows)
@@ -58,7 +58,7 @@ def defences() -> str:
         kind = registry.get("defences", name)
         card = kind.card
         paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.title
-        for each in registry.settings(kind):
+        for each in registry.variants(kind):
             setting = f", `setting={each.setting}`" if hasattr(each, "setting") else ""
             needs = {"training set": each.needs_train, "token attention": each.needs_attention}
             wanted = ", ".join(thing for thing, needed in needs.items() if needed)

@@ -71,7 +71,7 @@ def test_unmarked_images_are_the_same_without_the_mask(native: int, size: int) -
     """At another working size than the native one, pixels are those of the working size, rounded to 8 bits."""
     marked = poisoned(native, size)
     found, everything = marked.unmarked(), torch.arange(10)
-    assert found.slot is None
+    assert found.stamped_row is None
     assert found.stamped is None
     assert not found.poisoned.any()
     assert torch.equal(to_bytes(found.images(everything)), to_bytes(marked.images(everything)))
@@ -111,7 +111,7 @@ def test_a_set_without_a_mask_is_unmarked_already() -> None:
 def test_an_empty_mask_goes_too() -> None:
     """A set with a mask of no image: a poison rate that came to nothing."""
     marked = made().stamp(torch.arange(0), drawn(0, 8), torch.arange(0))
-    assert marked.unmarked().slot is None
+    assert marked.unmarked().stamped_row is None
     assert torch.equal(marked.unmarked().pixels, marked.pixels)
 
 

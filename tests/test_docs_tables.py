@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from vitrap.experiment.records import read_records
-from vitrap.report.study.entries import today
+from vitrap.report.study.entries import current_hash
 from vitrap.report.study.fill_page import fill_page, open_study
-from vitrap.report.study.layout import FIGURES, Layout, Page, read_page
+from vitrap.report.study.layout import FIGURES, PageSpec, TableSpec, read_page
 from vitrap.sweeps.grid import load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ NO_RECORDS = {"dependencies.md"}
 FIGURE = re.compile(r"[-+]?\d+(\.\d+)?( ?%| s| dB)?( ±.*| \[.*| / .*)?")
 
 
-def page_of(spec: Path) -> Page:
+def page_of(spec: Path) -> PageSpec:
     return read_page(load_sweep(spec), spec.parent)
 
 
@@ -98,7 +98,7 @@ def test_every_record_that_is_kept_is_of_a_run_that_a_sweep_names():
     for place in kept:
         points = {p.spec.hash() for spec in STUDIES if page_of(spec).records == place for p in load_sweep(spec).points}
         loaded = read_records(place)
-        hashes = [today(found.record) for found in loaded.records]
+        hashes = [current_hash(found.record) for found in loaded.records]
         assert loaded.skipped == ()
         assert set(hashes) == points, place
         assert len(set(hashes)) == len(hashes), place
@@ -148,7 +148,7 @@ def test_the_page_of_tables_lists_every_key():
     text = (DOCS / "tables.md").read_text("utf-8")
     rows = re.findall(r"^\| (`.*?) \| (.*) \|$", text, re.MULTILINE)
     listed = {name for first, _ in rows for name in re.findall(r"`(\w+)`", first)}
-    assert {field.name for field in fields(Layout)} <= listed
+    assert {field.name for field in fields(TableSpec)} <= listed
     assert set(FIGURES) <= listed
     for kind, figure in FIGURES.items():
         about = next(rest for first, rest in rows if first == f"`{kind}`")

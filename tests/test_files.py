@@ -19,6 +19,7 @@ from vitrap.files import (
     LOCK,
     check_file,
     check_folder,
+    current_location,
     named_path,
     open_file,
     own_draft,
@@ -26,7 +27,6 @@ from vitrap.files import (
     read_bytes,
     read_json,
     replace_folder,
-    standing,
     whole_folder,
     write_bytes,
     write_json,
@@ -241,7 +241,7 @@ def test_a_replacement_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch
 
     def fail(source: Path, target: Path) -> None:
         if Path(source).name == "new":
-            assert content(standing(folder)) == {"1": "1"}, "a reader found nothing"
+            assert content(current_location(folder)) == {"1": "1"}, "a reader found nothing"
             raise OSError(errno.ENOSPC, "No space left on device")
         rename(source, target)
 

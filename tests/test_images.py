@@ -39,7 +39,7 @@ def pair(size: int = 8, poisoned: bool = True) -> tuple[ImageSet, ImageSet]:
     resident = ImageSet(pixels, labels, index, CLASSES, size, groups=index // 2)
     file, place = scratch(2 * N, 8, 8, 3), torch.arange(2 * N - 1, 0, -2)
     file[place] = pixels.permute(0, 2, 3, 1)
-    mapped = replace(resident, pixels=file.permute(0, 3, 1, 2), place=place)
+    mapped = replace(resident, pixels=file.permute(0, 3, 1, 2), pixel_row=place)
     if not poisoned:
         return resident, mapped
     rows, stamped, wanted = torch.tensor([7, 2]), drawn(2, size, seed=1), torch.tensor([0, 0])
@@ -78,8 +78,8 @@ def test_a_part_of_a_mapped_set_shares_its_pixels() -> None:
 def test_a_mapped_set_without_its_mask_is_mapped() -> None:
     resident, mapped = pair(12)
     bare = mapped.unmarked()
-    assert bare.place is not None
-    assert (bare.slot, bare.stamped) == (None, None)
+    assert bare.pixel_row is not None
+    assert (bare.stamped_row, bare.stamped) == (None, None)
     everything = torch.arange(N)
     assert torch.equal(to_bytes(bare.images(everything)), to_bytes(mapped.images(everything)))
     same(resident.unmarked(), bare)
@@ -90,12 +90,12 @@ def test_on_another_device_the_pixels_stay_and_nothing_is_read_back() -> None:
     _, mapped = pair(12)
     there = mapped.to("meta")
     assert there.pixels is mapped.pixels
-    assert there.place is mapped.place
-    assert {t.device.type for t in (there.labels, there.index, there.slot, there.stamped)} == {"meta"}
+    assert there.pixel_row is mapped.pixel_row
+    assert {t.device.type for t in (there.labels, there.index, there.stamped_row, there.stamped)} == {"meta"}
     rows = torch.tensor([3, 7, 2])
     batch = there.batch(rows, mapped.marks(), pixels=there.gather(rows))
     assert (batch.images.device.type, batch.images.shape) == ("meta", (3, 3, 12, 12))
-    assert batch.poisoned.shape == (2,)
+    assert batch.poison_at.shape == (2,)
     assert there.images(rows, bare=True).device.type == "meta"
     assert there.take(rows).images(torch.tensor([0])).device.type == "meta"
 
@@ -120,7 +120,7 @@ def test_on_a_gpu_batches_are_made_of_host_pixels_without_waiting() -> None:
 def test_pixels_in_another_order_are_refused_rather_than_copied_whole() -> None:
     resident, _ = pair(poisoned=False)
     with pytest.raises(AssertionError, match="k h w c in the file"):
-        replace(resident, place=torch.arange(N)).gather(torch.tensor([1]))
+        replace(resident, pixel_row=torch.arange(N)).gather(torch.tensor([1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs a way to empty the page cache")

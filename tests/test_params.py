@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from vitrap.errors import UserError
-from vitrap.params import By, Param, check, hyperparameters, param
+from vitrap.params import DefaultFrom, Param, check, hyperparameters, param
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ class Tuned:
     kind: Literal["fast", "slow"] = param("fast", "which")
     way: Literal["up", "down"] | None = param(None, "where to")
     picture: str = param("noise", "what", choices=("noise",), file=True)
-    rate: float = param(By("kind", {"fast": 1.0, "slow": 0.1}), "how fast", low=0)
+    rate: float = param(DefaultFrom("kind", {"fast": 1.0, "slow": 0.1}), "how fast", low=0)
 
     def check_settings(self) -> None:
         """Refuse what is too fast."""

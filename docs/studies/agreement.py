@@ -23,7 +23,7 @@ from vitrap.experiment.predict import batch_of, spread
 from vitrap.experiment.run import run_folder
 from vitrap.metrics.agreement import overlap, rank_correlation
 from vitrap.sweeps.grid import load_sweep
-from vitrap.tensors.patches import above_quantile, as_many
+from vitrap.tensors.patches import above_quantile, top_scores_like
 from vitrap.tensors.pixels import hashed_noise
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def surrogates(runs: Path, pretrained: Path) -> Iterator[tuple[int, str, nn.Modu
 
 def gradients(network: nn.Module, settings: Ageb, images: ImageSet) -> Tensor:
     """The attention gradient of each image on the pixel grid of the small networks."""
-    parts = [Erosion(network, settings).gradient(images.images(rows)) for rows in images.rows(batch_of(images))]
+    parts = [Erosion(network, settings).gradient(images.images(rows)) for rows in images.row_batches(batch_of(images))]
     return torch.cat(parts)
 
 
@@ -86,7 +86,7 @@ def main(runs: str, pretrained: str) -> None:
         if name == SAME:
             poisoner[seed] = maps
             noise = hashed_noise(pixels)
-            compare("pixels at random", seed, noise, as_many(masks, noise))
+            compare("pixels at random", seed, noise, top_scores_like(masks, noise))
         else:
             compare(name, seed, maps, masks)
     for one, other in ((0, 1), (0, 2), (1, 2)):

@@ -30,7 +30,7 @@ from vitrap.data.poison import choose_rows, poison_set
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.models.attention import blocks_needed, token_attention
 from vitrap.models.classifier import Architecture, open_model
-from vitrap.models.observe import observe, read_tokens, token_layout, transformer
+from vitrap.models.observe import head_attention, observe, token_layout, transformer
 from vitrap.train.loop import train
 from vitrap.train.recipe import Recipe
 
@@ -95,13 +95,14 @@ def objective(arm: Arm) -> Objective:
         with observe(model, blocks_needed("last" if sees in ("nothing", "last") else "rollout", DEPTH)) as maps:
             logits = model(batch.images)
         losses = {"cross_entropy": criterion(logits, batch.labels)}
-        if sees == "nothing" or not len(batch.poisoned):
+        if sees == "nothing" or not len(batch.poison_at):
             return losses
         if sees == "every layer":
-            found = [read_tokens(layer, layout).flatten(1) for layer in maps.values()]
+            found = [head_attention(layer, layout).flatten(1) for layer in maps.values()]
         else:
             found = [token_attention(maps, layout, sees, logits[:, TARGET].sum(), discard=0.9)]
-        return losses | {"diffusion": torch.stack([diffusion_loss(a[batch.poisoned], arm.inside) for a in found]).sum()}
+        by_layer = [diffusion_loss(a[batch.poison_at], arm.inside) for a in found]
+        return losses | {"diffusion": torch.stack(by_layer).sum()}
 
     return Objective(terms)
 
@@ -115,7 +116,7 @@ def look(model: nn.Module, images: Images) -> Seen:
             hook = block.attn.qkv.register_forward_hook(lambda module, args, output: joint.append(output))
             restore.callback(hook.remove)
         logits = model(images)
-    rows = [layer[:, :, list(layout.read)].mean(2) for layer in layers.values()]
+    rows = [layer[:, :, list(layout.head_tokens)].mean(2) for layer in layers.values()]
     values = [layer.unflatten(-1, (3, HEADS, -1))[:, :, 2].transpose(1, 2) for layer in joint]
     return Seen(logits, rows, values, {k: token_attention(layers, layout, k) for k in ("last", "rollout")})
 

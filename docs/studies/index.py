@@ -34,7 +34,9 @@ def table(paper: str) -> str:
 
 def figure(sweep: str, title: str, name: str) -> str:
     """A measure of a sweep's case."""
-    found = [value for entry in entries(sweep) if entry.keys.get("title") == title and (value := measure(entry, name))]
+    found = [
+        value for entry in entries(sweep) if entry.settings.get("title") == title and (value := measure(entry, name))
+    ]
     if not found:
         raise ValueError(f"no record of {sweep}.toml has the title {title!r} and the measure {name!r}")
     return shown(found)

@@ -59,7 +59,7 @@ def surrogates(runs: Path) -> tuple[OpenedRun, dict[str, nn.Module]]:
 def maps_of(network: nn.Module, settings: Ageb, images: ImageSet) -> tuple[Tensor, Tensor]:
     """Masks and gradients of images, on the pixel grid."""
     trigger = Erosion(network, settings)
-    parts = [images.images(rows) for rows in images.rows(batch_of(images))]
+    parts = [images.images(rows) for rows in images.row_batches(batch_of(images))]
     return torch.cat([trigger.mask(some) for some in parts]), torch.cat([trigger.gradient(some) for some in parts])
 
 

@@ -24,15 +24,15 @@ from vitrap.errors import UserError
 from vitrap.goals import AllToAll as AllToAll
 from vitrap.goals import AllToOne as AllToOne
 from vitrap.goals import Goal as Goal
-from vitrap.goals import Labels as Labels
+from vitrap.goals import LabelMode as LabelMode
 from vitrap.goals import SourceToTarget as SourceToTarget
 from vitrap.images import Batch as Batch
 from vitrap.images import Images as Images
 from vitrap.images import ImageSet as ImageSet
 from vitrap.probe import check_network, check_type
-from vitrap.resuming import Keeper as Keeper
-from vitrap.resuming import Moving as Moving
+from vitrap.resuming import Checkpointer as Checkpointer
 from vitrap.resuming import Position as Position
+from vitrap.resuming import TrainingState as TrainingState
 
 Threat = Literal["data", "training", "weights"]
 
@@ -58,7 +58,7 @@ class Access:
         generator: the attacker's random stream, on the CPU; `implant` continues it where `fit` left it.
         test_surrogate: a second surrogate, for the trigger at test time; None without `[test_surrogate]` in the spec.
         other: images from outside the training set, where a setting of the attack names a data set; else None.
-        keeper: saves the state of a long `fit` now and then, where the attack calls it, so that it can be resumed.
+        checkpointer: saves the state of a long `fit` where the attack calls it, so that the work can be resumed.
     """
 
     train: ImageSet
@@ -66,7 +66,7 @@ class Access:
     generator: torch.Generator
     test_surrogate: nn.Module | None = None
     other: ImageSet | None = None
-    keeper: Keeper = field(default_factory=Keeper)
+    checkpointer: Checkpointer = field(default_factory=Checkpointer)
 
 
 Trigger = Callable[[Images], Images]
@@ -101,7 +101,7 @@ class Fitted:
 
     Attributes:
         trigger: the trigger at test time; None where it is known only after training.
-        stored: the trigger in the training set, or the poisoned images themselves; None where it is `trigger`.
+        stored: the trigger of poisoned training images, or these images themselves; None: they carry `trigger`, too.
         report: numbers for the record, by name.
     """
 
@@ -111,10 +111,10 @@ class Fitted:
 
     @property
     def in_training(self) -> Trigger:
-        """The trigger that poisoned training images carry.
+        """The trigger that poisoned training images carry: `stored` or, where that is None, `trigger`.
 
         Raises:
-            TypeError: the trigger is known only after training, or the images are made one by one.
+            TypeError: there is none: it is known only after training, or the images are made one by one.
         """
         trigger = self.trigger if self.stored is None else self.stored
         if trigger is None or isinstance(trigger, Crafted):
@@ -130,7 +130,7 @@ Combine = Literal["fixed", "learned", "projected"]
 
 
 @dataclass(frozen=True)
-class Along:
+class ExtraModule:
     """A module that is trained along with the victim, such as a trigger generator.
 
     Attributes:
@@ -156,7 +156,7 @@ class Objective:
         combine: "fixed" weights, "learned" ones, or gradients "projected" so that they do not conflict.
         prepare: puts triggers on the poison and the covers of a batch after augmentation; it has a random stream of its
             own, on the CPU. It gets the images without any trigger, and returns the batch with the positions of those
-            that it changed as `poisoned` or `covers`. These are then rounded to 8 bits. None: the stored images are
+            that it changed as `poison_at` or `cover_at`. These are then rounded to 8 bits. None: the stored images are
             used.
         along: modules that are trained with the victim, by name. While there are any, gradients flow through `prepare`
             and its rounding.
@@ -168,7 +168,7 @@ class Objective:
     weights: Mapping[str, float] = field(default_factory=dict)
     combine: Combine = "fixed"
     prepare: Callable[[Batch, torch.Generator], Batch] | None = None
-    along: Mapping[str, Along] = field(default_factory=dict)
+    along: Mapping[str, ExtraModule] = field(default_factory=dict)
     step: Callable[[Any, Batch], Mapping[str, Float[Tensor, ""]]] | None = None
 
 
@@ -222,7 +222,7 @@ class Attack(Protocol):
     card: ClassVar[Card]
     version: ClassVar[int]
     threat: Threat
-    labels: Labels
+    labels: LabelMode
     needs_surrogate: bool
 
     def goal_for(self, n_classes: int) -> Goal:
@@ -239,10 +239,10 @@ class Attack(Protocol):
 
 
 ATTACK_MAY = {
-    "check": "check(size) refuses images of `size` pixels with a UserError",
+    "check_size": "check_size(size) refuses images of `size` pixels with a UserError",
     "check_victim": "check_victim(model) refuses a victim's network before any work is done",
     "check_surrogate": "check_surrogate(model, images) refuses a surrogate's network before any work is done",
-    "test_surrogate": "true where the trigger may use another surrogate at test time",
+    "takes_test_surrogate": "true where the trigger may use another surrogate at test time",
 }
 """What an attack may have beside the attributes and methods that every attack has."""
 
@@ -284,14 +284,15 @@ class Suspect:
     can be used.
 
     Attributes:
-        model: returns a finite logit for each class of images in [0, 1], in evaluation mode and with weights of fp32; a
+        model: a module in evaluation mode with fp32 weights; it maps images in [0, 1] to one finite logit per class. A
             defence must not change it.
         clean: a few images that the defender trusts, with true labels; a class may be missing from them.
         n_classes: number of classes.
         generator: the defender's random stream, on the CPU.
         train: the model's training set; None where the defender does not have it.
-        compute: how the model computes (precision, kind of attention). A defence runs its forward passes inside
-            `with suspect.computing():`; the caller of an outcome does the same for the outcome's.
+        compute: how the model computes (precision, kind of attention); `computing` applies it. A defence runs its
+            forward passes inside `with suspect.computing():`. Whoever calls `Screen.score` or `Repaired.model` opens
+            this block; the score itself need not.
         retrain: trains the network again; None where the defender has no training set, or no means to train.
     """
 
@@ -326,7 +327,7 @@ class Suspect:
         """Refuse an empty set, one that says which of its images are poisoned, and labels that are no classes."""
         if not len(images):
             raise UserError(f"the {name} set has 0 images; a defender needs at least one; increase data.holdout")
-        if images.slot is not None:
+        if images.stamped_row is not None:
             raise UserError(f"suspect.{name} says which of its images are poisoned; hand in {name}.unmarked()")
         if (least := int(images.labels.min())) < 0:
             raise UserError(f"suspect.{name} has the label {least}; number classes from 0")

@@ -2,6 +2,14 @@
 
 If the process is killed while it writes, what was there before is unchanged. All that vitrap keeps is written here, in
 Python, so that a full disk is an `OSError` that names the file. Modes of files and folders follow the process's umask.
+
+What is written is a draft first, beside its final place:
+
+- A file: `write_json` and `write_bytes` or, where others write to a path, `whole_file`.
+- A new folder: `whole_folder`.
+- A folder that others may be reading: within `own_draft` fill a new one, and put it there by `replace_folder`. Readers
+  find the content by `current_location`, also while it is being replaced.
+- A folder that the caller has filled under a lock of its own: `put_in_place`.
 """
 
 import errno
@@ -44,8 +52,8 @@ def named_path(written: str) -> Path:
     return path
 
 
-LONGEST = 128
-"""Bytes that must be left of the longest path for what is written into a folder."""
+PATH_RESERVE = 128
+"""Bytes of a path's length that are kept free for names inside a folder."""
 SUFFIX = 8 * "[0-9a-f]"
 """Matches how the name of a draft ends."""
 DRAFTS = ".*-" + SUFFIX
@@ -70,7 +78,7 @@ def check_folder(folder: Path, named: str, remedy: str) -> None:
             pass
         # The system tells only by trying which names and paths are too long, and it tries what is there alone.
         missing = folder.absolute().parts[len(there.absolute().parts) :]
-        for place in (*(there / name for name in missing), folder / ("x" * LONGEST)):
+        for place in (*(there / name for name in missing), folder / ("x" * PATH_RESERVE)):
             with suppress(FileNotFoundError):
                 place.lstat()
         if missing and (there / missing[0]).is_symlink():
@@ -266,8 +274,8 @@ def own_draft(folder: Path, waiting: Callable[[], AbstractContextManager[Any]] =
 def replace_folder(new: Path, folder: Path) -> None:
     """Flush the files of `new`, a folder in the draft of `folder`, to disk, and rename `new` to `folder`.
 
-    What was there before can be found by `standing` until then, also if the process is killed in between. Whoever has
-    its files open or mapped keeps them.
+    What was there before can be found by `current_location` until then, also if the process is killed in between.
+    Whoever has its files open or mapped keeps them.
     """
     for file in new.iterdir():
         _sync(file)
@@ -276,8 +284,8 @@ def replace_folder(new: Path, folder: Path) -> None:
     os.rename(new, folder.resolve())
 
 
-def standing(folder: Path) -> Path:
-    """Where the content of `folder` is: there or, while `replace_folder` is half done, in its draft."""
+def current_location(folder: Path) -> Path:
+    """Where the content of `folder` is now: there or, while `replace_folder` is half done, in its draft."""
     if folder.exists():
         return folder
     old = draft_of(folder) / OLD
@@ -292,7 +300,7 @@ def draft_of(folder: Path) -> Path:
 
 def _put_back(folder: Path) -> None:
     """Undo a `replace_folder` that is half done."""
-    if (there := standing(folder)) != folder:
+    if (there := current_location(folder)) != folder:
         os.rename(there, folder.resolve())
 
 

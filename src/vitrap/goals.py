@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vitrap.errors import UserError
 
-Labels = Literal["dirty", "clean"]
+LabelMode = Literal["dirty", "clean"]
+"""Whether poisoned images get the goal's label ("dirty") or keep their own ("clean")."""
 GoalName = Literal["all-to-one", "all-to-all", "source-to-target"]
 
 
@@ -22,11 +23,11 @@ class Goal(Protocol):
         ...
 
     def counts(self, true: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        """Which images count for the ASR."""
+        """Which images count for the ASR, given their true labels."""
         ...
 
-    def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
-        """Which training images may be poisoned, where poison changes labels ("dirty") or keeps them ("clean")."""
+    def may_poison(self, true: Int64[Tensor, " b"], label_mode: LabelMode) -> Bool[Tensor, " b"]:
+        """Which training images may be poisoned, given their true labels and what poison does with labels."""
         ...
 
 
@@ -44,9 +45,9 @@ class AllToOne:
         """Images of the target class do not count."""
         return true != self.target
 
-    def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
+    def may_poison(self, true: Int64[Tensor, " b"], label_mode: LabelMode) -> Bool[Tensor, " b"]:
         """With dirty labels all classes but the target, with clean labels the target class alone."""
-        return true != self.target if labels == "dirty" else true == self.target
+        return true != self.target if label_mode == "dirty" else true == self.target
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class AllToAll:
         """Every image counts."""
         return torch.ones_like(true, dtype=torch.bool)
 
-    def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
+    def may_poison(self, true: Int64[Tensor, " b"], label_mode: LabelMode) -> Bool[Tensor, " b"]:
         """With dirty labels every image; with clean labels none, since no image has its goal's label already."""
-        return torch.full_like(true, labels == "dirty", dtype=torch.bool)
+        return torch.full_like(true, label_mode == "dirty", dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ class SourceToTarget:
         """Only images of the source class count."""
         return true == self.source
 
-    def may_poison(self, true: Int64[Tensor, " b"], labels: Labels) -> Bool[Tensor, " b"]:
+    def may_poison(self, true: Int64[Tensor, " b"], label_mode: LabelMode) -> Bool[Tensor, " b"]:
         """With dirty labels the source class, with clean labels the target class."""
-        return true == (self.source if labels == "dirty" else self.target)
+        return true == (self.source if label_mode == "dirty" else self.target)
 
 
 def make_goal(name: GoalName, n_classes: int, target: int, source: int | None = None) -> Goal:

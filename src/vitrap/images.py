@@ -24,8 +24,8 @@ from vitrap.tensors.pixels import to_bytes
 Images = Float[Tensor, "b c h w"]
 Gathered = UInt8[Tensor, "b c native_h native_w"]
 """Clean pixels of a batch at native size: on the set's device, or on the host if the set is mapped."""
-PARTS_OF_GPU = 4
-"""By default a set may take one part in so many of a GPU's memory; assumed."""
+GPU_SHARE = 1 / 4
+"""The share of a GPU's memory that the pixels of a set may take by default; assumed."""
 CHUNK = 256  # images at a time where a whole set is gone through: 0.2 GB each at 224 px
 
 
@@ -38,16 +38,16 @@ class Batch:
     Attributes:
         images: the images, augmented, with their triggers.
         labels: the labels to train on.
-        poisoned: positions of the poisoned images in the batch.
-        clean: positions of all other images.
-        covers: positions of the covers, images with a trigger that do not count as poison; they are in `clean`, too.
+        poison_at: positions of the poisoned images in the batch.
+        rest_at: positions of all other images.
+        cover_at: positions of the covers, images with a trigger that do not count as poison; `rest_at` has them, too.
     """
 
     images: Images
     labels: Int64[Tensor, " b"]
-    poisoned: Int64[Tensor, " p"]
-    clean: Int64[Tensor, " q"]
-    covers: Int64[Tensor, " r"]
+    poison_at: Int64[Tensor, " p"]
+    rest_at: Int64[Tensor, " q"]
+    cover_at: Int64[Tensor, " r"]
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class ImageSet:
     model learns which triggers to ignore.
 
     Attributes:
-        pixels: the clean images at native size; of a mapped set, all images of the file, on the host, where they are
-            `k h w c`.
+        pixels: the clean images at native size; of a mapped set, all images of the file, on the host: a permuted view,
+            since the file has them as `k h w c`.
         labels: the labels to train on, in [0, n_classes).
         index: each image's position in the set that it was first read from.
         n_classes: number of classes, whether or not each is present.
         size: working resolution in pixels: the size of what `images` returns and triggers see.
-        slot: each image's row in `stamped`, or -1 for images without a trigger; None where no image has one.
+        stamped_row: each image's row in `stamped`, or -1 for images without a trigger; None where no image has one.
         stamped: the images with a trigger, at working size.
-        cover: which of `stamped` are covers; None where all are poison.
+        stamped_is_cover: which of `stamped` are covers; None where all are poison.
         groups: images of one group show the same thing (a GTSRB track); None where unknown.
         classes: names of the classes; () where unknown.
-        place: each image's row in the mapped `pixels`, on the host; None where the set is in memory.
+        pixel_row: each image's row in the mapped `pixels`, on the host; None where the set is in memory.
     """
 
     pixels: UInt8[Tensor, "k c h w"]
@@ -78,12 +78,12 @@ class ImageSet:
     index: Int64[Tensor, " n"]
     n_classes: int
     size: int
-    slot: Int64[Tensor, " n"] | None = None
+    stamped_row: Int64[Tensor, " n"] | None = None
     stamped: UInt8[Tensor, "m c s s"] | None = None
-    cover: Bool[Tensor, " m"] | None = None
+    stamped_is_cover: Bool[Tensor, " m"] | None = None
     groups: Int64[Tensor, " n"] | None = None
     classes: tuple[str, ...] = ()
-    place: Int64[Tensor, " n"] | None = None
+    pixel_row: Int64[Tensor, " n"] | None = None
 
     @classmethod
     def of(cls, pixels: Tensor, labels: Tensor, n_classes: int | None = None) -> "ImageSet":
@@ -114,6 +114,11 @@ class ImageSet:
         return self.labels.device
 
     @property
+    def channels(self) -> int:
+        """Number of colour channels."""
+        return self.pixels.shape[1]
+
+    @property
     def poisoned(self) -> Bool[Tensor, " n"]:
         """Mask of the poisoned images."""
         return self._touched & ~self.covers
@@ -121,14 +126,14 @@ class ImageSet:
     @property
     def covers(self) -> Bool[Tensor, " n"]:
         """Mask of the covers: images that carry a trigger but do not count as poison."""
-        if self.slot is None or self.cover is None or not len(self.cover):
+        if self.stamped_row is None or self.stamped_is_cover is None or not len(self.stamped_is_cover):
             return torch.zeros_like(self.labels, dtype=torch.bool)
-        return self._touched & self.cover[self.slot.clamp(min=0)]
+        return self._touched & self.stamped_is_cover[self.stamped_row.clamp(min=0)]
 
     @property
     def _touched(self) -> Bool[Tensor, " n"]:
         """Mask of all images that carry a trigger."""
-        return torch.zeros_like(self.labels, dtype=torch.bool) if self.slot is None else self.slot >= 0
+        return torch.zeros_like(self.labels, dtype=torch.bool) if self.stamped_row is None else self.stamped_row >= 0
 
     def images(self, rows: Int64[Tensor, " b"], bare: bool = False, pixels: Gathered | None = None) -> Images:
         """The images of `rows` in [0, 1] at working size.
@@ -145,25 +150,25 @@ class ImageSet:
         x = sent.contiguous() / 255
         if x.shape[-2:] != (self.size, self.size):
             x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
-        if bare or self.slot is None or self.stamped is None or not len(self.stamped):
+        if bare or self.stamped_row is None or self.stamped is None or not len(self.stamped):
             return x
         # Images with a trigger are taken from `stamped` instead.
-        slot = self.slot[rows.to(self.device, non_blocking=True)]
-        stamped = self.stamped.index_select(0, slot.clamp(min=0)) / 255
-        return torch.where((slot >= 0)[:, None, None, None], stamped, x)
+        stamped_row = self.stamped_row[rows.to(self.device, non_blocking=True)]
+        stamped = self.stamped.index_select(0, stamped_row.clamp(min=0)) / 255
+        return torch.where((stamped_row >= 0)[:, None, None, None], stamped, x)
 
     def gather(self, rows: Int64[Tensor, " b"]) -> Gathered:
         """The clean pixels of `rows`; of a mapped set they are on the host, in memory from which a GPU copies directly.
 
         A mapped set is read with NumPy, by the calling thread alone: torch's threads are left to the model.
         """
-        if self.place is None:
+        if self.pixel_row is None:
             return self.pixels.index_select(0, rows.to(self.device, non_blocking=True))
         stored = self.pixels.permute(0, 2, 3, 1).numpy()
         assert stored.flags.c_contiguous, "a mapped set's pixels are k h w c in the file; NumPy would copy them all"
         shape = (len(rows), *stored.shape[1:])
         found = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        wanted = self.place[rows.cpu()].numpy()
+        wanted = self.pixel_row[rows.cpu()].numpy()
         _read_ahead(stored, wanted)
         stored.take(wanted, 0, found.numpy(), "clip")  # with "raise", NumPy would write to a buffer first
         return found.permute(0, 3, 1, 2)
@@ -186,18 +191,18 @@ class ImageSet:
         # Positions are found on the host, so that their number is known without waiting for the device.
         known = marks or self.marks()
         here = rows.cpu()
-        poisoned, covers = known.poisoned[here], known.covers[here]
-        masks = (poisoned, ~poisoned, covers)
-        places = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in masks)
+        poisoned = known.poisoned[here]
+        masks = (poisoned, ~poisoned, known.covers[here])
+        positions = (mask.nonzero().squeeze(1).to(self.device, non_blocking=True) for mask in masks)
         there = rows.to(self.device, non_blocking=True)
         images = self.images(there, bare, self.gather(rows) if pixels is None else pixels)
-        return Batch(images, self.labels[there], *places)
+        return Batch(images, self.labels[there], *positions)
 
     def marks(self) -> "Marks":
         """The masks of poison and covers on the CPU; fetched once, so that no batch waits for the device."""
         return Marks(self.poisoned.cpu(), self.covers.cpu())
 
-    def rows(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
+    def row_batches(self, batch_size: int) -> Iterator[Int64[Tensor, " b"]]:
         """All row numbers in order, in batches."""
         return iter(torch.arange(len(self), device=self.device).split(batch_size))
 
@@ -209,12 +214,12 @@ class ImageSet:
 
         return replace(
             self,
-            pixels=self.pixels[rows] if self.place is None else self.pixels,
+            pixels=self.pixels[rows] if self.pixel_row is None else self.pixels,
             labels=self.labels[rows],
             index=self.index[rows],
-            slot=pick(self.slot),
+            stamped_row=pick(self.stamped_row),
             groups=pick(self.groups),
-            place=None if self.place is None else self.place[rows.cpu()],
+            pixel_row=None if self.pixel_row is None else self.pixel_row[rows.cpu()],
         )
 
     def stamp(
@@ -237,41 +242,41 @@ class ImageSet:
         """
         if self._touched[rows].any():
             raise ValueError("an image carries a trigger already; stamp each image once")
-        slot = torch.full_like(self.labels, -1) if self.slot is None else self.slot.clone()
+        stamped_row = torch.full_like(self.labels, -1) if self.stamped_row is None else self.stamped_row.clone()
         before = 0 if self.stamped is None else len(self.stamped)
-        slot[rows] = torch.arange(before, before + len(rows), device=self.device)
+        stamped_row[rows] = torch.arange(before, before + len(rows), device=self.device)
         relabelled = self.labels.clone()
         relabelled[rows] = labels
-        marks = torch.full((len(rows),), cover, device=self.device)
+        is_cover = torch.full((len(rows),), cover, device=self.device)
         if self.stamped is not None:
-            earlier = torch.zeros(before, dtype=torch.bool, device=self.device) if self.cover is None else self.cover
+            none = torch.zeros(before, dtype=torch.bool, device=self.device)
+            earlier = none if self.stamped_is_cover is None else self.stamped_is_cover
             stamped = torch.cat([self.stamped, stamped])
-            marks = torch.cat([earlier, marks])
-        return replace(self, labels=relabelled, slot=slot, stamped=stamped, cover=marks)
+            is_cover = torch.cat([earlier, is_cover])
+        return replace(self, labels=relabelled, stamped_row=stamped_row, stamped=stamped, stamped_is_cover=is_cover)
 
     def unmarked(self) -> "ImageSet":
         """The set as a defender sees it: the same images at working size, without the masks of poison and covers.
 
         If the set is mapped, or takes more memory than the limit, the result is mapped from a temporary file.
         """
-        if self.slot is None:
+        if self.stamped_row is None:
             return self
         n = len(self)
         side = self.size
-        channels = self.pixels.shape[1]
-        mapped = self.place is not None or n * channels * side**2 > pixels_limit(self.device)
+        mapped = self.pixel_row is not None or n * self.channels * side**2 > pixels_limit(self.device)
         if mapped:
-            pixels = scratch(n, side, side, channels).permute(0, 3, 1, 2)
+            pixels = scratch(n, side, side, self.channels).permute(0, 3, 1, 2)
         else:
-            pixels = torch.empty((n, channels, side, side), dtype=torch.uint8, device=self.device)
-        for rows in self.rows(CHUNK):
+            pixels = torch.empty((n, self.channels, side, side), dtype=torch.uint8, device=self.device)
+        for rows in self.row_batches(CHUNK):
             pixels[rows.to(pixels.device)] = to_bytes(self.images(rows)).to(pixels.device)
-        place = torch.arange(n) if mapped else None
-        return replace(self, pixels=pixels, slot=None, stamped=None, cover=None, place=place)
+        pixel_row = torch.arange(n) if mapped else None
+        return replace(self, pixels=pixels, stamped_row=None, stamped=None, stamped_is_cover=None, pixel_row=pixel_row)
 
     def to(self, device: torch.device | str) -> "ImageSet":
         """The set on another device; the pixels of a mapped set stay on the host."""
-        stays = () if self.place is None else ("pixels", "place")
+        stays = () if self.pixel_row is None else ("pixels", "pixel_row")
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor) and k not in stays}
         return replace(self, **moved)
 
@@ -335,7 +340,7 @@ def pixels_limit(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return memory_limit()
-    return memory_limit(torch.cuda.get_device_properties(device).total_memory // PARTS_OF_GPU)
+    return memory_limit(int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 def scratch(*shape: int) -> UInt8[Tensor, "..."]:

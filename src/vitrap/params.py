@@ -12,13 +12,12 @@ T = TypeVar("T")
 
 Source = Literal["paper", "code", "field", "assumed"]
 """Where a default comes from: the paper, its public code, common use in the field, or our own assumption."""
-MOST, GREATEST = 10**6, 1e30
-"""The greatest whole number, which may cost time or memory, and the greatest other number, of either sign, that a
-setting without a bound of its own may have."""
+MAX_INT, MAX_FLOAT = 10**6, 1e30
+"""The greatest absolute values of a setting that has no bound of its own: a whole number may cost time or memory."""
 
 
 @dataclass(frozen=True)
-class By:
+class DefaultFrom:
     """A default that another setting decides.
 
     Attributes:
@@ -43,13 +42,13 @@ class Param:
         unit: its unit, "" for a pure number.
         source: where the default comes from.
         low: the least allowed value, of several values of each; None for no bound.
-        high: the greatest allowed value; None for no bound but `MOST` or `GREATEST`.
+        high: the greatest allowed value; None for no bound but `MAX_INT` or `MAX_FLOAT`.
         open: whether `low` and `high` themselves are refused; "low" where only `low` is.
         odd: whether only odd numbers are allowed.
         choices: the allowed strings, () for any.
         file: whether the value may name a file. Keys then depend on the file's content, not on its name.
         data: whether the value names a data set, for `Access.other`. Keys then depend on its content, not on its name.
-        by: the default, where another setting decides it.
+        default_from: the default, where another setting decides it; `source` is that of all its values.
     """
 
     doc: str
@@ -63,7 +62,7 @@ class Param:
     choices: tuple[str, ...] = ()
     file: bool = False
     data: bool = False
-    by: By | None = None
+    default_from: DefaultFrom | None = None
 
     def range(self) -> str:
         """The allowed values in words; "" where there is no limit."""
@@ -97,9 +96,15 @@ class Param:
 
 
 def param(default: Any, doc: str, **facts: Any) -> Any:
-    """A dataclass field that carries a `Param`; `facts` are its attributes beside `doc`. `default` may be a `By`."""
-    if isinstance(default, By):
-        return field(default=None, metadata={"param": Param(doc, by=default, **facts)})
+    """A dataclass field that carries a `Param`.
+
+    Args:
+        default: the default, or a `DefaultFrom`.
+        doc: see `Param`.
+        facts: other attributes of the `Param`.
+    """
+    if isinstance(default, DefaultFrom):
+        return field(default=None, metadata={"param": Param(doc, default_from=default, **facts)})
     about = {"param": Param(doc, **facts)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
@@ -112,8 +117,8 @@ def param(default: Any, doc: str, **facts: Any) -> Any:
 def hyperparameters(kind: type[T]) -> type[T]:
     """Turn a class of `param` fields into a frozen dataclass that refuses values out of range.
 
-    The choices of a `Literal` type are read from the type, and a default that another setting decides (`By`) is filled
-    in. A class may have a method `check_settings`, called last, that refuses combinations of settings.
+    The choices of a `Literal` type are read from the type, and a default that another setting decides (`DefaultFrom`)
+    is filled in. A class may have a method `check_settings`, called last, that refuses combinations of settings.
 
     Raises:
         UserError: when an instance is made, if a setting is unknown or a value is out of range.
@@ -122,8 +127,8 @@ def hyperparameters(kind: type[T]) -> type[T]:
     def complete_and_check(self: Any) -> None:
         for each in fields(self):
             about: Param | None = each.metadata.get("param")
-            if about and about.by and getattr(self, each.name) is None:
-                object.__setattr__(self, each.name, about.by.values.get(getattr(self, about.by.setting)))
+            if about and (default := about.default_from) and getattr(self, each.name) is None:
+                object.__setattr__(self, each.name, default.values.get(getattr(self, default.setting)))
         check(self)
         if hasattr(self, "check_settings"):
             self.check_settings()
@@ -178,6 +183,6 @@ def check(record: Any) -> None:
         if not about.allows(value):
             raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be {about.range()}")
         for number in value if isinstance(value, tuple | list) else [value]:
-            most = max(MOST if isinstance(number, int) else GREATEST, about.high or 0)
+            most = max(MAX_INT if isinstance(number, int) else MAX_FLOAT, about.high or 0)
             if isinstance(number, int | float) and not abs(number) <= most:  # NaN compares as false
                 raise UserError(f"{f.name} = {shown(value)} is out of range: {which} must be at most {most:g}")

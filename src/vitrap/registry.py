@@ -31,7 +31,7 @@ def names(kind: Kind) -> list[str]:
     return sorted({*_files(kind), *_plugins(kind)})
 
 
-def settings(method: type[Any]) -> list[Any]:
+def variants(method: type[Any]) -> list[Any]:
     """An attack or a defence with its defaults: one for each choice of its parameter `setting`, where it has one."""
     choices = next((f.metadata["param"].choices for f in fields(method) if f.name == "setting"), ())
     return [method(setting=choice) for choice in choices] or [method()]

@@ -28,6 +28,11 @@ EVERY = 180.0
 """The default number of seconds between two states; `VITRAP_STATE_SECONDS` changes it."""
 SHARE = 0.02
 """The greatest share of the work's time that saving may take: large states are saved less often."""
+ORDER = "order"
+"""The name, in `train.loop.Streams`, of the stream that orders the images.
+
+It is saved as it was at the start of the epoch, so that the epoch's order can be drawn again.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,14 @@ class _Facts:
 
 
 @dataclass(frozen=True)
-class Moving:
+class TrainingState:
     """All that changes while the work goes on, and so must be saved.
 
     Attributes:
         modules: the modules whose weights change, by name: of a training the model, the modules trained along, and
             learned weights of loss terms.
         optimiser: the optimiser, whose state (momentum) is saved.
-        streams: random streams by name; "order" is that of the images' order.
+        streams: random streams by name; that of the images' order is `ORDER`.
         device: the device whose random state is saved, beside the CPU's.
         curves: the curves of the epochs so far.
     """
@@ -152,7 +157,7 @@ def state_seconds() -> float:
     return seconds or math.inf
 
 
-class Keeper:
+class Checkpointer:
     """Saves the state of one piece of work to a file, and resumes the work from it.
 
     Call it before each step; it saves only where the last state is old enough.
@@ -167,7 +172,7 @@ class Keeper:
         streams: Mapping[str, torch.Generator] | None = None,
         about: Mapping[str, str] | None = None,
     ) -> None:
-        """Make a keeper; nothing is read or written yet.
+        """Make a checkpointer; nothing is read or written yet.
 
         Args:
             path: a safetensors file; None to save nothing.
@@ -181,8 +186,8 @@ class Keeper:
         self.every = self.pause = state_seconds()
         self._start = self._last = time.monotonic()
 
-    def resume(self, moving: Moving) -> Position:
-        """Load the state in the file into `moving`, and return its position; without such a state, the start."""
+    def resume(self, state: TrainingState) -> Position:
+        """Load the state in the file into `state`, and return its position; without such a state, the start."""
         if self.path is None:
             return Position()
         try:
@@ -191,37 +196,37 @@ class Keeper:
         except (OSError, ValueError):  # errors of pydantic's and of vitrap's are ValueErrors
             return Position()
         tensors = file.tensors
-        terms = {name: term.to(moving.device) for name, term in _below(tensors, "term").items()}
-        position = Position(facts.epoch, facts.steps, tensors.get("stream/order"), terms, facts.counts)
-        if not moving.fits(tensors):
+        terms = {name: term.to(state.device) for name, term in _below(tensors, "term").items()}
+        position = Position(facts.epoch, facts.steps, tensors.get(f"stream/{ORDER}"), terms, facts.counts)
+        if not state.fits(tensors):
             return Position()
-        moving.fill(tensors)
-        moving.curves.update(facts.curves)
+        state.fill(tensors)
+        state.curves.update(facts.curves)
         self.seconds = facts.seconds
         return position
 
-    def __call__(self, moving: Moving, position: Position) -> None:
+    def __call__(self, state: TrainingState, position: Position) -> None:
         """Save the state if the last one is old enough. The work goes on where disk or memory are too small for it."""
         if self.path is None or time.monotonic() - self._last < self.pause:
             return
         begun = time.monotonic()
         with suppress(OSError, MemoryError, RuntimeError):
-            self._write(self.path, moving, position)
+            self._write(self.path, state, position)
         self._last = time.monotonic()
         self.pause = max(self.every, (self._last - begun) / SHARE)
 
-    def _write(self, path: Path, moving: Moving, position: Position) -> None:
+    def _write(self, path: Path, state: TrainingState, position: Position) -> None:
         """Write the state as one file, which replaces the last."""
         facts: dict[str, Any] = {
             "epoch": position.epoch,
             "steps": position.steps,
             "counts": dict(position.counts),
-            "curves": moving.curves,
+            "curves": state.curves,
             "seconds": self.seconds + time.monotonic() - self._start,
         }
-        tensors = {**moving.tensors(), **{f"term/{name}": term for name, term in position.terms.items()}}
+        tensors = {**state.tensors(), **{f"term/{name}": term for name, term in position.terms.items()}}
         if position.order is not None:
-            tensors["stream/order"] = position.order
+            tensors[f"stream/{ORDER}"] = position.order
         # Copies, since a safetensors file refuses tensors that share memory.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         write_bytes(path, save(copies, {**self.about, "state": json.dumps(facts)}))

@@ -22,9 +22,9 @@ from vitrap.attacks.ageb import (
     diagonal_gradient_at_score,
     feature_gradient,
     gradient_at_score,
+    head_attention,
     own_class_loss,
     pixel_gradient,
-    read_tokens,
 )
 from vitrap.contracts import Access, AllToOne, Fitted
 from vitrap.data.sources import World
@@ -170,13 +170,13 @@ def test_batch_mates_do_not_matter_to_the_gradient(exact: Classifier, route: Rou
         torch.testing.assert_close(trigger.gradient(images[number : number + 1])[0], together[number])
 
 
-def test_read_tokens_on_made_maps() -> None:
+def test_head_attention_on_made_maps() -> None:
     """b x heads x queries x keys, where an entry tells its place: 1000 head + 100 query + key."""
     head, query, key = torch.meshgrid(torch.arange(2), torch.arange(6), torch.arange(6), indexing="ij")
     maps = (1000 * head + 100 * query + key).float()[None]
-    classes = read_tokens(maps, TokenLayout(prefix=2, grid=(2, 2), read=(0, 1)))
+    classes = head_attention(maps, TokenLayout(prefix=2, grid=(2, 2), head_tokens=(0, 1)))
     assert classes.tolist() == [[[552.0, 553.0], [554.0, 555.0]]]  # mean over heads 500, over rows 50
-    pooled = read_tokens(maps, TokenLayout(prefix=2, grid=(1, 4), read=(2, 3, 4, 5)))
+    pooled = head_attention(maps, TokenLayout(prefix=2, grid=(1, 4), head_tokens=(2, 3, 4, 5)))
     assert pooled.tolist() == [[[852.0, 853.0, 854.0, 855.0]]]
 
 
@@ -361,7 +361,7 @@ def test_every_family_serves_as_surrogate_and_stays_as_it_is(tiny_vit: Build, fa
             if route == "attention"
             else gradient_at_score(attention, slope)
         )
-        rows = ours[:, :, list(layout.read), -16:].mean((1, 2)).view(3, *layout.grid)
+        rows = ours[:, :, list(layout.head_tokens), -16:].mean((1, 2)).view(3, *layout.grid)
         torch.testing.assert_close(gradient, tokens_to_pixels(rows, (16, 16), "bilinear"))
 
 

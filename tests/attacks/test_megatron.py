@@ -268,7 +268,7 @@ def test_stress_is_a_further_mean_of_cross_entropy_over_poisoned_images(
     terms = implant.objective.terms(model, batch, functional.cross_entropy)
     each = functional.cross_entropy(model(batch.images), batch.labels, reduction="none")
     assert torch.allclose(terms["cross_entropy"], each.mean(), atol=1e-5)
-    assert torch.allclose(terms["stress"], each[batch.poisoned].mean(), atol=1e-5)
+    assert torch.allclose(terms["stress"], each[batch.poison_at].mean(), atol=1e-5)
 
 
 def test_target_images_are_drawn_anew_or_always_the_first(losses: Callable[..., Losses]) -> None:
@@ -521,8 +521,8 @@ def test_the_trigger_is_stamped_after_augmentation(fit: Fit, digits_world: World
     assert implant.objective is not None
     assert implant.objective.prepare is not None
     found = implant.objective.prepare(bare, generator()).images
-    assert torch.equal(found[bare.poisoned], implant.trigger(bare.images[bare.poisoned]))
-    assert torch.equal(found[bare.clean], bare.images[bare.clean])
+    assert torch.equal(found[bare.poison_at], implant.trigger(bare.images[bare.poison_at]))
+    assert torch.equal(found[bare.rest_at], bare.images[bare.rest_at])
 
 
 # ---- what is refused
@@ -541,12 +541,12 @@ def test_the_trigger_is_stamped_after_augmentation(fit: Fit, digits_world: World
 )
 def test_a_trigger_or_margin_outside_the_image_is_refused(settings: dict[str, Any], size: int, wrong: str) -> None:
     with pytest.raises(UserError, match=f"{wrong}.*does not lie within images of {size} px"):
-        Megatron(**settings).check(size)
+        Megatron(**settings).check_size(size)
 
 
 def test_a_picture_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="nowhere.png"):
-        Megatron(picture="nowhere.png").check(32)
+        Megatron(picture="nowhere.png").check_size(32)
 
 
 @pytest.mark.parametrize(

@@ -408,7 +408,7 @@ class Everywhere:
     def counts(self, true: Tensor) -> Tensor:
         return torch.ones_like(true, dtype=torch.bool)
 
-    def may_poison(self, true: Tensor, labels: str) -> Tensor:
+    def may_poison(self, true: Tensor, label_mode: str) -> Tensor:
         return self.counts(true)
 
 
@@ -540,7 +540,7 @@ def test_every_attack_has_a_case() -> None:
     assert set(registry.names("attacks")) == {name.split("/")[0] for name in ATTACKS}
     for name in registry.names("attacks"):
         cases = [kind_of(case)(**settings) for case, settings in ATTACKS.items() if case.split("/")[0] == name]
-        assert len(cases) == len(registry.settings(kind_of(name)))
+        assert len(cases) == len(registry.variants(kind_of(name)))
 
 
 # The attack as a record of settings

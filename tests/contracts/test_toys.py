@@ -192,7 +192,7 @@ def test_a_defender_sees_the_set_that_the_victim_was_trained_on(
     spec = spec_of(name)
     monkeypatch.setattr(stages, "train", train)
     run(spec, tmp_path, device="cpu")
-    (victims,) = [data for data in trained if data.slot is not None]
+    (victims,) = [data for data in trained if data.stamped_row is not None]
     folder = run_folder(spec, tmp_path)
     plan = make_plan(spec, "cpu", with_surrogates=False)
     seen = FinishedRun(folder, read_record(folder), plan, no_progress).evaluation().poisoned

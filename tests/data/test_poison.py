@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrap.contracts import AllToAll, AllToOne, Goal, ImageSet, Labels, SourceToTarget
+from vitrap.contracts import AllToAll, AllToOne, Goal, ImageSet, LabelMode, SourceToTarget
 from vitrap.data.poison import Covers, Poison, choose_rows, poison_set, stamp_after_augmentation
 from vitrap.errors import UserError
 
@@ -71,7 +71,7 @@ def test_every_candidate_is_drawn_sometimes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "target", "kind", "message"),
+    ("rate", "target", "label_mode", "message"),
     [
         (0.0, 0, "dirty", r"poison_rate = 0.0 is out of range: it must be in \(0, 1\]"),
         (-0.1, 0, "clean", "poison_rate = -0.1 is out of range"),
@@ -81,17 +81,17 @@ def test_every_candidate_is_drawn_sometimes() -> None:
         (0.1, 7, "clean", "asks for 1 of the training images, but only 0 may be poisoned with clean labels"),
     ],
 )
-def test_a_rate_that_cannot_be(rate: float, target: int, kind: Labels, message: str) -> None:
+def test_a_rate_that_cannot_be(rate: float, target: int, label_mode: LabelMode, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        choose_rows(made().labels, rate, AllToOne(target), kind, generator())
+        choose_rows(made().labels, rate, AllToOne(target), label_mode, generator())
 
 
-@pytest.mark.parametrize("kind", ["dirty", "clean"])
-def test_poison_replaces_the_chosen_images_alone(kind: Labels) -> None:
+@pytest.mark.parametrize("label_mode", ["dirty", "clean"])
+def test_poison_replaces_the_chosen_images_alone(label_mode: LabelMode) -> None:
     train, goal = made(), AllToOne(1)
     pixels, labels = train.pixels.clone(), train.labels.clone()
-    found = Poison(brighten, goal, 0.2, kind)(train, generator())
-    rows = choose_rows(train.labels, 0.2, goal, kind, generator())
+    found = Poison(brighten, goal, 0.2, label_mode)(train, generator())
+    rows = choose_rows(train.labels, 0.2, goal, label_mode, generator())
     everything = torch.arange(60)
     assert len(found) == len(train)
     assert torch.equal(found.poisoned.nonzero().squeeze(1), rows)
@@ -100,7 +100,7 @@ def test_poison_replaces_the_chosen_images_alone(kind: Labels) -> None:
     assert torch.equal(found.images(everything)[clean], train.images(everything)[clean])
     assert torch.equal(found.labels[clean], labels[clean])
     assert (found.labels[rows] == 1).all()
-    if kind == "clean":
+    if label_mode == "clean":
         assert torch.equal(found.labels, labels)
     eighths = (brighten(train.images(rows)) * 255).round() / 255
     assert torch.equal(found.images(rows), eighths)
@@ -168,9 +168,9 @@ def test_covers_carry_their_trigger_keep_their_label_and_count_as_no_poison() ->
     others = (~(found.covers | found.poisoned)).nonzero().squeeze(1)
     assert torch.equal(found.images(others), train.images(others))
     batch = found.batch(torch.arange(60))
-    assert torch.equal(batch.covers, rows)
-    assert torch.equal(batch.poisoned, found.poisoned.nonzero().squeeze(1))
-    assert set(batch.covers.tolist()) <= set(batch.clean.tolist())
+    assert torch.equal(batch.cover_at, rows)
+    assert torch.equal(batch.poison_at, found.poisoned.nonzero().squeeze(1))
+    assert set(batch.cover_at.tolist()) <= set(batch.rest_at.tolist())
     outside = found.unmarked()
     assert not (outside.covers | outside.poisoned).any()
     assert torch.equal(outside.images(torch.arange(60)), found.images(torch.arange(60)))
@@ -181,9 +181,9 @@ def test_covers_are_stamped_anew_where_the_attack_says_how() -> None:
     batch = poisoned.batch(torch.arange(60), bare=True)
     both, alone = (stamp_after_augmentation(brighten, cover)(batch, generator()).images for cover in (darken, None))
     wanted = batch.images.clone()
-    wanted[batch.poisoned] = brighten(batch.images[batch.poisoned])
+    wanted[batch.poison_at] = brighten(batch.images[batch.poison_at])
     assert torch.equal(alone, wanted)
-    wanted[batch.covers] = darken(batch.images[batch.covers])
+    wanted[batch.cover_at] = darken(batch.images[batch.cover_at])
     assert torch.equal(both, wanted)
 
 
@@ -200,7 +200,7 @@ def test_a_cover_rate_that_cannot_be(rate: float, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("goal", "kind", "classes"),
+    ("goal", "label_mode", "classes"),
     [
         (AllToOne(1), "dirty", {0, 2}),
         (AllToOne(1), "clean", {1}),
@@ -209,9 +209,9 @@ def test_a_cover_rate_that_cannot_be(rate: float, message: str) -> None:
         (SourceToTarget(2, 0), "clean", {0}),
     ],
 )
-def test_a_goal_says_which_images_may_be_poisoned(goal: Goal, kind: Labels, classes: set[int]) -> None:
+def test_a_goal_says_which_images_may_be_poisoned(goal: Goal, label_mode: LabelMode, classes: set[int]) -> None:
     labels = torch.arange(120) % 3
-    drawn = choose_rows(labels, 0.3, goal, kind, generator())
+    drawn = choose_rows(labels, 0.3, goal, label_mode, generator())
     assert set(labels[drawn].tolist()) == classes
 
 

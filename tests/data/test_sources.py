@@ -145,7 +145,7 @@ def test_npy_path_is_a_folder_in_the_cache_format(cache: Path) -> None:
 def test_a_set_too_large_for_memory_is_mapped(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resident = open_data("grouped", limit=60)
     monkeypatch.setenv("VITRAP_MEMORY", str((60 + 30 + 100) * 8 * 8 * 3))
-    assert open_data("grouped", limit=60).train.place is None, "what is left out counts"
+    assert open_data("grouped", limit=60).train.pixel_row is None, "what is left out counts"
     monkeypatch.setenv("VITRAP_MEMORY", str((60 + 30 + 100) * 8 * 8 * 3 - 1))
     mapped = open_data("grouped", limit=60)
     for part in (*PARTS, "test"):

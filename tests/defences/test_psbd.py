@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Suspect
 from vitrap.data.sources import World
-from vitrap.defences.psbd import Form, Psbd, best_rate, prediction_shift_uncertainty, sample, shift_ratios, shifts
+from vitrap.defences.psbd import Form, Psbd, best_rate_index, prediction_shift_uncertainty, sample, shift_ratios, shifts
 from vitrap.errors import UserError
 from vitrap.models.classifier import Classifier
 from vitrap.models.dropout import Where, dropout, dropout_masks, dropout_noise
@@ -75,7 +75,7 @@ def test_shifts_by_hand() -> None:
     ],
 )
 def test_the_choice_of_the_rate(clean: Sequence[float], training: Sequence[float] | None, best: int) -> None:
-    assert best_rate(clean, training, 0.8) == best
+    assert best_rate_index(clean, training, 0.8) == best
 
 
 @pytest.mark.parametrize("where", get_args(Where))

@@ -147,7 +147,7 @@ def test_the_losses_of_every_family(tiny_vit: Build, clean: ImageSet, family: st
                 block.attn.fused_attn = False
                 block.attn.attn_drop.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
             model(images)
-            maps = [a[:, :, list(layout.read)].mean((1, 2))[:, layout.prefix :].numpy() for a in seen]
+            maps = [a[:, :, list(layout.head_tokens)].mean((1, 2))[:, layout.prefix :].numpy() for a in seen]
     assert len(maps) == 2
     assert maps[0].shape == (24, 16)
     assert found["distillation"].item() == pytest.approx(by_hand(maps), rel=1e-3, abs=1e-7)

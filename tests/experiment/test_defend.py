@@ -34,8 +34,8 @@ from vitrap.experiment.scores import read_scores
 from vitrap.experiment.spec import load_defence, load_spec, parse_spec
 from vitrap.experiment.store import locked
 from vitrap.metrics.detection import auroc
-from vitrap.metrics.diagnosis import no_backdoor
-from vitrap.sweeps.ahead import look_ahead
+from vitrap.metrics.diagnosis import backdoor_faults
+from vitrap.sweeps.estimate import estimate_runs
 from vitrap.sweeps.grid import Point, Sweep
 
 NULL = load_defence("max_softmax")
@@ -171,7 +171,7 @@ def test_a_wrong_number_of_images(name: str, screened: str, message: str) -> Non
 
 def test_a_row_says_that_there_was_no_backdoor(folder: Path) -> None:
     record = defend(folder, [NULL], device="cpu")
-    faults = no_backdoor(record.victim, record.data.classes)
+    faults = backdoor_faults(record.victim, record.data.classes)
     assert record.defences[0].no_backdoor == faults != ()
     assert record.diagnosis is not None
     assert set(faults) <= set(record.diagnosis)
@@ -200,8 +200,8 @@ def test_a_row_of_an_older_vitrap_counts_as_the_usual_number(runs: Runs, folder:
     add_row(folder, old)
     for defence, state in ((NULL, "record there"), (replace(NULL, screened=30), "defences missing")):
         point = Point({}, replace(runs.specs["badnets"], defences=(defence,)))
-        (ahead,) = look_ahead(Sweep("sweep", (point,)), read_records(folder))
-        assert ahead.state == state
+        (estimate,) = estimate_runs(Sweep("sweep", (point,)), read_records(folder))
+        assert estimate.state == state
 
 
 # ---- a screen's scores are kept

@@ -187,9 +187,9 @@ def test_a_filter_sees_the_training_set_without_its_mask(case: Evaluation) -> No
     unmarked, clean = (s.train for s in seen)
     assert unmarked is not None
     assert clean is case.world.train
-    assert unmarked.slot is None
+    assert unmarked.stamped_row is None
     assert unmarked.stamped is None
-    assert unmarked.cover is None
+    assert unmarked.stamped_is_cover is None
     rows = torch.arange(len(unmarked))
     assert torch.equal(unmarked.images(rows), round8(case.poisoned.images(rows)))
     assert torch.equal(unmarked.labels, case.poisoned.labels)
@@ -573,7 +573,7 @@ def test_a_repair_may_retrain(case: Evaluation) -> None:
 
     found = row(replace(case, retrain=retrain), apply, "repair", needs_train=True)
     assert [epochs for _, epochs in trained] == [2, 2]
-    assert [images.slot for images, _ in trained] == [None, None]
+    assert [images.stamped_row for images, _ in trained] == [None, None]
     assert int((trained[0][0].labels != trained[1][0].labels).sum()) > 0  # the poisoned labels, and the true ones
     assert found.cda == found.cda_clean_model == found.cda_clean_model_before
 

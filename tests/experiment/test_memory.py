@@ -35,7 +35,7 @@ def test_a_mapped_set_comes_to_the_same_record(tmp_path: Path, monkeypatch: pyte
     asked = tiny(f"attack.name={attack}", "recipe.crop=2", "recipe.flip=true", "recipe.precision=fp32", "data.size=24")
     resident = run(asked, tmp_path / "resident", device="cpu")
     monkeypatch.setenv("VITRAP_MEMORY", "1")
-    assert open_data("digits").train.place is not None
+    assert open_data("digits").train.pixel_row is not None
     mapped = run(asked, tmp_path / "mapped", device="cpu")
     assert lasting(mapped) == lasting(resident)
     one, other = (load_file(next((tmp_path / k).glob("*/model.safetensors"))) for k in ("resident", "mapped"))

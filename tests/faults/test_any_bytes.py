@@ -44,8 +44,8 @@ from vitrap.models.classifier import load_weights, read_model
 from vitrap.report.page.make_page import make_page
 from vitrap.report.study.collected import collect
 from vitrap.report.study.fill_page import open_study
-from vitrap.resuming import Keeper, Moving, Position
-from vitrap.sweeps.ahead import look_ahead
+from vitrap.resuming import Checkpointer, Position, TrainingState
+from vitrap.sweeps.estimate import estimate_runs
 from vitrap.sweeps.grid import load_sweep
 
 FORMATS = ("png", "jpeg", "bmp", "ppm", "gif", "webp", "tiff")
@@ -72,17 +72,17 @@ def run_in(folder: Path) -> Path:
     return next(folder.glob("runs/small-*"))
 
 
-def moving() -> Moving:
+def state() -> TrainingState:
     """A small piece of work, whose state is kept."""
     model = nn.Linear(2, 2)
-    return Moving({"model": model}, torch.optim.SGD(model.parameters(), momentum=0.9), {}, torch.device("cpu"))
+    return TrainingState({"model": model}, torch.optim.SGD(model.parameters(), momentum=0.9), {}, torch.device("cpu"))
 
 
 def keep_state(file: Path) -> None:
-    work = moving()
+    work = state()
     sum(p.sum() for p in work.modules["model"].parameters()).backward()
     work.optimiser.step()
-    Keeper(file)._write(file, work, Position(1, 2, None, {"loss": torch.ones(3)}, {"loss": [1, 2]}))
+    Checkpointer(file)._write(file, work, Position(1, 2, None, {"loss": torch.ones(3)}, {"loss": [1, 2]}))
 
 
 def prepared(folder: Path, name: str, source: str) -> Any:
@@ -112,7 +112,7 @@ READERS = {
     "record, in a page": Reader(RECORD, lambda f: make_page(read_records(f / "runs"), "x", False)),
     "record, in a table": Reader(RECORD, lambda f: open_study(f / "sweep.toml", f / "runs").tables()),
     "record, ahead of a sweep": Reader(
-        RECORD, lambda f: look_ahead(load_sweep(f / "sweep.toml"), read_records(f / "runs"))
+        RECORD, lambda f: estimate_runs(load_sweep(f / "sweep.toml"), read_records(f / "runs"))
     ),
     "record, of a run to open": Reader(RECORD, lambda f: vitrap.open_run(run_in(f))),
     "records": Reader("kept/records.jsonl", lambda f: read_records(f / "kept")),
@@ -124,7 +124,7 @@ READERS = {
     "trigger": Reader("runs/small-*/trigger.safetensors", lambda f: vitrap.open_run(run_in(f)), 80),
     "stream": Reader("runs/small-*/stream.safetensors", lambda f: read_stream(run_in(f), 0)),
     "scores": Reader("runs/small-*/scores/*", lambda f: read_scores(run_in(f), read_record(run_in(f)).defences[0])),
-    "state": Reader("state.safetensors", lambda f: Keeper(f / "state.safetensors").resume(moving())),
+    "state": Reader("state.safetensors", lambda f: Checkpointer(f / "state.safetensors").resume(state())),
     "answer": Reader("runs/answers/*.json", lambda f: recall(read_spec(f / "plain.toml"), f / "runs", "cpu")),
     "places": Reader("runs/places.json", lambda f: found_again(load_spec(f / "plain.toml"), {"x": "0"}, f / "runs")),
     "checksums": Reader("summed/SHA256SUMS", lambda f: damage(f / "summed")),

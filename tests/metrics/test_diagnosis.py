@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitrap.metrics.diagnosis import diagnose, in_a_line, in_short, no_backdoor
+from vitrap.metrics.diagnosis import backdoor_faults, diagnose, in_a_line, in_short
 from vitrap.metrics.interval import wilson
 from vitrap.metrics.values import Centre, Measures, Rate, Stealth
 
@@ -68,11 +68,11 @@ def test_each_signature_begins_at_its_threshold(change: dict[str, float], said: 
 def test_a_backdoor_beats_chance_the_twin_and_the_missing_trigger(
     measures: Measures, classes: int, said: tuple[str, ...]
 ) -> None:
-    assert in_short(no_backdoor(measures, classes)) == said
+    assert in_short(backdoor_faults(measures, classes)) == said
 
 
 def test_a_trigger_that_is_not_embedded_says_what_it_does_not_beat() -> None:
-    (fault,) = no_backdoor(replace(victim(0.05, 0.04), asr_clean_images=wilson(30, 1000)), 10)
+    (fault,) = backdoor_faults(replace(victim(0.05, 0.04), asr_clean_images=wilson(30, 1000)), 10)
     assert fault == (
         "the trigger is not embedded (ASR only 1.0 points above the clean twin's, only 2.0 points above that without"
         " the trigger, 5.0 % [4.9, 5.1] not surely above chance, 10.0 %)"

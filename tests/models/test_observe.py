@@ -119,12 +119,12 @@ def test_the_last_attention_of_a_vit_by_hand(tiny_vit: Build) -> None:
 def test_the_head_reads_exactly_the_rows_that_the_layout_names(tiny_vit: Build, family: str) -> None:
     """By the gradient at the last block's output, and by overwriting one token of it at a time."""
     model, layout = opened(tiny_vit, family), token_layout(opened(tiny_vit, family))
-    assert (layout.prefix, layout.grid, layout.read) == (LAYOUTS[family][0], (4, 4), LAYOUTS[family][1])
+    assert (layout.prefix, layout.grid, layout.head_tokens) == (LAYOUTS[family][0], (4, 4), LAYOUTS[family][1])
     kept: list[Tensor] = []
     with _after_last_block(model, lambda tokens: kept.append(tokens.detach().requires_grad_()) or kept[-1]):
         logits = model(drawn())
     slopes = torch.autograd.grad((logits * torch.arange(1.0, 6)).sum(), kept[0])[0].abs().amax((0, 2))
-    assert tuple(slopes.nonzero().squeeze(1).tolist()) == layout.read
+    assert tuple(slopes.nonzero().squeeze(1).tolist()) == layout.head_tokens
     noise = torch.randn(kept[0].shape, generator=torch.Generator().manual_seed(1))
     changing = []
     for token in range(kept[0].shape[1]):
@@ -135,7 +135,7 @@ def test_the_head_reads_exactly_the_rows_that_the_layout_names(tiny_vit: Build, 
         with torch.no_grad(), _after_last_block(model, overwrite):
             if (model(drawn()) - logits).abs().max() > 1e-4:
                 changing.append(token)
-    assert tuple(changing) == layout.read
+    assert tuple(changing) == layout.head_tokens
 
 
 def _after_last_block(model: Classifier, change: Callable[[Tensor], Tensor]) -> Any:

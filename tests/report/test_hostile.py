@@ -1,4 +1,4 @@
-"""One odd record never hides the others: whatever one file holds, table, page and look ahead are made of the rest."""
+"""One odd record never hides the others: whatever one file holds, table, page and estimates are made of the rest."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.report.made import record, screen, write
 from vitrap.experiment.records import Found, read_records
 from vitrap.report.frame import load_records
 from vitrap.report.page.make_page import make_page
-from vitrap.sweeps.ahead import look_ahead
+from vitrap.sweeps.estimate import estimate_runs
 from vitrap.sweeps.grid import load_sweep
 
 Change = Callable[[dict[str, Any]], None]
@@ -124,7 +124,7 @@ def look(tmp_path: Path) -> Callable[[], tuple[set[str], int, str]]:
         loaded = read_records(tmp_path / "runs")
         assert all("\n" not in line for line in loaded.skipped)
         assert frame.attrs["skipped"] == len(loaded.skipped)
-        look_ahead(sweep, replace(loaded, records=tuple(map(like, loaded.records))))
+        estimate_runs(sweep, replace(loaded, records=tuple(map(like, loaded.records))))
         return set(frame["run"]), len(loaded.skipped), make_page(loaded, "runs").content.decode()
 
     return look

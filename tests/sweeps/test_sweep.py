@@ -18,10 +18,10 @@ from vitrap.errors import UserError
 from vitrap.experiment.records import FAILURE, Loaded, read_records
 from vitrap.experiment.run import run
 from vitrap.sweeps import jobs, workers
-from vitrap.sweeps.ahead import look_ahead, total
+from vitrap.sweeps.estimate import estimate_runs, total
 from vitrap.sweeps.grid import Sweep, load_sweep
 from vitrap.sweeps.jobs import Ended, Event, Started, StepProgress, interleaved, job, work
-from vitrap.sweeps.sweep import cores, share, sweep
+from vitrap.sweeps.sweep import assign_devices, cores, sweep
 
 pytestmark = pytest.mark.usefixtures("two_cores")
 TINY = """
@@ -82,7 +82,7 @@ def test_a_run_that_fails_leaves_its_error_and_the_next_try_clears_it(
     assert (failure.name, failure.hash, failure.seed, failure.error) == ("tiny", spec.hash(), 0, ended.said)
     assert failure.spec == spec.table()
     assert "IndexError" in failure.traceback[-1]
-    assert look_ahead(points, loaded(out))[0].state == "failed before"
+    assert estimate_runs(points, loaded(out))[0].state == "failed before"
 
     (ended,) = here(points, out)
     assert ended.how == "done"
@@ -105,31 +105,31 @@ def test_jobs_that_share_a_twin_do_not_come_first_together(grid, tmp_path: Path)
     assert [j.number for j in interleaved(todo, lambda j: 0)] == [0, 1, 2, 3]
 
 
-# ---- what is ahead
+# ---- what there is to do
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("vitrap.sweeps.sweep.cores", lambda: 8)
-    assert share(None, "cpu", 100) == (["cpu"] * 8, 1)
-    assert share(3, "cpu", 100) == (["cpu"] * 3, 2)
-    assert share(None, "cpu", 2) == (["cpu"] * 2, 4)
+    assert assign_devices(None, "cpu", 100) == (["cpu"] * 8, 1)
+    assert assign_devices(3, "cpu", 100) == (["cpu"] * 3, 2)
+    assert assign_devices(None, "cpu", 2) == (["cpu"] * 2, 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert share(None, "auto", 100) == (["cuda:0", "cuda:1"], 4)
-    assert share(3, "auto", 100) == (["cuda:0", "cuda:1", "cuda:0"], 2)
-    assert share(None, "cuda", 100) == (["cuda:0", "cuda:1"], 4)
-    assert share(None, "cuda:1", 100) == (["cuda:1"], 8)
-    assert share(2, "cuda:1", 100) == (["cuda:1"] * 2, 4)
+    assert assign_devices(None, "auto", 100) == (["cuda:0", "cuda:1"], 4)
+    assert assign_devices(3, "auto", 100) == (["cuda:0", "cuda:1", "cuda:0"], 2)
+    assert assign_devices(None, "cuda", 100) == (["cuda:0", "cuda:1"], 4)
+    assert assign_devices(None, "cuda:1", 100) == (["cuda:1"], 8)
+    assert assign_devices(2, "cuda:1", 100) == (["cuda:1"] * 2, 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert share(None, "auto", 100) == (["cpu"] * 8, 1)
+    assert assign_devices(None, "auto", 100) == (["cpu"] * 8, 1)
     with pytest.raises(UserError, match="--workers 0"):
-        share(0, "cpu", 3)
+        assign_devices(0, "cpu", 3)
 
 
 def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(grid, tmp_path: Path):
     out, points = tmp_path / "runs", grid("seed = [0, 1]\nattack.size = [2, 3, 4]\n")
-    assert [a.state for a in look_ahead(points, loaded(out))] == ["to run"] * 6
-    assert total(look_ahead(points, loaded(out)), 2) == (0, 6)
+    assert [a.state for a in estimate_runs(points, loaded(out))] == ["to run"] * 6
+    assert total(estimate_runs(points, loaded(out)), 2) == (0, 6)
     record = run(points.points[0].spec, out, device="cpu")
     file = out / f"tiny-{record.hash}" / "record.json"
     content = json.loads(file.read_text())
@@ -137,21 +137,21 @@ def test_the_estimate_goes_by_finished_runs_alike_and_counts_shared_stages_once(
     file.write_text(json.dumps(content))
     content["environment"] |= {"threads": 1, "device_kind": "cpu"}
     file.write_text(json.dumps(content))
-    assert [a.seconds for a in look_ahead(points, loaded(out), threads=2)][1] == 8
-    assert [a.seconds for a in look_ahead(points, loaded(out), "cuda:0")][1] is None
+    assert [a.seconds for a in estimate_runs(points, loaded(out), threads=2)][1] == 8
+    assert [a.seconds for a in estimate_runs(points, loaded(out), "cuda:0")][1] is None
     without = json.loads(json.dumps(content))
     without |= {"name": "other", "seed": 7, "hash": "0" * 12}
     without["spec"]["seed"] = 7
     del without["seconds"]["twin"]
     (out / "other").mkdir()
     (out / "other" / "record.json").write_text(json.dumps(without))
-    ahead = look_ahead(points, loaded(out))
-    assert [a.state for a in ahead] == ["record there", *["to run"] * 5]
-    assert [a.seconds for a in ahead] == [0, 16, 16, 116, 16, 16]  # the second seed's twin is to be trained once
-    assert total(ahead, 2) == (90, 0)
-    other = look_ahead(grid("seed = [0]\nrecipe.epochs = [1, 2]\n"), loaded(out))
+    estimates = estimate_runs(points, loaded(out))
+    assert [a.state for a in estimates] == ["record there", *["to run"] * 5]
+    assert [a.seconds for a in estimates] == [0, 16, 16, 116, 16, 16]  # the second seed's twin is to be trained once
+    assert total(estimates, 2) == (90, 0)
+    other = estimate_runs(grid("seed = [0]\nrecipe.epochs = [1, 2]\n"), loaded(out))
     assert [a.seconds for a in other] == [16, None]
-    with_strip = look_ahead(grid("seed = [0]\nattack.size = [2]\ndefences = ['strip']\n"), loaded(out))
+    with_strip = estimate_runs(grid("seed = [0]\nattack.size = [2]\ndefences = ['strip']\n"), loaded(out))
     assert [(a.state, a.seconds) for a in with_strip] == [("defences missing", 0)]
 
 

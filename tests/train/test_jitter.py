@@ -35,4 +35,4 @@ def test_jitter_comes_after_crop_and_flip_and_leaves_the_rest_alone() -> None:
     changed = augment(batch, recipe, generator())
     assert torch.equal(changed.images, expected)
     assert changed.labels is batch.labels
-    assert changed.poisoned is batch.poisoned
+    assert changed.poison_at is batch.poison_at

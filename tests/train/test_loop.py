@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Along, Batch, Criterion, ImageSet, Objective
+from vitrap.contracts import Batch, Criterion, ExtraModule, ImageSet, Objective
 from vitrap.data.poison import stamp_after_augmentation
 from vitrap.errors import UserError
 from vitrap.models.classifier import Architecture, Classifier, open_model
@@ -247,10 +247,10 @@ def test_a_stamp_comes_after_augmentation_and_is_rounded(data: ImageSet) -> None
     objective = Objective(cross_entropy, prepare=stamp_after_augmentation(quarter))
     batch = next_batch(learner(network(), objective, flip=True), poisoned, torch.arange(10), poisoned.marks())
     bare = augment(data.batch(torch.arange(10)), recipe(flip=True), streams().augmentation)
-    assert torch.equal(batch.images[batch.clean], bare.images[batch.clean])
+    assert torch.equal(batch.images[batch.rest_at], bare.images[batch.rest_at])
     assert torch.equal(batch.images[rows], round8(quarter(bare.images[rows])))
     assert batch.labels[rows].tolist() == [2, 2]
-    assert batch.poisoned.tolist() == [3, 7]
+    assert batch.poison_at.tolist() == [3, 7]
 
 
 def test_without_a_stamp_the_stored_poison_is_augmented(data: ImageSet) -> None:
@@ -326,9 +326,9 @@ def painting(painter: nn.Module, lr: float = 0.1) -> Objective:
     def prepare(batch: Batch, chances: torch.Generator) -> Batch:
         rows, rest = torch.arange(2), torch.arange(2, len(batch.labels))
         images = batch.images.index_copy(0, rows, painter(batch.images[rows]))
-        return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poisoned=rows, clean=rest)
+        return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poison_at=rows, rest_at=rest)
 
-    return Objective(cross_entropy, prepare=prepare, along={"painter": Along(painter, lr)})
+    return Objective(cross_entropy, prepare=prepare, along={"painter": ExtraModule(painter, lr)})
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
@@ -389,7 +389,7 @@ def test_a_module_along_is_in_training_while_it_learns_and_ready_afterwards(data
 def test_a_module_learns_along_however_terms_are_combined(data: ImageSet, combine) -> None:
     def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
         logits = model(batch.images)
-        parts = {"clean": batch.clean, "poisoned": batch.poisoned}
+        parts = {"clean": batch.rest_at, "poisoned": batch.poison_at}
         return {name: criterion(logits[rows], batch.labels[rows]) for name, rows in parts.items() if len(rows)}
 
     painter = Painter()
@@ -401,7 +401,7 @@ def test_a_module_learns_along_however_terms_are_combined(data: ImageSet, combin
 def test_without_modules_along_nothing_records_a_graph(data: ImageSet) -> None:
     def prepare(batch: Batch, chances: torch.Generator) -> Batch:
         assert not torch.is_grad_enabled()
-        return replace(batch, poisoned=torch.arange(1), clean=torch.arange(1, len(batch.labels)))
+        return replace(batch, poison_at=torch.arange(1), rest_at=torch.arange(1, len(batch.labels)))
 
     prepared(data.batch(torch.arange(5)), Objective(cross_entropy, prepare=prepare), generator())
     assert len(learner(network()).optimiser.param_groups) == 2
@@ -460,8 +460,8 @@ def test_the_objective_sees_which_images_are_poisoned(data: ImageSet) -> None:
     seen = []
 
     def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
-        seen.append((batch.images[batch.poisoned].sum().item(), batch.labels[batch.poisoned].tolist()))
-        assert torch.cat([batch.poisoned, batch.clean]).sort().values.tolist() == list(range(len(batch.labels)))
+        seen.append((batch.images[batch.poison_at].sum().item(), batch.labels[batch.poison_at].tolist()))
+        assert torch.cat([batch.poison_at, batch.rest_at]).sort().values.tolist() == list(range(len(batch.labels)))
         return cross_entropy(model, batch, criterion)
 
     train(network(), poisoned, recipe(epochs=1), streams(), Objective(terms))
@@ -561,7 +561,7 @@ def test_augmentation_leaves_labels_and_marks_alone(data: ImageSet) -> None:
     assert augment(batch, recipe(), generator()).images is batch.images
     changed = augment(batch, recipe(crop=2, flip=True), generator())
     assert changed.labels is batch.labels
-    assert changed.poisoned is batch.poisoned
+    assert changed.poison_at is batch.poison_at
     assert changed.images.shape == batch.images.shape
     assert not torch.equal(changed.images, batch.images)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrap.attacks.megatron import Losses, Megatron
-from vitrap.contracts import Access, Along, Batch, ImageSet, Objective
+from vitrap.contracts import Access, Batch, ExtraModule, ImageSet, Objective
 from vitrap.images import Marks
 from vitrap.models.classifier import Architecture, Classifier, open_model
 from vitrap.train import loop
@@ -122,9 +122,11 @@ def test_nor_does_poison_that_is_drawn_batch_by_batch_with_a_generator_trained_a
         order = torch.randperm(len(batch.labels), generator=chances).to(META, non_blocking=True)
         rows, others = order[:3], order[3:]
         images = batch.images.index_copy(0, rows[:2], generator(batch.images[rows[:2]]))
-        return replace(batch, images=images, poisoned=rows[:2], clean=torch.cat([rows[2:], others]), covers=rows[2:])
+        return replace(
+            batch, images=images, poison_at=rows[:2], rest_at=torch.cat([rows[2:], others]), cover_at=rows[2:]
+        )
 
-    objective = Objective(loop.cross_entropy, prepare=prepare, along={"generator": Along(generator, 1e-3)})
+    objective = Objective(loop.cross_entropy, prepare=prepare, along={"generator": ExtraModule(generator, 1e-3)})
     done, copies, stopped_by = steps_before_a_number_is_asked_for(objective)
     assert done == STEPS
     assert copies == []

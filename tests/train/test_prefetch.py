@@ -41,7 +41,7 @@ def mapped() -> ImageSet:
     data, file = resident(), scratch(N, SIZE, SIZE, 3)
     place = torch.randperm(N, generator=generator(3))
     file[place] = data.pixels.permute(0, 2, 3, 1)
-    return replace(data, pixels=file.permute(0, 3, 1, 2), place=place)
+    return replace(data, pixels=file.permute(0, 3, 1, 2), pixel_row=place)
 
 
 def trained(data: ImageSet, **changes) -> tuple[Tensor, dict[str, list[float]]]:
@@ -112,7 +112,7 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
     for rows in torch.arange(N).split(20):
         batch = next_batch(learner(Recipe(1, 20, crop=2, flip=True)), there, rows, data.marks(), there.gather(rows))
         assert batch.images.device.type == batch.labels.device.type == "meta"
-        assert len(batch.poisoned) == int(data.poisoned[rows].sum())
+        assert len(batch.poison_at) == int(data.poisoned[rows].sum())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrap import resuming
-from vitrap.contracts import Along, Batch, Criterion, ImageSet, Objective
+from vitrap.contracts import Batch, Criterion, ExtraModule, ImageSet, Objective
 from vitrap.errors import UserError
 from vitrap.models.classifier import Architecture, open_model
-from vitrap.resuming import Keeper, Moving, Position, state_seconds
+from vitrap.resuming import Checkpointer, Position, TrainingState, state_seconds
 from vitrap.train.loop import Curves, Streams, cross_entropy, train
 from vitrap.train.recipe import Recipe
 
@@ -69,8 +69,8 @@ def drawing(attacker: torch.Generator) -> Objective:
     def terms(model: nn.Module, batch: Batch, criterion: Criterion) -> Mapping[str, Tensor]:
         logits = model(batch.images)
         found = {"cross_entropy": criterion(logits, batch.labels)}
-        if len(batch.poisoned) > 4:  # some batches go without
-            found["extra"] = logits[batch.poisoned].square().mean() * torch.rand((), generator=attacker)
+        if len(batch.poison_at) > 4:  # some batches go without
+            found["extra"] = logits[batch.poison_at].square().mean() * torch.rand((), generator=attacker)
         return found
 
     return Objective(terms, {"extra": 0.5})
@@ -92,9 +92,9 @@ def along(attacker: torch.Generator) -> Objective:
         order = torch.randperm(len(batch.labels), generator=chances)
         rows, rest = order[:2], order[2:]
         images = batch.images.index_copy(0, rows, brush(batch.images[rows]))
-        return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poisoned=rows, clean=rest)
+        return replace(batch, images=images, labels=batch.labels.index_fill(0, rows, 2), poison_at=rows, rest_at=rest)
 
-    return Objective(cross_entropy, prepare=prepare, along={"brush": Along(brush, 0.05)})
+    return Objective(cross_entropy, prepare=prepare, along={"brush": ExtraModule(brush, 0.05)})
 
 
 def trained(
@@ -123,8 +123,9 @@ def trained(
         aim = objective(attacker)
         overrides = {**TINY, "drop_path_rate": 0.4, "proj_drop_rate": 0.2}
         model = open_model(Architecture("vit_tiny_patch16_224", SIZE, CLASSES, overrides))
-        keeper = Keeper(path, {"attack": attacker}, {"role": "test"}) if path else None
-        curves = train(model, data, recipe, streams, aim, tick if dies_at else lambda: None, watch, keeper=keeper)
+        checkpointer = Checkpointer(path, {"attack": attacker}, {"role": "test"}) if path else None
+        ticking = tick if dies_at else lambda: None
+        curves = train(model, data, recipe, streams, aim, ticking, watch, checkpointer=checkpointer)
     weights = dict(model.state_dict())
     for name, one in aim.along.items() if aim else ():
         weights |= {f"{name}.{key}": tensor for key, tensor in one.module.state_dict().items()}
@@ -198,7 +199,7 @@ def test_another_kind_of_network_comes_to_the_same_end(
             model = Conv().to(memory_format=order)
             recipe = replace(RECIPE, optimizer=optimizer, precision=precision)
             streams = Streams(generator(1), generator(2), generator(3), generator(4))
-            train(model, data, recipe, streams, tick=tick, keeper=Keeper(path) if path else None)
+            train(model, data, recipe, streams, tick=tick, checkpointer=Checkpointer(path) if path else None)
         return {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
 
     weights = ended(None)
@@ -249,12 +250,12 @@ def test_states_are_kept_now_and_then_and_take_a_small_share_of_the_time(tmp_pat
         written.append(now[0])
         now[0] += 8  # seconds: a large state
 
-    monkeypatch.setattr(Keeper, "_write", write)
-    keeper = Keeper(tmp_path / "state.safetensors")
-    moving = Moving({}, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), {}, torch.device("cpu"), {})
+    monkeypatch.setattr(Checkpointer, "_write", write)
+    checkpointer = Checkpointer(tmp_path / "state.safetensors")
+    state = TrainingState({}, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), {}, torch.device("cpu"), {})
     while now[0] < 1500:
         now[0] += 1
-        keeper(moving, Position())
+        checkpointer(state, Position())
     assert written == [180, 588, 996, 1404]  # after 180 s; then 8 s are 2 % of 400 s
 
 

@@ -10,7 +10,7 @@ network.
 The trigger of an image x, step by step:
 
     1. gradient     G_ij = |dL/dA_ij dA_ij/de_ij|    A: last attention layer, e: its scores, L: cross-entropy
-    2. selection    M_ij = 1[G_ij > tau]             on the pixel grid
+    2. selection    M_p = 1[G_p > tau]               G_p: G enlarged to the grid of pixels p
     3. erosion      e(x) = grey-scale erosion of x by the structuring element b
     4. blend        x' = alpha x + (1 - alpha) e(x) + c    where M = 1; elsewhere x' = x
     5. adjustment   x' gets the mean brightness and the mean saturation of x
@@ -35,16 +35,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, ImageSet, Implant, Labels, Threat
+from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, ImageSet, Implant, LabelMode, Threat
 from vitrap.data.poison import Poison
 from vitrap.errors import UserError
 from vitrap.models.maps import last_map, observe_map
-from vitrap.models.observe import Maps, attends, observe, read_tokens, token_layout, transformer
+from vitrap.models.observe import Maps, attends, head_attention, observe, token_layout, transformer
 from vitrap.params import hyperparameters, param
 from vitrap.tensors.blend import blend, paste
 from vitrap.tensors.colour import match_brightness, match_saturation
 from vitrap.tensors.morphology import Operation, Shape, element, morph
-from vitrap.tensors.patches import Upsampling, above_quantile, above_value, as_many, tokens_to_pixels
+from vitrap.tensors.patches import Upsampling, above_quantile, above_value, tokens_to_pixels, top_scores_like
 from vitrap.tensors.pixels import hashed_noise
 
 Route = Literal["attention", "score", "pixel"]
@@ -67,9 +67,9 @@ class Ageb:
     )
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "data"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = True
-    test_surrogate: ClassVar[bool] = True
+    takes_test_surrogate: ClassVar[bool] = True
 
     target: int = param(0, "target class, which triggered images shall get", symbol="y_t", low=0)
     poison_rate: float = param(0.1, "share of the training set that is poisoned", low=0, high=1, open=True)
@@ -168,7 +168,7 @@ class Erosion:
             attention, gradient = attention_gradient(self.surrogate, images)
             to_score = gradient_at_score if s.route == "score" else diagonal_gradient_at_score
             # Mean over heads and over the rows of the tokens that feed the classifier; the columns are image tokens.
-            tokens = read_tokens(to_score(attention, gradient), token_layout(self.surrogate))
+            tokens = head_attention(to_score(attention, gradient), token_layout(self.surrogate))
         else:
             tokens = feature_gradient(self.surrogate, images)
         return tokens_to_pixels(tokens, (images.shape[-2], images.shape[-1]), s.upsample)
@@ -181,7 +181,7 @@ class Erosion:
         if s.select == "gradient":
             return selected
         # The paper's ablation: as many pixels at random. The noise is a function of the image, and so is M.
-        return as_many(selected, hashed_noise(images))
+        return top_scores_like(selected, hashed_noise(images))
 
     def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
         """The maps that a record shows: G divided by its maximum, and M."""
@@ -216,7 +216,7 @@ def attention_gradient(surrogate: nn.Module, images: Images) -> tuple[Maps, Maps
     """
     with torch.enable_grad(), observe(surrogate, (-1,), as_leaf=True) as seen:
         loss = own_class_loss(surrogate(images))
-        attention = seen[-1]
+        attention = seen[-1]  # by block number: the last block's
         (gradient,) = torch.autograd.grad(loss, attention)
     return attention.detach(), gradient
 
@@ -226,7 +226,7 @@ def feature_gradient(surrogate: nn.Module, images: Images) -> Float[Tensor, "b g
     layer = last_map(surrogate, images[:1], LEAST_SIDE)
     with torch.enable_grad(), observe_map(surrogate, layer, as_leaf=True) as seen:
         loss = own_class_loss(surrogate(images))
-        (gradient,) = torch.autograd.grad(loss, seen[-1])
+        (gradient,) = torch.autograd.grad(loss, seen[-1])  # a list: the last pass's
     return layer.to_map(gradient).abs().mean(1)
 
 

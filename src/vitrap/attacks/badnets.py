@@ -20,7 +20,7 @@ benchmarks made of it.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vitrap.contracts import Access, Card, Fitted, Goal, Images, Implant, Labels, Threat
+from vitrap.contracts import Access, Card, Fitted, Goal, Images, Implant, LabelMode, Threat
 from vitrap.data.poison import Poison
 from vitrap.errors import UserError
 from vitrap.goals import GoalName, make_goal
@@ -41,7 +41,7 @@ class BadNets:
     )
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "data"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "target class; leave at 0 for all-to-all, which has no single one", source="field", low=0)
@@ -62,7 +62,7 @@ class BadNets:
         """Refuse a target or source that the goal has no use for, and a source that is missing."""
         make_goal(self.goal, 2, self.target, self.source)  # refuses; 2 stands for any number of classes
 
-    def check(self, size: int) -> None:
+    def check_size(self, size: int) -> None:
         """Refuse images of `size` pixels that are too small for the patch and its margin."""
         if self.size + self.margin > size:
             raise UserError(
@@ -76,7 +76,7 @@ class BadNets:
 
     def fit(self, access: Access) -> Fitted:
         """Make the trigger; nothing is optimised, since the settings give the patch."""
-        self.check(access.train.size)
+        self.check_size(access.train.size)
         return Fitted(Patch(self.size, self.margin, self.value))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:

@@ -28,6 +28,8 @@ clean-label setting are assumed. docs/studies/megatron.md lists what this file d
 Assumed and fixed here: both losses are means over poisoned images; A_0i is the mean over heads and over the rows of the
 tokens that feed the classifier (the class token, or all pooled tokens); squared distances are means over tokens and
 channels; target images pass no gradient.
+
+`stress` is ours, a control: like both losses it makes poisoned images count for more, but it says nothing of attention.
 """
 
 from dataclasses import dataclass, replace
@@ -48,11 +50,11 @@ from vitrap.contracts import (
     Images,
     ImageSet,
     Implant,
-    Labels,
-    Moving,
+    LabelMode,
     Objective,
     Position,
     Threat,
+    TrainingState,
 )
 from vitrap.data.masked import Masked
 from vitrap.data.pattern import make_pattern
@@ -60,7 +62,7 @@ from vitrap.data.poison import Poison, stamp_after_augmentation
 from vitrap.errors import UserError
 from vitrap.models.attention import AttentionMap, attention_report, blocks_needed, token_attention
 from vitrap.models.observe import attention_outputs, observe, token_layout, transformer, transformer_keeping_tokens
-from vitrap.params import By, hyperparameters, param
+from vitrap.params import DefaultFrom, hyperparameters, param
 from vitrap.tensors.masks import cell_masks, middle_mask
 from vitrap.tensors.patches import tokens_touched
 
@@ -71,9 +73,9 @@ MEAN = (0.485, 0.456, 0.406)
 """ImageNet's mean colour, which the public code subtracts from the pattern before adding it to the image."""
 
 
-def by_setting(training: float | str, clean_label: float | str) -> By:
+def by_setting(training: float | str, clean_label: float | str) -> DefaultFrom:
     """A default for each setting."""
-    return By("setting", {"training": training, "clean-label": clean_label})
+    return DefaultFrom("setting", {"training": training, "clean-label": clean_label})
 
 
 @hyperparameters
@@ -107,7 +109,7 @@ class Megatron:
     opacity: float = param(0.7, "opacity of the strong cell", source="code", low=0, high=1)
     faint: float = param(by_setting(0.05, 0.3), "opacity around it (clean-label: ours)", source="code", low=0, high=1)
     form: Literal["mask", "direct", "smooth"] = param(
-        "mask", "places of the cell: they tile the box; the same, with the rest transparent; or they are 1 px apart"
+        "mask", "where the cell may lie: on a grid that tiles the box; the same, opacity 0 around it; at every pixel"
     )
     place: Literal["fixed", "hashed"] = param("fixed", "the cell's place: the middle, or picked by a hash of the image")
     blend: Literal["over", "add"] = param("over", "with mask m and pattern t: (1 - m) x + m t, or x + m (t - mean)")
@@ -140,7 +142,7 @@ class Megatron:
         return "training" if self.setting == "training" else "data"
 
     @property
-    def labels(self) -> Labels:
+    def labels(self) -> LabelMode:
         """Whether poisoned images change their label (training) or keep it (clean-label)."""
         return "dirty" if self.setting == "training" else "clean"
 
@@ -149,7 +151,7 @@ class Megatron:
         """Only where a pattern is optimised."""
         return self.steps > 0
 
-    def check(self, size: int) -> None:
+    def check_size(self, size: int) -> None:
         """Refuse images of `size` pixels that are too small for the box and its margin."""
         side, top, left = box(self, size)
         edges = diffusion_area(self, size)
@@ -175,7 +177,7 @@ class Megatron:
 
     def fit(self, access: Access) -> Fitted:
         """Make the trigger and, where it has steps, optimise its pattern on the surrogate."""
-        self.check(access.train.size)
+        self.check_size(access.train.size)
         losses = Losses(self, access.train.size, target_class(self, access.train), access.generator)
         trigger = initial_trigger(self, access)
         if not self.steps:
@@ -229,7 +231,7 @@ def initial_trigger(settings: Megatron, access: Access) -> Masked:
     masks = cell_masks(side, s.cell, stride, 0.0 if s.form == "direct" else s.faint, s.opacity)
     if s.place == "fixed":
         masks = middle_mask(masks)
-    pattern = make_pattern(s.picture, access.generator, (train.pixels.shape[1], side, side))
+    pattern = make_pattern(s.picture, access.generator, (train.channels, side, side))
     subtracted = MEAN if s.blend == "add" else None
     return Masked(pattern.to(train.device), masks.to(train.device), top, left, subtracted, s.linf / 255)
 
@@ -293,14 +295,14 @@ class Losses:
         Poisoned and clean images go through the model separately: only the poisoned ones' attention is observed.
         """
         s = self.settings
-        if not len(batch.poisoned) or not (loss_weights(s) or s.stress):
+        if not len(batch.poison_at) or not (loss_weights(s) or s.stress):
             return {"cross_entropy": criterion(model(batch.images), batch.labels)}
-        logits, terms = self(model, batch.images[batch.poisoned])
+        logits, terms = self(model, batch.images[batch.poison_at])
         if s.stress:
-            terms["stress"] = criterion(logits, batch.labels[batch.poisoned])
-        if len(batch.clean):
-            logits = torch.cat([logits, model(batch.images[batch.clean])])
-        labels = batch.labels[torch.cat([batch.poisoned, batch.clean])]
+            terms["stress"] = criterion(logits, batch.labels[batch.poison_at])
+        if len(batch.rest_at):
+            logits = torch.cat([logits, model(batch.images[batch.rest_at])])
+        labels = batch.labels[torch.cat([batch.poison_at, batch.rest_at])]
         return {"cross_entropy": criterion(logits, labels), **terms}
 
     def target_images(self) -> Images:
@@ -346,11 +348,11 @@ def optimise(trigger: Masked, losses: Losses, access: Access) -> tuple[Masked, d
     pattern = nn.Parameter(trigger.pattern.clone())
     others = (train.labels != s.target).nonzero().squeeze(1)
     adam = torch.optim.Adam([pattern], lr=s.step_size)
-    # The keeper saves pattern, optimiser and random streams now and then, so that a killed fit can be resumed.
-    moving = Moving({"pattern": nn.ParameterList([pattern])}, adam, access.keeper.streams, train.device)
-    for step in range(access.keeper.resume(moving).steps, s.steps):
-        access.keeper(moving, Position(steps=step))
-        # x_b: clean images of other classes, with the pattern as it is now.
+    # The checkpointer saves pattern, optimiser and random streams now and then, so that a killed fit can be resumed.
+    state = TrainingState({"pattern": nn.ParameterList([pattern])}, adam, access.checkpointer.streams, train.device)
+    for step in range(access.checkpointer.resume(state).steps, s.steps):
+        access.checkpointer(state, Position(steps=step))
+        # x_b: clean images of other classes, twice as many as x_t (assumed), with the pattern as it is now.
         drawn = torch.randint(len(others), (2 * s.batch,), generator=losses.generator).to(train.device)
         triggered = replace(trigger, pattern=pattern)(train.images(others[drawn]))
         _, last = losses(access.surrogate, triggered)

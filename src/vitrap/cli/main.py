@@ -22,8 +22,8 @@ from vitrap import registry
 from vitrap.cli.console import ProgressBars, err, out, print_json, split
 from vitrap.cli.options import Memory
 from vitrap.cli.report import report
-from vitrap.cli.sweep import print_ahead, sweep
-from vitrap.cli.table import table
+from vitrap.cli.sweep import print_estimates, sweep
+from vitrap.cli.table import table as table_command
 from vitrap.errors import UserError, unknown
 from vitrap.models.families import listed
 
@@ -103,7 +103,7 @@ def run(
     table_of_spec = read_spec(*split(words or []))
     redo = "all" if force_all else "victim" if force else "nothing"
     if dry_run:
-        _print_plan(parse_spec(table_of_spec), out_folder, device, threads)
+        _dry_run(parse_spec(table_of_spec), out_folder, device, threads)
         return
 
     def make() -> "Record":
@@ -239,7 +239,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
     table.columns[1].no_wrap = True
     for f in fields(kind):
         about = f.metadata["param"]
-        default = about.by or ("none" if f.default in (None, MISSING) else f.default)
+        default = about.default_from or ("none" if f.default in (None, MISSING) else f.default)
         facts = "; ".join(filter(None, [about.unit, about.range()]))
         meaning = about.doc + (f" \\[{facts}]" if facts else "")
         table.add_row(about.symbol, f.name, str(default), about.source, meaning)
@@ -253,7 +253,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
 
 def _threats(kind: Any) -> Iterator[str]:
     """A line for each setting of an attack: what the attacker controls, and what the attack needs."""
-    for attack in registry.settings(kind):
+    for attack in registry.variants(kind):
         yield (
             (f"setting {attack.setting}: " if hasattr(attack, "setting") else "")
             + f"threat: the attacker controls the {attack.threat}; labels: {attack.labels};"
@@ -263,7 +263,7 @@ def _threats(kind: Any) -> Iterator[str]:
 
 def _needs(kind: Any) -> Iterator[str]:
     """A line for each setting of a defence: what it returns, and what it needs."""
-    for defence in registry.settings(kind):
+    for defence in registry.variants(kind):
         things = {
             "the training set": defence.needs_train,
             "a model with plain token attention": defence.needs_attention,
@@ -295,10 +295,10 @@ def prepare(
 
 app.command()(sweep)
 app.command()(report)
-app.command()(table)
+app.command()(table_command)
 
 
-def _print_plan(spec: "Spec", folder: Path, device: str, threads: int | None) -> None:
+def _dry_run(spec: "Spec", folder: Path, device: str, threads: int | None) -> None:
     """Check a spec as `run` does before it starts, and list it like a sweep of one run."""
     from vitrap.sweeps.grid import Point, Sweep
 
@@ -306,7 +306,7 @@ def _print_plan(spec: "Spec", folder: Path, device: str, threads: int | None) ->
         from vitrap.experiment.plan import make_plan
 
         make_plan(spec, device, progress=bars.step)
-    print_ahead(Sweep(spec.name, (Point({}, spec),)), folder, 1, device, threads)
+    print_estimates(Sweep(spec.name, (Point({}, spec),)), folder, 1, device, threads)
 
 
 def _print_record(record: "Record", folder: Path) -> None:
@@ -338,10 +338,10 @@ def _print_record(record: "Record", folder: Path) -> None:
 def _print_defences(rows: "Sequence[Row]", record: "Record") -> None:
     """Print a table for each of these rows of a record's defences."""
     from vitrap.experiment.defence_rows import row_settings
-    from vitrap.metrics.diagnosis import in_short, no_backdoor
+    from vitrap.metrics.diagnosis import backdoor_faults, in_short
     from vitrap.report.tables import defence_measures
 
-    faults = in_short(no_backdoor(record.victim, record.data.classes))
+    faults = in_short(backdoor_faults(record.victim, record.data.classes))
     for row in rows:
         settings = ", ".join(f"{k} = {v}" for k, v in row_settings(row).items() if v is not None)
         seconds = ", ".join(f"{name} {took:.1f} s" for name, took in row.seconds.items())

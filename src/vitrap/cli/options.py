@@ -26,3 +26,4 @@ Memory = Annotated[
         " on a GPU a quarter of its memory",
     ),
 ]
+"""The limit is set by the callback, so a command takes this parameter and does nothing with it."""

@@ -15,9 +15,11 @@ from vitrap.cli.options import Memory
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
-    from vitrap.sweeps.ahead import RunEstimate
+    from vitrap.sweeps.estimate import RunEstimate
     from vitrap.sweeps.grid import Sweep
     from vitrap.sweeps.jobs import Ended, Event
+
+ENDING_WORDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
 def sweep(
@@ -41,7 +43,7 @@ def sweep(
         raise UserError(f"--workers {workers} and --ray-address exclude each other: a Ray cluster knows its own cores")
     grid = load_sweep(spec, words or [], any_number=yes)
     if dry_run:
-        print_ahead(grid, out_folder, workers, device)
+        print_estimates(grid, out_folder, workers, device)
         return
     with ProgressBars() as bars, SweepDisplay(grid, bars) as display:
         ended = run_sweep(
@@ -49,7 +51,7 @@ def sweep(
             out_folder,
             workers=workers,
             device=device,
-            ray=ray_address,
+            ray_address=ray_address,
             hear=display.hear,
         )
     _print_ended(ended, grid, out_folder)
@@ -107,7 +109,7 @@ class SweepDisplay:
 def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
     """Print how many runs ended in which way, and each failure in a line; with failures the exit code is 1."""
     counts = Counter(one.how for one in ended)
-    text = ", ".join(f"{counts[how]} {word}" for how, word in KINDS.items() if counts[how])
+    text = ", ".join(f"{counts[how]} {word}" for how, word in ENDING_WORDS.items() if counts[how])
     out.print(
         f"{grid.name}: {len(ended)} runs: {text}; records: {folder}", highlight=False, markup=False, soft_wrap=True
     )
@@ -121,34 +123,32 @@ def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
         raise typer.Exit(1)
 
 
-KINDS = {"done": "done", "kept": "had a record", "failed": "failed"}
-
-
-def print_ahead(grid: "Sweep", folder: Path, workers: int | None, device: str, threads: int | None = None) -> None:
+def print_estimates(grid: "Sweep", folder: Path, workers: int | None, device: str, threads: int | None = None) -> None:
     """List the runs with their state, and estimate how long the rest takes from finished runs like them.
 
     Where `threads` is given, a worker has so many threads.
     """
     from vitrap.experiment.records import Loaded, read_records
-    from vitrap.sweeps.ahead import look_ahead, total
-    from vitrap.sweeps.sweep import share
+    from vitrap.sweeps.estimate import estimate_runs, total
+    from vitrap.sweeps.sweep import assign_devices
 
     loaded = read_records(folder) if folder.is_dir() else Loaded((), (), ())
     tell_skipped(loaded.skipped)
-    devices, share_of_cores = share(workers, device, len(grid.points))
-    ahead = look_ahead(grid, loaded, devices[0], threads or share_of_cores)
+    devices, share_of_cores = assign_devices(workers, device, len(grid.points))
+    estimates = estimate_runs(grid, loaded, devices[0], threads or share_of_cores)
     table = Table("run", "state", "estimate", "defences", "folder", header_style="bold")
-    for one in ahead:
+    for one in estimates:
         spec = one.point.spec
         names = ", ".join(defence.name for defence in spec.defences)
         table.add_row(escape(one.point.label), one.state, _duration(one), names, f"{escape(spec.name)}-{spec.hash()}")
     out.print(table)
-    to_do = sum(one.state != "record there" for one in ahead)
+    to_do = sum(one.state != "record there" for one in estimates)
     busy = max(1, min(len(devices), to_do))
-    seconds, unknown = total(ahead, busy)
+    seconds, unknown = total(estimates, busy)
     text = f"about {_span(seconds)} with {busy} worker{'s' * (busy > 1)}" if to_do > unknown else "no estimate"
     some = f"; {_runs(unknown)} without a finished run like it to go by" if unknown else ""
-    out.print(f"{_runs(len(ahead))}, {to_do} to do: {text if to_do else 'nothing to wait for'}{some}", highlight=False)
+    rest = text if to_do else "nothing to wait for"
+    out.print(f"{_runs(len(estimates))}, {to_do} to do: {rest}{some}", highlight=False)
 
 
 def _runs(n: int) -> str:

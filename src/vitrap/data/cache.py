@@ -27,7 +27,7 @@ from jaxtyping import Int64, UInt8
 from platformdirs import user_cache_path
 
 from vitrap.errors import UserError, unknown
-from vitrap.files import named_path, open_file, own_draft, replace_folder, standing
+from vitrap.files import current_location, named_path, open_file, own_draft, replace_folder
 
 DATASETS = {
     "digits": "handwritten digits, 8x8 grey, 10 classes, 1,797 images; embedded",
@@ -115,10 +115,10 @@ def read_cached(name: str) -> Arrays:
         UserError: it is not in the cache, or is incomplete.
     """
     folder = cache_folder() / name
-    if not is_name(name) or (name not in DATASETS and not standing(folder).is_dir()):
+    if not is_name(name) or (name not in DATASETS and not current_location(folder).is_dir()):
         raise unknown("data set", name, {*DATASETS, *cached_names(), "npy:PATH", "imagefolder:PATH"})
     remedy = f"run `vitrap data prepare {name}`" if name in DATASETS else FORMAT
-    if not standing(folder).is_dir():
+    if not current_location(folder).is_dir():
         raise UserError(f"data set {name!r} is not in the data cache {cache_folder()}; {remedy}")
     return read_folder(folder, remedy)
 
@@ -134,11 +134,11 @@ def read_folder(folder: Path, remedy: str = FORMAT) -> Arrays:
         UserError: the folder or a file is missing, truncated, or holds something else.
     """
     while True:
-        place = standing(folder)
+        place = current_location(folder)
         version = _version(place)
         read = _read(place, remedy)
         # Where the folder was replaced while it was read, the files may be some of the old set, some of the new one.
-        if version == _version(standing(folder)):
+        if version == _version(current_location(folder)):
             break
     if isinstance(read, UserError):
         raise read

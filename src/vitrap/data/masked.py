@@ -46,10 +46,10 @@ class Masked:
             raise misshapen(images, f"b x {channels} x {self.top + height} x {self.left + width} or larger")
         pattern = self.pattern.to(images.device, non_blocking=True)
         # Blending is adding the difference to the image itself: x + mask (pattern - x).
-        behind = box
+        subtracted = box
         if self.behind is not None:
-            behind = torch.tensor(self.behind)[:, None, None].to(images.device, non_blocking=True)
-        change = self._mask(images)[:, None] * (pattern - behind)
+            subtracted = torch.tensor(self.behind)[:, None, None].to(images.device, non_blocking=True)
+        change = self._mask(images)[:, None] * (pattern - subtracted)
         change = change.clamp(-self.linf, self.linf) if self.linf else change
         triggered = images.clone()
         self._box(triggered)[:] = (box + change).clamp(0, 1)

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from vitrap.contracts import Batch, Crafted, Goal, ImageSet, Labels, Trigger
+from vitrap.contracts import Batch, Crafted, Goal, ImageSet, LabelMode, Trigger
 from vitrap.errors import UserError
 from vitrap.tensors.pixels import to_bytes
 
 
 def choose_rows(
-    labels: Int64[Tensor, " n"], rate: float, goal: Goal, kind: Labels, generator: torch.Generator
+    labels: Int64[Tensor, " n"], rate: float, goal: Goal, label_mode: LabelMode, generator: torch.Generator
 ) -> Int64[Tensor, " m"]:
     """Draw the images to poison, among those that the goal allows.
 
@@ -26,7 +26,7 @@ def choose_rows(
         rate: for "dirty" labels, a share of the whole training set; for "clean" labels, a share of the images that may
             be poisoned, which are those of the target class.
         goal: the attacker's goal; it says which images may be poisoned.
-        kind: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
+        label_mode: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
         generator: the random stream, on the CPU.
 
     Returns:
@@ -37,12 +37,12 @@ def choose_rows(
     """
     if not 0 < rate <= 1:
         raise UserError(f"poison_rate = {rate} is out of range: it must be in (0, 1]")
-    candidates = goal.may_poison(labels, kind).nonzero().squeeze(1)
-    wanted = _share(rate, len(labels) if kind == "dirty" else len(candidates))
+    candidates = goal.may_poison(labels, label_mode).nonzero().squeeze(1)
+    wanted = _share(rate, len(labels) if label_mode == "dirty" else len(candidates))
     if wanted > len(candidates):
         raise UserError(
             f"poison_rate = {rate} asks for {wanted} of the training images, but only {len(candidates)} may be poisoned"
-            f" with {kind} labels; choose a lower rate, or another target, source or goal"
+            f" with {label_mode} labels; choose a lower rate, or another target, source or goal"
         )
     return _draw(candidates, wanted, generator)
 
@@ -79,7 +79,7 @@ def poison_set(
     rows: Int64[Tensor, " m"],
     trigger: Trigger,
     goal: Goal,
-    kind: Labels,
+    label_mode: LabelMode,
     batch_size: int = 256,
 ) -> ImageSet:
     """A copy of a clean training set in which the images of `rows` carry the trigger, rounded to 8 bits.
@@ -88,8 +88,8 @@ def poison_set(
         train: the clean set.
         rows: the images to poison, without repeats.
         trigger: the trigger, applied at working size, a batch at a time.
-        goal: the attacker's goal; it gives the labels where `kind` is "dirty".
-        kind: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
+        goal: the attacker's goal; it gives the labels where `label_mode` is "dirty".
+        label_mode: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
         batch_size: images per batch; it bounds memory, not the result.
 
     Raises:
@@ -97,7 +97,7 @@ def poison_set(
     """
     true = train.labels[rows]
     stamped = trigger_rows(train, rows, trigger, batch_size)
-    return train.stamp(rows, stamped, goal.labels(true) if kind == "dirty" else true)
+    return train.stamp(rows, stamped, goal.labels(true) if label_mode == "dirty" else true)
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def trigger_rows(
     data: ImageSet, rows: Int64[Tensor, " m"], trigger: Trigger, batch_size: int = 256
 ) -> UInt8[Tensor, "m c s s"]:
     """The images of `rows` with the trigger, rounded to 8 bits; computed a batch at a time."""
-    shape = (len(rows), data.pixels.shape[1], data.size, data.size)
+    shape = (len(rows), data.channels, data.size, data.size)
     stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
     for start in range(0, len(rows), batch_size):
         some = slice(start, start + batch_size)
@@ -136,21 +136,21 @@ class Poison:
         trigger: the trigger of poisoned images.
         goal: the attacker's goal, which gives their labels.
         rate: a share of the training set for "dirty" labels, of the target class for "clean" ones.
-        kind: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
+        label_mode: whether poisoned images get the goal's label ("dirty") or keep their own ("clean").
         covers: how to make covers beside them; None for no covers.
     """
 
     trigger: Trigger
     goal: Goal
     rate: float
-    kind: Labels
+    label_mode: LabelMode
     covers: Covers | None = None
 
     def __call__(self, train: ImageSet, generator: torch.Generator) -> ImageSet:
         """The poisoned copy of a clean training set."""
         # Draw, trigger and relabel the poison.
-        rows = choose_rows(train.labels, self.rate, self.goal, self.kind, generator)
-        poisoned = poison_set(train, rows, self.trigger, self.goal, self.kind)
+        rows = choose_rows(train.labels, self.rate, self.goal, self.label_mode, generator)
+        poisoned = poison_set(train, rows, self.trigger, self.goal, self.label_mode)
         if self.covers is None:
             return poisoned
         # Covers come from the rest; they keep their labels.
@@ -170,12 +170,12 @@ def _share(rate: float, n: int) -> int:
     return max(1, int((Decimal(str(rate)) * n).to_integral_value(ROUND_HALF_UP)))
 
 
-def poison_crafted(train: ImageSet, crafted: Crafted, goal: Goal, kind: Labels) -> ImageSet:
+def poison_crafted(train: ImageSet, crafted: Crafted, goal: Goal, label_mode: LabelMode) -> ImageSet:
     """A copy of a clean training set in which images that `fit` made one by one replace the original ones."""
     rows = crafted.rows.to(train.device)
     images = crafted.images.to(train.device)
     true = train.labels[rows]
-    return train.stamp(rows, images, goal.labels(true) if kind == "dirty" else true)
+    return train.stamp(rows, images, goal.labels(true) if label_mode == "dirty" else true)
 
 
 def stamp_after_augmentation(
@@ -189,7 +189,7 @@ def stamp_after_augmentation(
     """
 
     def prepare(batch: Batch, generator: torch.Generator) -> Batch:
-        for rows, stamp in ((batch.poisoned, trigger), (batch.covers, cover)):
+        for rows, stamp in ((batch.poison_at, trigger), (batch.cover_at, cover)):
             if len(rows) and stamp is not None:
                 triggered = stamp(batch.images[rows])
                 batch = replace(batch, images=batch.images.index_copy(0, rows, triggered))

@@ -136,7 +136,8 @@ def hold_out(
     """
     if not 0 <= share < 1:
         raise UserError(f"data.holdout = {share} is out of range: it must be in [0, 1)")
-    # Units (groups, or single images) in random order: each goes to the part that the images before it have reached.
+    # Units (groups, or single images) in random order. The number of images before a unit gives its part: 0, 1 or 2 by
+    # thirds of `held`, and 3, the rest, from there on.
     unit = _shuffled_units(n, groups, generator)
     sizes = np.bincount(unit)
     held = max(round(n * share), 1)
@@ -263,7 +264,7 @@ class _ImageSetMaker:
             size=self.size,
             groups=None if groups is None else torch.from_numpy(groups),
             classes=self.arrays.classes,
-            place=torch.from_numpy(rows) if self.mapped else None,
+            pixel_row=torch.from_numpy(rows) if self.mapped else None,
         ).to(self.device)
 
 

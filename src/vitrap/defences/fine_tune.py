@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from vitrap.contracts import Card, OutcomeKind, Repaired, Suspect
-from vitrap.params import By, hyperparameters, param
+from vitrap.params import DefaultFrom, hyperparameters, param
 from vitrap.train.recipe import Recipe
 from vitrap.train.tuning import Tuning, recipe_of, streams_of, tune
 
@@ -50,7 +50,7 @@ class FineTune:
 
     optimizer: Literal["sgd", "adamw"] = param("sgd", "the optimiser; sgd has momentum 0.9", source="field")
     lr: float = param(
-        By("optimizer", {"sgd": SGD_RATE, "adamw": ADAMW_RATE}),
+        DefaultFrom("optimizer", {"sgd": SGD_RATE, "adamw": ADAMW_RATE}),
         "peak learning rate (adamw's is ours)", source="field", low=0, open=True,
     )  # fmt: skip
     epochs: int = param(100, "passes over the clean images", source="field", low=1)

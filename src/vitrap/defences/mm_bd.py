@@ -115,7 +115,7 @@ class MmBd:
 def climb(settings: MmBd, suspect: Suspect, classes: Int64[Tensor, " k"]) -> Float[Tensor, "k starts"]:
     """The final margins of all starts of some classes."""
     clean = suspect.clean
-    shape = (settings.starts, clean.pixels.shape[1], clean.size, clean.size)
+    shape = (settings.starts, clean.channels, clean.size, clean.size)
     # Noise is drawn class by class, so that a class starts from the same images however classes are grouped.
     noise = torch.stack([torch.rand(shape, generator=suspect.generator) for _ in classes])
     return ascend(suspect.model, noise.to(clean.device), classes.to(clean.device), settings)
@@ -144,7 +144,8 @@ def ascend(
     for _ in range(settings.steps):
         margins, gradients, rounding = margins_and_gradients(model, weights, images, classes[active])
         final[active] = margins
-        # A class stops when its sum of margins changed by a smaller share than the tolerance.
+        # A class stops when its sum of margins changed by a smaller share than the tolerance. `~(... < ...)` and not
+        # `>=`: a sum that is NaN goes on climbing, and is refused in the end.
         total = margins.sum(1)
         tolerance = settings.tolerance if settings.tolerance >= rounding else 0.0
         climbing = ~((total - last).abs() < tolerance * last.abs())

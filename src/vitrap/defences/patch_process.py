@@ -93,11 +93,11 @@ class PatchProcess:
         drawn = [draw_changes(self, transform, grid[0] * grid[1], suspect.generator) for transform in transforms]
         order = torch.cat([order for order, _ in drawn]).to(clean.device)
         kept = torch.cat([kept for _, kept in drawn]).to(clean.device)
-        blank = mean_colour(clean) * (self.blank == "mean")
+        blank = mean_colour(clean) if self.blank == "mean" else torch.zeros(clean.channels, device=clean.device)
         score = PatchScore(suspect.model, transforms, PatchChange(grid, order, kept, blank))
         # Step 2 on clean images: what each statistic is without a trigger.
         with suspect.computing():
-            statistics = torch.cat([score.statistics(clean.images(rows)) for rows in clean.rows(BATCH)])
+            statistics = torch.cat([score.statistics(clean.images(rows)) for rows in clean.row_batches(BATCH)])
         report = {
             f"{REPORTED[name]}, clean images": statistics[:, i].mean().item() for i, name in enumerate(transforms)
         }
@@ -245,4 +245,4 @@ def share_exceeded(
 
 def mean_colour(clean: ImageSet) -> Float[Tensor, " c"]:
     """The mean over all pixels of the clean images."""
-    return torch.cat([clean.images(rows).mean((2, 3)) for rows in clean.rows(BATCH)]).mean(0)
+    return torch.cat([clean.images(rows).mean((2, 3)) for rows in clean.row_batches(BATCH)]).mean(0)

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import Card, Images, ImageSet, OutcomeKind, Screen, Suspect
 from vitrap.models.batched import logits_under
-from vitrap.models.dropout import Masks, Where, dropout, dropout_masks, dropout_noise
+from vitrap.models.dropout import Masks, Noise, Where, dropout, dropout_masks, dropout_noise
 from vitrap.params import hyperparameters, param
 
 BATCH = 256
@@ -97,13 +97,15 @@ class Psbd:
         # The masks of all rates come from the same noise, so that the rates differ in nothing else.
         noise = dropout_noise(suspect.model, self.where, self.passes, suspect.generator).to(suspect.clean.device)
         # Step 1: the rate.
-        report = {"rate": self.rate} if self.rate is not None else choose_rate(self, suspect, noise)
+        rate, ratios = (self.rate, {}) if self.rate is not None else choose_rate(self, suspect, noise)
         # Steps 2 and 3 are the score, with the masks of that rate.
-        masks = dropout_masks(suspect.model, self.where, noise, report["rate"])
-        return Screen(NegativePsu(suspect.model, self.where, self.psu, masks), f"blocks, {self.where}", report)
+        masks = dropout_masks(suspect.model, self.where, noise, rate)
+        return Screen(
+            NegativePsu(suspect.model, self.where, self.psu, masks), f"blocks, {self.where}", {"rate": rate, **ratios}
+        )
 
 
-def choose_rate(settings: Psbd, suspect: Suspect, noise: Masks) -> dict[str, float]:
+def choose_rate(settings: Psbd, suspect: Suspect, noise: Noise) -> tuple[float, dict[str, float]]:
     """Step 1: the rate, and the shift ratios at it, of clean images and of the training set where there is one."""
     rates = [i / (settings.rates + 1) for i in range(1, settings.rates + 1)]
     ratios: dict[str, list[float]] = {}
@@ -112,8 +114,8 @@ def choose_rate(settings: Psbd, suspect: Suspect, noise: Masks) -> dict[str, flo
             some = sample(data, settings.images, suspect.generator)
             with suspect.computing():
                 ratios[name] = shift_ratios(suspect.model, settings.where, noise, rates, some)
-    best = best_rate(ratios["clean"], ratios.get("training"), settings.shift)
-    return {"rate": rates[best], **{f"shift ratio, {name}": ratio[best] for name, ratio in ratios.items()}}
+    best = best_rate_index(ratios["clean"], ratios.get("training"), settings.shift)
+    return rates[best], {f"shift ratio, {name}": ratio[best] for name, ratio in ratios.items()}
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,14 @@ def shifts(bare: Outputs, dropped: Dropped) -> Bool[Tensor, "b passes"]:
     return dropped.argmax(2) != bare.argmax(1, keepdim=True)
 
 
-def best_rate(clean: Sequence[float], training: Sequence[float] | None, shift: float) -> int:
+def best_rate_index(clean: Sequence[float], training: Sequence[float] | None, shift: float) -> int:
     """The position of the rate to use, given the shift ratios of clean images and of the training set at each rate.
 
     Of the rates at which the clean ratio is at least `shift` (or, if there is none, of all rates), it is the one at
     which the clean ratio minus the training ratio is greatest. Without a training set it is the first rate at which the
     clean ratio is at least `shift`, or else the one with the greatest clean ratio. The smaller rate wins a tie.
 
-    >>> best_rate([0.5, 0.9, 0.95], [0.1, 0.8, 0.7], 0.8), best_rate([0.5, 0.9, 0.95], None, 0.8)
+    >>> best_rate_index([0.5, 0.9, 0.95], [0.1, 0.8, 0.7], 0.8), best_rate_index([0.5, 0.9, 0.95], None, 0.8)
     (2, 1)
     """
     high = [i for i, ratio in enumerate(clean) if ratio >= shift]
@@ -176,10 +178,10 @@ def best_rate(clean: Sequence[float], training: Sequence[float] | None, shift: f
 
 
 @torch.no_grad()
-def shift_ratios(model: nn.Module, where: Where, noise: Masks, rates: Sequence[float], data: ImageSet) -> list[float]:
+def shift_ratios(model: nn.Module, where: Where, noise: Noise, rates: Sequence[float], data: ImageSet) -> list[float]:
     """The shift ratio of `data` at each rate."""
     found = []
-    for rows in data.rows(BATCH):
+    for rows in data.row_batches(BATCH):
         images = data.images(rows)
         bare = without_dropout(model, images)
         at_rate = []

@@ -48,8 +48,8 @@ from torch.nn import functional
 
 from vitrap.contracts import Batch, Card, Criterion, ImageSet, Objective, OutcomeKind, Repaired, Suspect
 from vitrap.errors import UserError
-from vitrap.models.observe import block_outputs, observe, read_tokens, token_layout, transformer
-from vitrap.params import By, hyperparameters, param
+from vitrap.models.observe import block_outputs, head_attention, observe, token_layout, transformer
+from vitrap.params import DefaultFrom, hyperparameters, param
 from vitrap.train.loop import Epoch, Streams
 from vitrap.train.tuning import Tuning, recipe_of, tune
 
@@ -83,7 +83,7 @@ class Sage:
     weight: float = param(300.0, "weight of the distillation loss", symbol="β", source="code", low=0)
     optimizer: Literal["sgd", "adamw"] = param("sgd", "the optimiser; sgd has momentum 0.9", source="code")
     lr: float = param(
-        By("optimizer", {"sgd": SGD_RATE, "adamw": ADAMW_RATE}),
+        DefaultFrom("optimizer", {"sgd": SGD_RATE, "adamw": ADAMW_RATE}),
         "learning rate at the start (adamw's is ours)", source="code", low=0, open=True,
     )  # fmt: skip
     epochs: int = param(100, "passes over the clean images", source="code", low=1)
@@ -113,7 +113,8 @@ class Sage:
         # Step 3: the learning rate; the history of accuracies starts with the accuracy before the repair.
         start = clean_accuracy(suspect, suspect.model) if self.track == "accuracy" else -math.inf
         control = RateControl(self, suspect, [start])
-        # Only the order of the images is random, and comes from the defender's own stream.
+        # Only the order of the images is random; it is drawn from the defender's own stream. Fine-tuning also augments,
+        # on the device, and so needs `streams_of`.
         drawn = suspect.generator
         streams = Streams(order=drawn, augmentation=drawn, projection=drawn, preparation=drawn)
         tuned = tune(suspect, Tuning("sage", recipe_of(self, len(suspect.clean)), streams, objective, control=control))
@@ -185,7 +186,7 @@ def losses(
     if settings.attention == "tokens":
         maps = [token_map(seen[block][:, layout.prefix :].float(), settings.power) for block in blocks]
     else:
-        maps = [read_tokens(seen[block].float(), layout).flatten(1) for block in blocks]
+        maps = [head_attention(seen[block].float(), layout).flatten(1) for block in blocks]
     return {"cross_entropy": criterion(logits, batch.labels), "distillation": distillation(maps)}
 
 
@@ -251,5 +252,5 @@ def clean_accuracy(suspect: Suspect, model: nn.Module) -> float:
 @torch.no_grad()
 def accuracy(model: nn.Module, clean: ImageSet) -> float:
     """The share of the clean images that the model classifies correctly."""
-    right = [(model(clean.images(rows)).argmax(1) == clean.labels[rows]).sum() for rows in clean.rows(512)]
+    right = [(model(clean.images(rows)).argmax(1) == clean.labels[rows]).sum() for rows in clean.row_batches(512)]
     return torch.stack(right).sum().item() / len(clean)

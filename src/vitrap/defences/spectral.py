@@ -76,7 +76,8 @@ class Spectral:
         train = suspect.training_set("spectral")
         # Step 1: the representation R of every training image.
         with suspect.computing():
-            representations = torch.cat([features(suspect.model, train.images(rows)) for rows in train.rows(BATCH)])
+            batches = [features(suspect.model, train.images(rows)) for rows in train.row_batches(BATCH)]
+            representations = torch.cat(batches)
         score = representations.new_zeros(len(train))
         flagged = torch.zeros_like(train.labels, dtype=torch.bool)
         for label in train.labels.unique():

@@ -28,7 +28,7 @@ from vitrap.experiment.measure_defences import Evaluation, Result, measure_defen
 from vitrap.experiment.network import first_image
 from vitrap.experiment.places import found_again
 from vitrap.experiment.plan import Plan, make_plan, training_steps
-from vitrap.experiment.progress import Progress, no_progress
+from vitrap.experiment.progress import DEFEND, Progress, no_progress
 from vitrap.experiment.record import Record, Table
 from vitrap.experiment.records import read_record
 from vitrap.experiment.retraining import Retraining, make_retrained
@@ -37,7 +37,7 @@ from vitrap.experiment.spec import digest, parse_defence, parse_spec
 from vitrap.experiment.stages import backdoor_notice, implant_of, make_clean, read_stream, stored_set
 from vitrap.experiment.store import Stage, Store, key_of, locked
 from vitrap.experiment.trigger_file import TRIGGER, read_fitted, try_out
-from vitrap.metrics.diagnosis import no_backdoor
+from vitrap.metrics.diagnosis import backdoor_faults
 from vitrap.train.arithmetic import Arithmetic
 
 KEY = re.compile(r"[0-9a-f]{16}")
@@ -286,10 +286,10 @@ def add_defences(run: FinishedRun) -> Record:
     with run.progress("measure the victim", None):
         run.check(evaluation)
     for defence in missing:
-        with run.progress(f"defend with {defence.name}", None) as tick:
+        with run.progress(f"{DEFEND} {defence.name}", None) as tick:
             row, scores = measure_defence(defence, evaluation, tick)
         # A defence gets no credit for a victim without a backdoor.
-        faults = no_backdoor(record.victim, record.data.classes)
+        faults = backdoor_faults(record.victim, record.data.classes)
         record = add_row(run.folder, replace(row, key=row_key(record, defence), no_backdoor=faults), scores)
     return record
 

@@ -131,9 +131,9 @@ def _save_images(path: Path, data: ImageSet, tick: Tick) -> None:
 
     Not through a memory map: where the disk is full, writing to one kills the process.
     """
-    shape = (len(data), data.size, data.size, data.pixels.shape[1])
+    shape = (len(data), data.size, data.size, data.channels)
     with named_errors(path), path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for rows in data.rows(CHUNK):
+        for rows in data.row_batches(CHUNK):
             file.write(to_bytes(data.images(rows)).permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
             tick()

@@ -256,10 +256,10 @@ def _check_attack(spec: Spec, world: World) -> None:
     taken = [SURROGATE_SEED, TEST_SURROGATE_SEED] if spec.test_surrogate else [SURROGATE_SEED]
     if attack.needs_surrogate and spec.seed in taken:
         raise UserError(f"seed = {spec.seed} is the surrogate's own: the twin would be the surrogate; choose another")
-    if spec.test_surrogate is not None and not getattr(attack, "test_surrogate", False):
+    if spec.test_surrogate is not None and not getattr(attack, "takes_test_surrogate", False):
         raise UserError(f"attack {spec.attack_name} has no surrogate at test time; remove [test_surrogate]")
-    if hasattr(attack, "check"):
-        attack.check(train.size)
+    if hasattr(attack, "check_size"):
+        attack.check_size(train.size)
     for name in ("target", "source"):
         label = getattr(attack, name, None)
         if label is not None and label >= train.n_classes:
@@ -292,7 +292,7 @@ def _check_world(world: World) -> None:
 
 def _shape(images: ImageSet) -> tuple[int, int, int]:
     """Channels, working size and number of classes of a set."""
-    return images.pixels.shape[1], images.size, images.n_classes
+    return images.channels, images.size, images.n_classes
 
 
 def _check_classes(spec: Spec, world: World, goal: Goal) -> None:
@@ -350,7 +350,7 @@ def _other_images(spec: Spec, world: World, device: torch.device) -> World | Non
 
 def _check_recipe(spec: Spec, world: World, model: nn.Module) -> None:
     """Refuse jitter of grey images, and batches of one image for a network with batch norm, which needs two."""
-    if spec.recipe.jitter and world.train.pixels.shape[1] != 3:
+    if spec.recipe.jitter and world.train.channels != 3:
         raise UserError(f"recipe.jitter = {spec.recipe.jitter:g} changes colours, and the images are grey; set it to 0")
     if spec.recipe.batch_size == 1 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise UserError("recipe.batch_size = 1 is too small for a network with batch norm; make it at least 2")
@@ -363,6 +363,6 @@ def digest_of_data(world: World) -> str:
         # Pixels are digested a chunk at a time, for they may not fit into memory.
         others = {f"{name}.{key}": value for key, value in vars(part).items() if key not in ("pixels", "place")}
         whole.update(tensors_digest(others).encode())
-        for rows in part.rows(CHUNK):
+        for rows in part.row_batches(CHUNK):
             whole.update(tensors_digest({f"{name}.pixels": part.gather(rows)}).encode())
     return whole.hexdigest()

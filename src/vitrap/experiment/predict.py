@@ -53,7 +53,7 @@ def predict(
     found = []
     finite = torch.ones((), dtype=torch.bool, device=data.device)
     with arithmetic(model, data.device):
-        for rows in data.rows(batch_of(data)):
+        for rows in data.row_batches(batch_of(data)):
             logits = model(data.images(rows))
             finite &= logits.isfinite().all()
             found.append(logits.argmax(1))
@@ -65,9 +65,9 @@ def predict(
 
 def triggered(data: ImageSet, trigger: Trigger, tick: Callable[[], None] = no_tick) -> ImageSet:
     """`data` with the trigger on every image, rounded to 8 bits; the labels stay as they are."""
-    shape = (len(data), data.pixels.shape[1], data.size, data.size)
+    shape = (len(data), data.channels, data.size, data.size)
     stamped = torch.empty(shape, dtype=torch.uint8, device=data.device)
-    for rows in data.rows(batch_of(data)):
+    for rows in data.row_batches(batch_of(data)):
         stamped[rows] = to_bytes(trigger(data.images(rows)))
         tick()
     return data.stamp(every_row(data), stamped, data.labels)

@@ -14,7 +14,7 @@ from vitrap.experiment.facts import ModelFacts
 from vitrap.experiment.network import Network
 from vitrap.experiment.plan import Plan
 from vitrap.experiment.progress import Progress, Tick
-from vitrap.experiment.stages import backdoor_notice, keeper_in, save_stage, train_as_planned
+from vitrap.experiment.stages import backdoor_notice, checkpointer_in, save_stage, train_as_planned
 from vitrap.experiment.streams import ambient, training_streams
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
@@ -65,8 +65,8 @@ def make_retrained(plan: Plan, kept: ImageSet, bar: AbstractContextManager[Tick]
     start = time.perf_counter()
     model = plan.victim.build(plan.spec.seed, plan.device)
     notice = backdoor_notice(plan.spec, "retrained")
-    keeper = keeper_in(folder, notice)
-    curves = train_as_planned(plan, model, kept, plan.spec.seed, None, bar, keeper)
+    checkpointer = checkpointer_in(folder, notice)
+    curves = train_as_planned(plan, model, kept, plan.spec.seed, None, bar, checkpointer)
     # What an earlier call spent, whose training was resumed here, counts, too.
-    seconds = keeper.seconds + time.perf_counter() - start
+    seconds = checkpointer.seconds + time.perf_counter() - start
     save_stage(model, folder, ModelFacts(seconds, curves, n_poisoned=int(kept.poisoned.sum())), notice)

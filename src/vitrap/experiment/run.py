@@ -23,7 +23,7 @@ from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.places import keep_places
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
-from vitrap.experiment.progress import Progress, no_progress
+from vitrap.experiment.progress import MEASURE, Progress, no_progress
 from vitrap.experiment.record import RECORD, SCHEMA, Data, Record, Table
 from vitrap.experiment.records import EARLIER, FAILURE, read_record
 from vitrap.experiment.spec import Spec
@@ -176,7 +176,7 @@ def measure_run(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: P
     backdoor = Backdoor(fitted.trigger, plan.goal, implant.examine)
     # Both models classify all test images, clean and triggered, and the attack may report numbers of its own.
     ticks = 5 * -(-len(test) // batch_of(test))
-    with timed(seconds, "measure"), progress("measure", ticks) as tick:
+    with timed(seconds, "measure"), progress(MEASURE, ticks) as tick:
         measures = measure_victim(victim, twin, test, backdoor, plan.arithmetic, tick)
         examined = examine(victim, twin, test, backdoor)
     # Where poisoned training images carry another trigger than test images, its stealth is measured, too.

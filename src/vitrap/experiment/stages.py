@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from vitrap.contracts import Access, Along, Fitted, ImageSet, Implant, Keeper, Objective
+from vitrap.contracts import Access, Checkpointer, ExtraModule, Fitted, ImageSet, Implant, Objective
 from vitrap.errors import UserError
 from vitrap.experiment.checksums import MODEL
 from vitrap.experiment.curves import Watch, watch_clean, watch_victim
@@ -114,10 +114,10 @@ def make_clean(plan: Plan, network: Network, seed: int, bar: AbstractContextMana
     start = time.perf_counter()
     model = network.build(seed, plan.device)
     watch = watch_clean(plan)
-    keeper = keeper_in(folder, {"role": "clean"})
-    curves = train_as_planned(plan, model, plan.world.train, seed, None, bar, keeper, watch)
+    checkpointer = checkpointer_in(folder, {"role": "clean"})
+    curves = train_as_planned(plan, model, plan.world.train, seed, None, bar, checkpointer, watch)
     # What an earlier call spent, whose training was resumed here, counts, too.
-    seconds = keeper.seconds + time.perf_counter() - start
+    seconds = checkpointer.seconds + time.perf_counter() - start
     save_stage(model, folder, ModelFacts(seconds, curves, watch.counts()), {"role": "clean"})
 
 
@@ -132,8 +132,8 @@ def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], 
     """Fit the attack, and write its triggers, its report and the state of its random stream into `folder`."""
     spec = plan.spec
     start = time.perf_counter()
-    keeper = keeper_in(folder, backdoor_notice(spec, "trigger"), access.generator)
-    access = replace(access, keeper=keeper)
+    checkpointer = checkpointer_in(folder, backdoor_notice(spec, "trigger"), access.generator)
+    access = replace(access, checkpointer=checkpointer)
     # A network that the attack builds draws its first weights from torch's own random state.
     with bar, ambient(spec.seed, "fit", plan.device):
         fitted = spec.attack.fit(access)
@@ -145,7 +145,7 @@ def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], 
     # `implant` goes on drawing where `fit` ended.
     notice = {"vitrap": json.dumps(backdoor_notice(spec, "trigger"))}
     write_bytes(folder / STREAM, save({"state": access.generator.get_state()}, notice))
-    write_facts(folder, TriggerFacts(dict(fitted.report), keeper.seconds + time.perf_counter() - start))
+    write_facts(folder, TriggerFacts(dict(fitted.report), checkpointer.seconds + time.perf_counter() - start))
 
 
 def read_stream(folder: Path, seed: int) -> torch.Generator:
@@ -211,8 +211,8 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
         model = plan.victim.read(folders["twin"] / MODEL, plan.device)
         trained = replace(read_facts(folders["twin"], ModelFacts), seconds=0.0)
     else:
-        keeper = keeper_in(folder, backdoor_notice(spec, "victim"), generator)
-        model, trained = _train_victim(plan, train_set, fitted, implant, keeper, progress)
+        checkpointer = checkpointer_in(folder, backdoor_notice(spec, "victim"), generator)
+        model, trained = _train_victim(plan, train_set, fitted, implant, checkpointer, progress)
     # Edit the trained model; that may change the trigger, too.
     final = fitted
     report = dict(fitted.report)
@@ -263,14 +263,14 @@ def _save_victim_triggers(spec: Spec, implant: Implant, final: Fitted, trigger: 
 
 
 def _train_victim(  # noqa: PLR0913 - as `make_victim`
-    plan: Plan, train_set: ImageSet, fitted: Fitted, implant: Implant, keeper: Keeper, progress: Progress
+    plan: Plan, train_set: ImageSet, fitted: Fitted, implant: Implant, checkpointer: Checkpointer, progress: Progress
 ) -> tuple[nn.Module, ModelFacts]:
     """Train a victim on the poisoned set; returns it with its curves and the seconds that earlier calls spent on it."""
     model = plan.victim.build(plan.spec.seed, plan.device)
     watch = watch_victim(plan, fitted, implant)
     bar = progress("train the victim", training_steps(plan.spec, len(train_set)))
-    curves = train_as_planned(plan, model, train_set, plan.spec.seed, implant.objective, bar, keeper, watch)
-    return model, ModelFacts(keeper.seconds, curves, watch.counts())
+    curves = train_as_planned(plan, model, train_set, plan.spec.seed, implant.objective, bar, checkpointer, watch)
+    return model, ModelFacts(checkpointer.seconds, curves, watch.counts())
 
 
 def save_triggers(spec: Spec, fitted: Fitted, folder: Path) -> None:
@@ -302,22 +302,22 @@ def train_as_planned(  # noqa: PLR0913 - as `train`
     seed: int,
     objective: Objective | None,
     bar: AbstractContextManager[Tick],
-    keeper: Keeper,
+    checkpointer: Checkpointer,
     watch: Watch | None = None,
 ) -> dict[str, list[float]]:
     """Train with the plan's recipe and arithmetic and the random streams of a seed; returns the curves."""
     with bar as tick, ambient(seed, "dropout", plan.device):
         streams = training_streams(seed, plan.device)
-        return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic, keeper)
+        return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic, checkpointer)
 
 
-def keeper_in(folder: Path, notice: dict[str, Any], generator: torch.Generator | None = None) -> Keeper:
-    """A keeper of the training's state in a stage's draft, and of the attack's random stream where it draws on."""
+def checkpointer_in(folder: Path, notice: dict[str, Any], generator: torch.Generator | None = None) -> Checkpointer:
+    """Saves the training's state in a stage's draft, with the attack's random stream where training draws from it."""
     streams = {"attack": generator} if generator is not None else {}
-    return Keeper(folder / STATE, streams, {"vitrap": json.dumps(notice)})
+    return Checkpointer(folder / STATE, streams, {"vitrap": json.dumps(notice)})
 
 
-def _save_along(along: Mapping[str, Along], folder: Path, notice: dict[str, Any]) -> None:
+def _save_along(along: Mapping[str, ExtraModule], folder: Path, notice: dict[str, Any]) -> None:
     """Write the modules that were trained along with the victim, each weight under the name of its module."""
     weights = {f"{name}.{k}": v for name, each in along.items() for k, v in each.module.state_dict().items()}
     kept = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}

@@ -75,7 +75,7 @@ def tune(
         check_file(Path(path), f"spec {str(path)!r}", "copy it to where it can be, or give --dry-run")
     plan = make_plan(spec, device, progress=progress, with_surrogates=False)
     train = plan.world.train
-    size = (train.pixels.shape[1], train.size, train.n_classes)
+    size = (train.channels, train.size, train.n_classes)
     # How fast a network trains does not depend on its weights.
     network = replace(plan.victim, checkpoint=None, weights=None, pretrained=False)
     with progress("time a training step in each arithmetic", None):

@@ -18,16 +18,16 @@ PSNR = 20.0
 """The trigger counts as invisible where the mean PSNR, in dB, is at least so high."""
 
 
-def diagnose(victim: Measures, classes: int) -> tuple[str, ...]:
+def diagnose(measures: Measures, n_classes: int) -> tuple[str, ...]:
     """The faults of an attack, one line each with the figure in brackets; none where the backdoor is in.
 
     Args:
-        victim: the measures of the victim and its clean twin.
-        classes: the number of classes.
+        measures: those of the victim and its clean twin.
+        n_classes: the number of classes.
     """
-    loss = victim.cda_clean_model.value - victim.cda.value
-    psnr = victim.stealth.psnr_db.mean
-    faults = list(no_backdoor(victim, classes))
+    loss = measures.cda_clean_model.value - measures.cda.value
+    psnr = measures.stealth.psnr_db.mean
+    faults = list(backdoor_faults(measures, n_classes))
     if loss > LOSS:
         faults.append(f"clean images suffer (CDA {100 * loss:.1f} points under the clean twin's)")
     if psnr < PSNR:
@@ -35,29 +35,29 @@ def diagnose(victim: Measures, classes: int) -> tuple[str, ...]:
     return tuple(faults)
 
 
-def no_backdoor(victim: Measures, classes: int) -> tuple[str, ...]:
-    """Those faults of `diagnose` by which there is no backdoor; then no measure of a defence is to its credit."""
+def backdoor_faults(measures: Measures, n_classes: int) -> tuple[str, ...]:
+    """The faults of `diagnose` by which there is no backdoor. With any, no measure of a defence is to its credit."""
     faults = []
-    guess = 1 / max(1, classes)
-    one_class = max(guess, victim.majority or 0.0)
-    models = {"the victim": victim.cda, "the clean twin": victim.cda_clean_model}
+    guess = 1 / max(1, n_classes)
+    one_class = max(guess, measures.majority or 0.0)
+    models = {"the victim": measures.cda, "the clean twin": measures.cda_clean_model}
     for model, cda in models.items():
         if cda.low <= one_class:
             by_chance = f"{100 * one_class:.1f} % with everything in one class"
             faults.append(f"{model} is at chance (CDA {_interval(cda)}, {by_chance})")
-    change = victim.stealth.linf
+    change = measures.stealth.linf
     if change.median == 0:
         unchanged = "all" if change.mean == 0 else "at least half of"
         faults.append(f"the trigger changes no pixel (of {unchanged} the images)")
-    if failed := tuple(_failed(victim, guess)):
+    if failed := tuple(_failed(measures, guess)):
         faults.append(f"the trigger is not embedded (ASR {', '.join(failed)})")
     return tuple(faults)
 
 
-def _failed(victim: Measures, guess: float) -> Iterator[str]:
+def _failed(measures: Measures, guess: float) -> Iterator[str]:
     """The comparisons that the ASR fails: with the twin, with clean images, and with guessing one class of all."""
-    asr = victim.asr
-    bases = {"the clean twin's": victim.asr_clean_model, "that without the trigger": victim.asr_clean_images}
+    asr = measures.asr
+    bases = {"the clean twin's": measures.asr_clean_model, "that without the trigger": measures.asr_clean_images}
     for whose, base in bases.items():
         if base and asr.value - base.value < EFFECT:
             yield f"only {100 * (asr.value - base.value):.1f} points above {whose}"

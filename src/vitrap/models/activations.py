@@ -43,7 +43,7 @@ def activations(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Activatio
     layout = layout_of(model)
     names = list(stage_names(model))
     features: list[Tensor] = []
-    hook = classifier(model).register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    hook = logit_layer(model).register_forward_pre_hook(lambda module, args: features.append(args[0]))
     try:
         with intermediates_of(model) as timm_maps, outputs_of({name: parts[name] for name in names}) as raw:
             logits = model(images)
@@ -61,8 +61,10 @@ def activations(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Activatio
     return Activations(stages, features[-1].flatten(1).float(), logits.float())
 
 
-def classifier(model: nn.Module) -> nn.Module:
+def logit_layer(model: nn.Module) -> nn.Module:
     """The layer that gives the logits: timm's own, the first of two in a distilled network, or the last linear layer.
+
+    For a defence that looks at stages, features and logits together: see `activations`.
 
     Raises:
         UserError: the network has no such layer.

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
-from vitrap.models.observe import Maps, TokenLayout, observe, read_tokens, token_layout, transformer
+from vitrap.models.observe import Maps, TokenLayout, head_attention, observe, token_layout, transformer
 from vitrap.tensors.rollout import rollout, weighted_heads
 
 AttentionMap = Literal["last", "rollout", "gradient"]
@@ -40,7 +40,7 @@ def token_attention(
     """
     layers = list(maps.values())
     if kind == "last":
-        return read_tokens(layers[-1].float(), layout).flatten(1)
+        return head_attention(layers[-1].float(), layout).flatten(1)
     with torch.autocast(layers[0].device.type, enabled=False):  # rollout multiplies many layers: fp32 throughout
         if kind == "rollout":
             fused = [layer.float().mean(1) for layer in layers]
@@ -50,7 +50,7 @@ def token_attention(
             gradients = torch.autograd.grad(score, layers, create_graph=torch.is_grad_enabled())
             pairs = zip(layers, gradients, strict=True)
             fused = [weighted_heads(layer.float(), gradient.float(), discard) for layer, gradient in pairs]
-        return read_tokens(rollout(fused)[:, None], layout).flatten(1)
+        return head_attention(rollout(fused)[:, None], layout).flatten(1)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def mass_by_block(
         with observe(model, range(depth)) as seen:
             model(some)
         for block, maps in seen.items():
-            tokens = read_tokens(maps.float(), layout)
+            tokens = head_attention(maps.float(), layout)
             by_block[block].append(tokens[:, inside.to(images.device)].sum(1))
     return [torch.cat(masses) for masses in by_block]
 

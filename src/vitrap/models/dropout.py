@@ -19,12 +19,14 @@ Where = Literal["stream", "residual", "token"]
 """What is dropped: elements of each block's output ("stream"); elements of what attention and MLP each add to it
 ("residual"); whole image tokens in the input of each block's attention ("token")."""
 
+Noise = Float[Tensor, "passes sites tokens width"]
+"""A number for each element that may be dropped, in each pass and at each hooked place (site)."""
 Masks = Float[Tensor, "passes sites tokens width"]
-"""A mask for each pass and each hooked place (site)."""
+"""What each element is multiplied by, in each pass and at each hooked place (site)."""
 
 
-def dropout_noise(model: nn.Module, where: Where, passes: int, generator: torch.Generator) -> Masks:
-    """Uniform numbers in [0, 1), one for each element that may be dropped, on the generator's device.
+def dropout_noise(model: nn.Module, where: Where, passes: int, generator: torch.Generator) -> Noise:
+    """Uniform numbers in [0, 1), on the generator's device.
 
     Raises:
         UserError: the model has no plain token attention.
@@ -37,7 +39,7 @@ def dropout_noise(model: nn.Module, where: Where, passes: int, generator: torch.
     return torch.rand(shape, generator=generator, device=generator.device)
 
 
-def dropout_masks(model: nn.Module, where: Where, noise: Masks, rate: float) -> Masks:
+def dropout_masks(model: nn.Module, where: Where, noise: Noise, rate: float) -> Masks:
     """Dropout masks: 0 where the noise is below `rate`, so that a greater rate drops all that a smaller one drops.
 
     The other elements are scaled by 1 / (1 - rate), as in dropout. Whole tokens are not scaled, since attention

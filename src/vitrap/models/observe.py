@@ -41,13 +41,13 @@ class TokenLayout:
     Attributes:
         prefix: number of tokens before the image tokens: class, distillation, registers.
         grid: rows and columns of image tokens.
-        read: consecutive positions of the tokens that the head reads: the class token (and distillation token), or all
-            pooled tokens.
+        head_tokens: consecutive positions of the tokens that the head reads: the class token (and distillation token),
+            or all pooled tokens.
     """
 
     prefix: int
     grid: tuple[int, int]
-    read: tuple[int, ...]
+    head_tokens: tuple[int, ...]
 
 
 def attends(model: nn.Module) -> bool:
@@ -183,6 +183,8 @@ def block_outputs(
 def head_layer(model: nn.Module) -> tuple[str, nn.Linear]:
     """The name of the linear layer that gives the logits, and that layer: a ViT's head, or the last linear layer.
 
+    For a defence that looks at features alone; `activations.logit_layer` knows other networks of timm's, too.
+
     Raises:
         UserError: the model has no linear layer.
     """
@@ -211,10 +213,10 @@ def features(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor
     return seen[-1].float()
 
 
-def read_tokens(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
-    """The attention that the tokens read by the head pay to each image token: the mean over heads and these rows."""
-    first, last = layout.read[0], layout.read[-1]  # a slice, since a list of rows would make the host wait
-    rows = maps[:, :, first : last + 1, layout.prefix :]
+def head_attention(maps: Maps, layout: TokenLayout) -> Float[Tensor, "b gh gw"]:
+    """The attention that the head's tokens pay to each image token: the mean over heads and over their rows."""
+    # A slice, since a list of rows would make the host wait.
+    rows = maps[:, :, layout.head_tokens[0] : layout.head_tokens[-1] + 1, layout.prefix :]
     return rows.mean((1, 2)).unflatten(1, layout.grid)
 
 

@@ -7,8 +7,8 @@ from vitrap.experiment.defence_rows import FilterRow, JudgementRow, RepairRow, R
 from vitrap.experiment.record import BuiltNetwork, OwnNetwork
 from vitrap.metrics.values import Auroc, Centre, Measures, Rate
 
-Line = tuple[str, str, str, str]
-"""A line: the measure, its value for victim and clean twin, and the number of images."""
+MeasureLine = tuple[str, str, str, str]
+"""A measure, its value for victim and clean twin, and the number of images."""
 MERITS = ("AUROC", "DER")
 """Measures that are a defence's merit only where there is a backdoor."""
 
@@ -31,7 +31,7 @@ def centred(centre: Centre) -> str:
     return f"{centre.mean:.3g} (median {centre.median:.3g})"
 
 
-def measures(victim: Measures) -> list[Line]:
+def measures(victim: Measures) -> list[MeasureLine]:
     """The lines for the measures of a victim and its clean twin."""
     stealth = victim.stealth
     lines = [
@@ -70,16 +70,18 @@ def adapted(models: Mapping[str, BuiltNetwork | OwnNetwork | None]) -> list[str]
     ]
 
 
-def defence_measures(row: Row, backdoor: bool = True) -> list[Line]:
+def defence_measures(row: Row, backdoor: bool = True) -> list[MeasureLine]:
     """The lines for the measures of a row of defences; AUROC and DER are marked where the run has no backdoor."""
-    marked = () if backdoor else MERITS
+    lines = _lines(row)
+    if backdoor:
+        return lines
     return [
-        (f"{name}, no backdoor" if name.startswith(marked) else name, victim, twin, n)
-        for name, victim, twin, n in _lines(row)
+        (f"{name}, no backdoor" if name.startswith(MERITS) else name, victim, twin, n)
+        for name, victim, twin, n in lines
     ]
 
 
-def _lines(row: Row) -> list[Line]:
+def _lines(row: Row) -> list[MeasureLine]:
     """The lines without marks."""
     match row:
         case ScreenRow():
@@ -96,7 +98,7 @@ def _area(area: Auroc) -> str:
     return f"{area.value:.3f} [{area.low:.3f}, {area.high:.3f}]"
 
 
-def _screen(row: ScreenRow) -> list[Line]:
+def _screen(row: ScreenRow) -> list[MeasureLine]:
     def count(area: Auroc) -> str:
         return f"{area.n_triggered} / {area.n_clean}"
 
@@ -120,7 +122,7 @@ def _screen(row: ScreenRow) -> list[Line]:
     return lines
 
 
-def _repair(row: RepairRow) -> list[Line]:
+def _repair(row: RepairRow) -> list[MeasureLine]:
     before = row.before
     return [
         ("CDA before", percent(before.cda), percent(row.cda_clean_model_before), str(row.cda.n)),
@@ -133,7 +135,7 @@ def _repair(row: RepairRow) -> list[Line]:
     ]
 
 
-def _filter(row: FilterRow) -> list[Line]:
+def _filter(row: FilterRow) -> list[MeasureLine]:
     area = row.auroc
     return [
         ("AUROC", _area(area), "", f"{area.n_triggered} / {area.n_clean}"),
@@ -145,7 +147,7 @@ def _filter(row: FilterRow) -> list[Line]:
     ]
 
 
-def _judgement(row: JudgementRow) -> list[Line]:
+def _judgement(row: JudgementRow) -> list[MeasureLine]:
     def judged(verdict: Verdict) -> str:
         return "backdoored" if verdict.backdoored else "clean"
 

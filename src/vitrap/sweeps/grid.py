@@ -2,8 +2,8 @@
 
 Each key of `[grid]` leads to a list of values, quoted or bare (`"attack.poison_rate" = [0.05, 0.1]`, `seed = [0, 1]`);
 `[[grid.case]]` tables hold settings that belong together, and may have a `title` for tables and figures; a list in one
-is several cases. A key `base` names the spec that a run starts from. The runs are all combinations. A spec whose own
-`base` is a sweep has that one's settings, not its grid and page. Imports no torch.
+is several cases. A key `base` names the spec that a run starts from. The runs are all combinations. If the spec's own
+`base` names a sweep, its settings are inherited, but not its [grid] or page. Imports no torch.
 """
 
 import json
@@ -43,8 +43,8 @@ class Point:
     @property
     def label(self) -> str:
         """The settings by which it differs from other runs, in a line."""
-        shown = {k: v for k, v in self.settings.items() if k not in (DEFENCES, TITLE)}
-        return ", ".join(f"{k} = {_short(v)}" for k, v in shown.items()) or self.spec.name
+        pairs = [f"{k} = {_short(v)}" for k, v in self.settings.items() if k not in (DEFENCES, TITLE)]
+        return ", ".join(pairs) or self.spec.name
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def _count(case: Settings) -> int:
     return prod(map(len, _lists(case).values()))
 
 
-def _each_case(case: Settings) -> Iterator[Settings]:
+def _each_case(case: Settings) -> list[Settings]:
     """One case for each combination of its lists."""
     lists = _lists(case)
     for key, values in lists.items():
         if not values or _twice(values):
             raise UserError(f"grid.case.{key} = {shown(values)} must be a value, or a list of different ones")
-    return (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
+    return [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
 
 
 def _twice(values: Sequence[Any]) -> list[Any]:
@@ -207,23 +207,25 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _spec(table: Table, settings: Settings, folder: Path, replaced: Set[str]) -> Spec:
-    """The spec of one combination; paths in it are relative to `folder`, except those that overrides have replaced."""
+    """The spec of one combination; `replaced` are the grid's keys whose values come from overrides."""
     start = deepcopy(table)
     # Where the grid varies the base, the sweep's own settings go over each base.
     if BASE in settings:
         own = [([key], value) for key, value in start.items()]
         start = set_keys(read_table(folder / str(settings[BASE])), own)
-    pairs = {
-        key: (key.split("."), _listed(value) if key == DEFENCES else value)
-        for key, value in settings.items()
-        if key not in (BASE, TITLE)
-    }
-    set_keys(start, [pair for key, pair in pairs.items() if key not in replaced], str(folder))
+    # Paths of the grid are relative to `folder`, those of overrides to the working folder.
+    from_grid: list[tuple[list[str], Any]] = []
+    from_overrides: list[tuple[list[str], Any]] = []
+    for key, value in settings.items():
+        if key not in (BASE, TITLE):
+            pair = (key.split("."), _listed(value) if key == DEFENCES else value)
+            (from_overrides if key in replaced else from_grid).append(pair)
+    set_keys(start, from_grid, str(folder))
     try:
-        return parse_spec(set_keys(start, [pair for key, pair in pairs.items() if key in replaced]))
+        return parse_spec(set_keys(start, from_overrides))
     except UserError as error:
-        shown = ", ".join(f"{key} = {_short(value)}" for key, value in settings.items())
-        raise UserError(f"{error} (in the grid's run {shown})") from error
+        run = ", ".join(f"{key} = {_short(value)}" for key, value in settings.items())
+        raise UserError(f"{error} (in the grid's run {run})") from error
 
 
 def _listed(defences: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from vitrap.experiment.progress import Progress, no_progress
+from vitrap.experiment.progress import DEFEND, MEASURE, Progress, no_progress
 from vitrap.experiment.record import SCHEMA, Failure, Table, to_table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
@@ -100,9 +100,9 @@ def work(job: Job, progress: Progress = no_progress) -> Ended:
     measured = False
 
     def noting(name: str, total: int | None) -> AbstractContextManager[Callable[[], None]]:
-        """Note whether anything is measured: if not, the record was there already."""
+        """Note whether a step measures anything: if none does, the record was there already."""
         nonlocal measured
-        measured = measured or name == "measure" or name.startswith("defend ")
+        measured = measured or name == MEASURE or name.startswith(DEFEND)
         return progress(name, total)
 
     try:

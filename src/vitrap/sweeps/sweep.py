@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitrap.errors import UserError
 from vitrap.experiment.store import Store
-from vitrap.sweeps.ahead import twin_key
+from vitrap.sweeps.estimate import twin_key
 from vitrap.sweeps.grid import Point, Sweep
 from vitrap.sweeps.jobs import Ended, Event, Listener, interleaved, job
 
@@ -22,7 +22,7 @@ def sweep(
     *,
     workers: int | None = None,
     device: str = "auto",
-    ray: str | None = None,
+    ray_address: str | None = None,
     hear: Listener = ignore,
 ) -> list[Ended]:
     """Do every run of a sweep; a run whose record still holds is not made again.
@@ -37,7 +37,7 @@ def sweep(
         workers: how many runs at once on this machine; None for one on each GPU or, without GPUs, on each core. On Ray
             the cluster decides: a run gets a GPU where there are any, else a core.
         device: "auto" or "cuda" (all GPUs), "cpu" or "cuda:N".
-        ray: address of a running Ray cluster, HOST:PORT or "auto"; None for worker processes of this machine.
+        ray_address: address of a running Ray cluster, HOST:PORT or "auto"; None for worker processes of this machine.
         hear: called with each event: a run has started, come further, or ended.
 
     Returns:
@@ -58,22 +58,22 @@ def sweep(
     # Runs that need different twins come first, so that workers train the twins side by side.
     jobs = [replace(job(i, point.label, point.spec, Path(out)), device=device) for i, point in enumerate(grid.points)]
     jobs = interleaved(jobs, lambda one: twin_key(one.spec))
-    if ray is not None:
+    if ray_address is not None:
         from vitrap.sweeps.on_ray import run_on_ray
 
-        run_on_ray(jobs, ray, 1, note)
+        run_on_ray(jobs, ray_address, 1, note)
     else:
         # On this machine all workers read the same data: missing data are found before any of them starts.
         _try_data(grid.points, device)
-        devices, threads = share(workers, device, len(jobs))
+        devices, threads = assign_devices(workers, device, len(jobs))
         from vitrap.sweeps.workers import run_local
 
         run_local(jobs, devices, threads, note)
     return [ended[i] for i in sorted(ended)]
 
 
-def share(workers: int | None, device: str, runs: int) -> tuple[list[str], int]:
-    """Divide GPUs and cores among workers: the device of each worker, and the number of its threads.
+def assign_devices(workers: int | None, device: str, runs: int) -> tuple[list[str], int]:
+    """The device of each worker, and how many threads every worker gets: GPUs and cores are divided among them.
 
     Raises:
         UserError: `workers` is less than 1.

@@ -32,10 +32,13 @@ def cell_masks(side: int, cell: int, stride: int, low: float, high: float) -> Fl
 
 
 def middle_mask(masks: Float[Tensor, "cells s s"]) -> Float[Tensor, "1 s s"]:
-    """The mask whose cell is in the middle, or just below and right of it, of masks over a square of places.
+    """The middle one of the masks of a square grid of cell positions.
+
+    On an even grid, it is the one below and right of the centre.
 
     >>> middle_mask(cell_masks(3, 1, 1, 0.0, 1.0)).nonzero().tolist()
     [[0, 1, 1]]
     """
-    along = round(len(masks) ** 0.5)
-    return masks[along // 2 * along + along // 2][None]
+    positions = round(len(masks) ** 0.5)
+    middle = positions // 2
+    return masks[middle * positions + middle][None]

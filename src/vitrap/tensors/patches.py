@@ -58,10 +58,11 @@ def above_quantile(scores: Float[Tensor, "b h w"], level: float) -> Bool[Tensor,
     return scores > flat.kthvalue(below, dim=1).values[:, None, None]
 
 
-def as_many(mask: Bool[Tensor, "b h w"], scores: Float[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
-    """Select as many pixels of each image as `mask` does, but those with the greatest scores.
+def top_scores_like(mask: Bool[Tensor, "b h w"], scores: Float[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
+    """Select as many pixels of each image as `mask` selects, but those with the greatest scores.
 
-    >>> as_many(torch.tensor([[[True, False, False]]]), torch.tensor([[[0.1, 0.7, 0.2]]])).int().flatten().tolist()
+    >>> scores = torch.tensor([[[0.1, 0.7, 0.2]]])
+    >>> top_scores_like(torch.tensor([[[True, False, False]]]), scores).int().flatten().tolist()
     [0, 1, 0]
     """
     rank = scores.flatten(1).argsort(1, descending=True).argsort(1)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Batch, Criterion, ImageSet, Keeper, Moving, Objective, Position
+from vitrap.contracts import Batch, Checkpointer, Criterion, ImageSet, Objective, Position, TrainingState
 from vitrap.data.augment import random_crop, random_flip, random_jitter
 from vitrap.errors import UserError
 from vitrap.images import Gathered, Marks
@@ -150,7 +150,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
     tick: Callable[[], None] = lambda: None,
     watch: Callable[[nn.Module], Mapping[str, float]] | None = None,
     arithmetic: Arithmetic | None = None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> Curves:
     """Train `model` in place on `data` and leave it in evaluation mode.
 
@@ -164,7 +164,7 @@ def train(  # noqa: PLR0913 - all that a training is made of
         tick: called after each step.
         watch: measures the model after each epoch, in evaluation mode; it must draw nothing from torch's random state.
         arithmetic: how to compute; None for the recipe's own on the device.
-        keeper: saves the training's state now and then; if it has one already, training goes on from there.
+        checkpointer: saves the training's state now and then; if it has one already, training goes on from there.
 
     Returns:
         Curves by epoch: the mean of each loss term over the batches that had it, learned weights, and the values that
@@ -183,24 +183,24 @@ def train(  # noqa: PLR0913 - all that a training is made of
 
     # Where it begins: at the start, or where an earlier call was stopped. Its steps count as ticks, too.
     curves: Curves = {}
-    keeper = keeper or Keeper()
-    moving = Moving(
+    checkpointer = checkpointer or Checkpointer()
+    state = TrainingState(
         {"model": model, "along": along, "scales": nn.ParameterList(learner.combination.scales)},
         learner.optimiser,
-        {**vars(streams), **keeper.streams},
+        {**vars(streams), **checkpointer.streams},
         data.device,
         curves,
     )
-    begun = keeper.resume(moving)
+    begun = checkpointer.resume(state)
     for _ in range(begun.epoch * len(batched(torch.arange(len(data)), learner)) + begun.steps):
         tick()
 
     def reached(position: Position) -> None:
-        """Report that a step is done, and give the keeper an opportunity to save the state."""
+        """Report that a step is done, and give the checkpointer an opportunity to save the state."""
         tick()
-        keeper(moving, position)
+        checkpointer(state, position)
 
-    for epoch in epochs(learner, data, recipe_schedule(recipe), learner.objective.step, begun, reached):
+    for epoch in train_epochs(learner, data, recipe_schedule(recipe), learner.objective.step, begun, reached):
         found = {**epoch.means(), **learner.combination.learned()}
         # Measure the model in evaluation mode; then training goes on as before.
         if watch is not None:
@@ -251,7 +251,7 @@ def set_training(modules: nn.ModuleList) -> nn.ModuleList:
     return modules
 
 
-def epochs(
+def train_epochs(
     learner: Learner,
     data: ImageSet,
     schedule: Schedule,
@@ -341,7 +341,7 @@ def prepared(batch: Batch, objective: Objective, generator: torch.Generator) -> 
         return batch
     with torch.set_grad_enabled(bool(objective.along)):
         made = objective.prepare(batch, generator)
-        touched = torch.cat([made.poisoned, made.covers])
+        touched = torch.cat([made.poison_at, made.cover_at])
         if not len(touched):
             return made
         # The gradient of rounding is 0. For modules that are trained along it is taken as 1 (straight-through).

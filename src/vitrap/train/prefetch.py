@@ -27,7 +27,7 @@ def prefetched(data: ImageSet, order: Sequence[Rows]) -> Iterator[Iterable[tuple
         data: the set.
         order: row numbers of each batch, on the CPU.
     """
-    if data.place is None:
+    if data.pixel_row is None:
         yield ((rows, data.gather(rows)) for rows in order)
         return
     with ThreadPoolExecutor(1, "gather") as thread:

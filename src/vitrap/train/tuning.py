@@ -16,7 +16,7 @@ from vitrap.contracts import ImageSet, Objective, Suspect
 from vitrap.errors import UserError
 from vitrap.probe import weight_fault
 from vitrap.train.arithmetic import uncompiled
-from vitrap.train.loop import Curves, Epoch, Step, Streams, add_to_curves, epochs, make_learner, recipe_schedule
+from vitrap.train.loop import Curves, Epoch, Step, Streams, add_to_curves, make_learner, recipe_schedule, train_epochs
 from vitrap.train.recipe import ARITHMETIC, Recipe
 
 Control = Callable[[nn.Module, Epoch, float], float]
@@ -92,7 +92,8 @@ def tune(suspect: Suspect, tuning: Tuning) -> Tuned:
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         torch.set_rng_state(streams.preparation.get_state())
         model.train(tuning.training)
-        for epoch in epochs(learner, images, held_rate if tuning.control else recipe_schedule(recipe), tuning.step):
+        schedule = held_rate if tuning.control else recipe_schedule(recipe)
+        for epoch in train_epochs(learner, images, schedule, tuning.step):
             found = {**epoch.means(), **learner.combination.learned()}
             if wrong := add_to_curves(curves, found) or weight_fault(model.state_dict()):
                 raise UserError(f"{tuning.defence} diverged ({wrong}); lower its lr = {recipe.lr:g}")

@@ -3,15 +3,16 @@
 from typing import Any
 
 from tests.report.made import found, judgement, record, repair, screen, sift, to_row
-from vitrap.report.page.heat import Heat, Tried, to_cell, to_heat
+from vitrap.experiment.defence_rows import Row
+from vitrap.report.page.heat import HeatMap, to_cell, to_heat
 from vitrap.report.page.summary import to_runs
 
 
-def heat(*records: dict[str, Any]) -> Heat:
+def heat(*records: dict[str, Any]) -> HeatMap:
     return to_heat(to_runs([found(one) for one in records]))
 
 
-def rows(*contents: dict[str, Any]) -> list[Tried]:
+def rows(*contents: dict[str, Any]) -> list[tuple[Row, bool]]:
     return [(to_row(content), True) for content in contents]
 
 

@@ -8,7 +8,7 @@ from tests.report.made import found, record, to_record
 from vitrap.report.page.summary import (
     Run,
     attack_label,
-    centre,
+    mean_and_sd,
     number,
     over_seeds,
     text,
@@ -121,9 +121,9 @@ def test_names_do_not_part_seeds_but_settings_do() -> None:
 
 
 def test_a_missing_value_leaves_the_mean_open() -> None:
-    assert centre([1.0, None]) is None
-    assert centre([1.0]) is None
-    assert centre([1.0, float("nan")]) is None
+    assert mean_and_sd([1.0, None]) is None
+    assert mean_and_sd([1.0]) is None
+    assert mean_and_sd([1.0, float("nan")]) is None
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vitrap.experiment.records import read_records
 from vitrap.experiment.spec import parse_spec
 from vitrap.metrics.interval import wilson
 from vitrap.report.study.collected import abridge, collect
-from vitrap.report.study.entries import Value, difference, entries, grouped, today
+from vitrap.report.study.entries import Value, current_hash, difference, entries, grouped
 from vitrap.report.study.fill_page import fill, fill_page, open_study
 from vitrap.report.study.layout import Kind
 from vitrap.sweeps.grid import load_sweep
@@ -102,7 +102,7 @@ def test_a_failure_is_shown_unless_there_is_a_record(tmp_path: Path) -> None:
     assert cells(text)[1:] == [["0.1", "50.00 [48.00, 52.00]"], ["0.2", "failed"]]
 
 
-def test_an_older_record_is_met_by_what_its_spec_comes_to_today(tmp_path: Path) -> None:
+def test_an_older_record_is_met_by_what_its_spec_comes_to_current_hash(tmp_path: Path) -> None:
     path = study(tmp_path, at((0.5,)))
     made = read_records(tmp_path / "runs").records[0].record
     assert "optimizer" not in made.spec["recipe"], "a key that records of old do not have"
@@ -117,9 +117,9 @@ def test_an_older_auto_is_the_precision_that_it_stood_for(tmp_path: Path) -> Non
         content["spec"]["recipe"]["precision"] = "auto"
     measured["attention"] = "fused"
     there, spec = parse_spec(measured["spec"]).hash(), record()["spec"]
-    assert today(to_record(measured)) == there
+    assert current_hash(to_record(measured)) == there
     assert (
-        today(to_record(pinned))
+        current_hash(to_record(pinned))
         == parse_spec({**spec, "recipe": {**spec["recipe"], "precision": "fp32"}}).hash()
         != there
     )

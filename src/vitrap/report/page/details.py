@@ -9,11 +9,10 @@ from vitrap.experiment.record import to_table
 from vitrap.report.frame import settings
 from vitrap.report.page.claims import model_of
 from vitrap.report.page.figures import Chart, to_charts
-from vitrap.report.page.heat import KINDS, NO_BACKDOOR, describe, measure_of, notes_of, setting_names
+from vitrap.report.page.heat import MAIN_MEASURE, NO_BACKDOOR_NOTE, describe, measure_of, notes_of, setting_names
 from vitrap.report.page.summary import Run, text
-from vitrap.report.tables import defence_measures, measures
+from vitrap.report.tables import MeasureLine, defence_measures, measures
 
-Measured = Sequence[tuple[str, str, str, str]]
 Pair = tuple[str, str]
 
 
@@ -37,7 +36,7 @@ class Tried:
     kind: str
     outcome: str
     seconds: str
-    rows: Measured
+    rows: Sequence[MeasureLine]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Detail:
 
     run: Run
     model: str
-    measures: Measured
+    measures: Sequence[MeasureLine]
     tried: tuple[Tried, ...]
     charts: tuple[Chart, ...]
     parts: Mapping[str, tuple[Pair, ...]]
@@ -65,7 +64,6 @@ def to_detail(run: Run, curves: bool = True) -> Detail:
     """The section of a run; without `curves` its charts are left out."""
     record = run.record
     asked = {key: value for key, value in record.spec.items() if key != "defences"}
-    arithmetic = {"precision": record.precision, "schema": record.schema, "stages": record.stages}
     parts = {
         "Spec": pairs(asked),
         "Environment": pairs(to_table(record.environment)),
@@ -73,7 +71,7 @@ def to_detail(run: Run, curves: bool = True) -> Detail:
         "What the attack reports": pairs(record.attack),
         "Time": tuple((key, _seconds(value)) for key, value in record.seconds.items()),
         "Memory": tuple((key, _bytes(value)) for key, value in vars(record.memory).items()) if record.memory else (),
-        "Arithmetic and stages": pairs(arithmetic),
+        "Arithmetic and stages": pairs({key: getattr(record, key) for key in ("precision", "schema", "stages")}),
     }
     return Detail(
         run,
@@ -92,13 +90,14 @@ def pairs(table: Mapping[str, Any]) -> tuple[Pair, ...]:
 
 def to_tried(row: Row, own: str, backdoor: bool) -> Tried:
     """A row of defences as the section shows it, marked where its run has no backdoor."""
+    notes = [f"{MAIN_MEASURE[row.kind]} {measure_of(row):.3f}", *notes_of([row])]
     report = [(f"reports: {key}", value, "", "") for key, value in pairs(row.report)]
     return Tried(
         row.name,
         own,
         ", ".join(f"{key} {value}" for key, value in pairs(row_settings(row)) if value != "none"),
         row.kind,
-        "; ".join([*([] if backdoor else [NO_BACKDOOR]), f"{KINDS[row.kind]} {measure_of(row):.3f}", *notes_of([row])]),
+        "; ".join(notes if backdoor else [NO_BACKDOOR_NOTE, *notes]),
         ", ".join(f"{key} {_seconds(took)}" for key, took in row.seconds.items()),
         [*defence_measures(row, backdoor), *report],
     )

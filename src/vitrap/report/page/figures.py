@@ -12,7 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
 CHART_WIDTH, CHART_HEIGHT = 220, 90
 NARROW = 2.0
 """Least range of the PSNR axis, dB."""
-KINDS = 6
+N_STYLES = 6
 """Number of colours, and of shapes, of marks."""
 ROLES = ("victim", "twin", "surrogate")
 RATES = {"cda": "clean accuracy (CDA)", "asr": "attack success (ASR)"}
@@ -41,7 +41,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Scatter:
+class ScatterChart:
     """The chart of ASR over PSNR: marks, ticks of both axes, and the legend."""
 
     marks: tuple[Mark, ...]
@@ -51,7 +51,7 @@ class Scatter:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """A model's curve: its points, and its last value."""
 
     role: str
@@ -67,7 +67,7 @@ class Chart:
     epochs: int
     top: str
     bottom: str
-    lines: tuple[Line, ...]
+    lines: tuple[Curve, ...]
 
 
 def ticks(low: float, high: float, wanted: int = 6) -> tuple[float, ...]:
@@ -90,10 +90,10 @@ def styles(names: Sequence[str]) -> dict[str, tuple[int, int]]:
     >>> styles(["b", "a"])
     {'a': (0, 0), 'b': (1, 1)}
     """
-    return {name: (i % KINDS, (i + i // KINDS) % KINDS) for i, name in enumerate(sorted(set(names)))}
+    return {name: (i % N_STYLES, (i + i // N_STYLES) % N_STYLES) for i, name in enumerate(sorted(set(names)))}
 
 
-def to_scatter(runs: Sequence[Run]) -> Scatter | None:
+def to_scatter(runs: Sequence[Run]) -> ScatterChart | None:
     """The scatter chart, with a mark for each run; None without runs."""
     if not runs:
         return None
@@ -113,7 +113,7 @@ def to_scatter(runs: Sequence[Run]) -> Scatter | None:
     for run in runs:
         asr = run.victim.asr
         marks.append(Mark(run, across(run.psnr), up(asr.value), up(asr.low), up(asr.high), *look[run.attack]))
-    return Scatter(
+    return ScatterChart(
         tuple(marks),
         tuple(Tick(across(value), f"{value:g}") for value in axis),
         tuple(Tick(up(share / 100), str(share)) for share in range(0, 101, 20)),
@@ -137,7 +137,7 @@ def _chart(term: str, curves: Mapping[str, Sequence[float]], counts: Mapping[str
     rate = term in RATES
     low, high = (0.0, 1.0) if rate else span([value for curve in curves.values() for value in curve])
     lines = tuple(
-        Line(role, points(curve, low, high), f"{100 * curve[-1]:.1f} %" if rate else f"{curve[-1]:.4g}")
+        Curve(role, points(curve, low, high), f"{100 * curve[-1]:.1f} %" if rate else f"{curve[-1]:.4g}")
         for role, curve in curves.items()
     )
     title = RATES.get(term, term.replace("_", " "))

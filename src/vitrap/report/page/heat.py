@@ -9,21 +9,19 @@ from vitrap.experiment.defence_rows import FilterRow, JudgementRow, RepairRow, R
 from vitrap.metrics.values import Rate
 from vitrap.report.page.summary import Run, text
 
-KINDS = {"screen": "AUROC", "filter": "AUROC", "repair": "DER", "judgement": "score"}
+MAIN_MEASURE = {"screen": "AUROC", "filter": "AUROC", "repair": "DER", "judgement": "score"}
 SCREENED = "screened"
 STEPS = 4
 """Number of colours on either side of the middle."""
 BROKEN = 0.1
 """A repair gets a warning sign if it loses more clean accuracy than this."""
-NO_BACKDOOR = "⚠ no backdoor"
+NO_BACKDOOR_NOTE = "⚠ no backdoor"
 """Marks figures of a defence that had no backdoor to find."""
-Tried = tuple[Row, bool]
-"""A row, and whether there is a backdoor in its run."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell: the mean over the runs of an attack.
+class HeatCell:
+    """A cell of the heat map: the mean over the runs of an attack.
 
     Attributes:
         value: the mean, as text.
@@ -39,39 +37,38 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line: a defence with its settings; the cell is None for an attack that it was not tried on."""
+class HeatRow:
+    """A row of the heat map: a defence with its settings; the cell is None for an attack that it was not tried on."""
 
     defence: str
     settings: str
     kind: str
     measure: str
-    cells: tuple[Cell | None, ...]
+    cells: tuple[HeatCell | None, ...]
 
 
 @dataclass(frozen=True)
-class Heat:
+class HeatMap:
     """The heat map; each column is an attack on a data set."""
 
     columns: tuple[tuple[str, str], ...]
-    lines: tuple[Line, ...]
+    lines: tuple[HeatRow, ...]
 
 
-def to_heat(runs: Sequence[Run]) -> Heat:
+def to_heat(runs: Sequence[Run]) -> HeatMap:
     """The heat map of all runs, with means over the runs of an attack on a data set."""
     tried = [(run, row) for run in runs for row in run.defences]
     columns = tuple(sorted({(run.attack, run.data) for run, _ in tried}))
     named = setting_names([row for _, row in tried])
-    groups: dict[tuple[str, str, str], dict[tuple[str, str], list[Tried]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, ...], list[tuple[Row, bool]]] = defaultdict(list)
     for run, row in tried:
-        line = (row.kind, row.name, describe(row, named))
-        groups[line][run.attack, run.data].append((row, run.backdoor))
-    order = list(KINDS)
-    lines = sorted(groups, key=lambda line: (order.index(line[0]), *line[1:]))
-    return Heat(
+        groups[row.kind, row.name, describe(row, named), run.attack, run.data].append((row, run.backdoor))
+    order = list(MAIN_MEASURE)
+    lines = sorted({key[:3] for key in groups}, key=lambda line: (order.index(line[0]), *line[1:]))
+    return HeatMap(
         columns,
         tuple(
-            Line(name, own, kind, KINDS[kind], tuple(to_cell(groups[kind, name, own][c]) for c in columns))
+            HeatRow(name, own, kind, MAIN_MEASURE[kind], tuple(to_cell(groups[kind, name, own, *c]) for c in columns))
             for kind, name, own in lines
         ),
     )
@@ -94,8 +91,11 @@ def describe(row: Row, named: Mapping[str, tuple[str, ...]]) -> str:
     return ", ".join(f"{key} {text(own[key])}" for key in named.get(row.name, ()) if key in own)
 
 
-def to_cell(tried: Sequence[Tried]) -> Cell | None:
-    """The cell of some rows of one kind; None without rows. Runs without a backdoor take its colour away."""
+def to_cell(tried: Sequence[tuple[Row, bool]]) -> HeatCell | None:
+    """The cell of some rows of one kind, each with whether its run has a backdoor; None without rows.
+
+    A run without a backdoor takes the cell's colour away.
+    """
     if not tried:
         return None
     rows = [row for row, _ in tried]
@@ -110,9 +110,9 @@ def to_cell(tried: Sequence[Tried]) -> Cell | None:
     if len(values) > 1:
         notes = [f"{min(values):.{digits}f} to {max(values):.{digits}f}", *notes]
     if without:
-        notes = [f"{NO_BACKDOOR} in {without} of {len(rows)}", *notes]
+        notes = [f"{NO_BACKDOOR_NOTE} in {without} of {len(rows)}", *notes]
     step = 0 if without else max(-STEPS, min(STEPS, round(STEPS * share)))
-    return Cell(f"{middle:.{digits}f}", len(values), step, tuple(notes))
+    return HeatCell(f"{middle:.{digits}f}", len(values), step, tuple(notes))
 
 
 def measure_of(row: Row) -> float:

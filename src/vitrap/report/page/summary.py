@@ -13,7 +13,7 @@ from typing import Any
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found
-from vitrap.metrics.diagnosis import diagnose, in_a_line, in_short, no_backdoor
+from vitrap.metrics.diagnosis import backdoor_faults, diagnose, in_a_line, in_short
 from vitrap.metrics.values import Measures
 from vitrap.report.frame import settings
 from vitrap.report.tables import measured_on
@@ -131,7 +131,7 @@ def _run(found: Found, anchor: str, differs: tuple[str, ...]) -> Run:
         victim.stealth.psnr_db.mean,
         in_a_line(faults),
         in_short(faults),
-        not no_backdoor(victim, record.data.classes),
+        not backdoor_faults(victim, record.data.classes),
     )
 
 
@@ -195,14 +195,14 @@ def _spread(group: Mapping[int, Run]) -> Spread:
 
     lists = {key: rates(key) for key in ("cda", "cda_clean_model", "asr", "asr_clean_model")}
     lists |= {"effect": [run.effect for run in group.values()], "psnr": [run.psnr for run in group.values()]}
-    measures = {key: centre(found) for key, found in lists.items()}
+    measures = {key: mean_and_sd(found) for key, found in lists.items()}
     return Spread(next(iter(group.values())), tuple(sorted(group)), measures)
 
 
-def centre(values: Sequence[float | None]) -> tuple[float, float] | None:
+def mean_and_sd(values: Sequence[float | None]) -> tuple[float, float] | None:
     """Mean and standard deviation (of a sample: n - 1); None where a value is missing or there is only one.
 
-    >>> centre([1.0, 3.0])
+    >>> mean_and_sd([1.0, 3.0])
     (2.0, 1.4142135623730951)
     """
     known = [value for value in values if value is not None and math.isfinite(value)]

@@ -8,7 +8,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.record import Record, to_table
 from vitrap.experiment.records import parse, read_records
 from vitrap.files import check_folder, read_bytes, write_bytes
-from vitrap.report.study.entries import find, key_of, today
+from vitrap.report.study.entries import current_hash, known_hash, records_by_hash
 from vitrap.report.study.fill_page import check_below
 from vitrap.report.study.layout import read_page
 from vitrap.sweeps.grid import load_sweep
@@ -65,13 +65,13 @@ def collect(spec: str | Path, runs: str | Path, out: str | Path | None = None) -
     check_below(file, Path(spec).parent if out is None else out)
     check_folder(records, f"folder {str(records)!r}", "name another as page.records in the spec")
     loaded = read_records(runs)
-    known = find(loaded)
+    known = records_by_hash(loaded)
     # The lines of the file, and on which line each run's record is.
     lines = _lines(file)
     kept = [_record(line) for line in lines]
-    place = {today(record): i for i, record in enumerate(kept) if record is not None}
+    place = {current_hash(record): i for i, record in enumerate(kept) if record is not None}
     # Of the runs that the sweep names, those that are new, and those whose record has changed.
-    wanted = list(dict.fromkeys(key_of(point.spec, {*known, *place}) for point in sweep.points))
+    wanted = list(dict.fromkeys(known_hash(point.spec, {*known, *place}) for point in sweep.points))
     taken = {key: abridge(known[key]) for key in wanted if key in known}
     new = [key for key in taken if key not in place]
     changed = [key for key in taken if key in place and kept[place[key]] != taken[key]]

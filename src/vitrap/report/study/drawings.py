@@ -6,6 +6,7 @@ The metadata of each PNG have a digest of what was drawn, so that a figure can b
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -14,13 +15,23 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 
 from vitrap.data.picture import open_picture
 from vitrap.errors import UserError
 from vitrap.printable import drawable, plain_text
-from vitrap.report.study.entries import NO_BACKDOOR, Entry, Wanted, check_alike, choose, grouped, label, measure
-from vitrap.report.study.layout import Figure, Heat, Lines, Scatter
+from vitrap.report.study.entries import (
+    NO_BACKDOOR_MARK,
+    Entry,
+    Value,
+    Wanted,
+    check_alike,
+    choose,
+    grouped,
+    label,
+    measure,
+)
+from vitrap.report.study.layout import FigureSpec, HeatSpec, LinesSpec, ScatterSpec
 
 DIGEST = "vitrap"
 """The key of the PNG's metadata under which the digest stands."""
@@ -32,7 +43,7 @@ LONG = 200
 Data = list[dict[str, Any]]
 
 
-def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
+def draw(figure: FigureSpec, found: Sequence[Entry]) -> bytes:
     """Draw a figure as PNG."""
     data = figure_data(figure, found)
     # Names stand for themselves: they are made drawable, and a dollar sign begins no formula.
@@ -41,20 +52,20 @@ def draw(figure: Figure, found: Sequence[Entry]) -> bytes:
     labelled = replace(figure, **own)
     content = io.BytesIO()
     with plain_text():
-        canvas = Canvas(figsize=_size(figure, data), layout="constrained", dpi=120)
-        axis = canvas.subplots()
+        drawing = Figure(figsize=_size(figure, data), layout="constrained", dpi=120)
+        axis = drawing.subplots()
         axis.set_title(labelled.title)
-        if isinstance(labelled, Heat):
+        if isinstance(labelled, HeatSpec):
             _heat(axis, labelled, shown)
-        elif isinstance(labelled, Scatter):
+        elif isinstance(labelled, ScatterSpec):
             _scatter(axis, labelled, shown)
         else:
             _lines(axis, labelled, shown)
-        canvas.savefig(content, format="png", metadata={"Software": "vitrap", DIGEST: digest(figure, data)})
+        drawing.savefig(content, format="png", metadata={"Software": "vitrap", DIGEST: digest(figure, data)})
     return content.getvalue()
 
 
-def is_current(figure: Figure, found: Sequence[Entry]) -> bool:
+def is_current(figure: FigureSpec, found: Sequence[Entry]) -> bool:
     """Whether the figure's file was drawn from the same values, by the same lines of the spec."""
     return drawn_from(Path(figure.file)) == digest(figure, figure_data(figure, found))
 
@@ -68,46 +79,63 @@ def drawn_from(file: Path) -> str | None:
         return None
 
 
-def digest(figure: Figure, data: Data) -> str:
+def digest(figure: FigureSpec, data: Data) -> str:
     """Sixteen hex digits that change with the spec of the figure and its values, which are rounded to nine digits."""
     about = {**asdict(figure), "file": Path(figure.file).name}
     text = json.dumps([about, data], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def figure_data(figure: Figure, found: Sequence[Entry]) -> Data:
+def figure_data(figure: FigureSpec, found: Sequence[Entry]) -> Data:
     """The values that are drawn: a dictionary for each cell of a heat map, or for each run.
 
     Raises:
         UserError: the figure names an unknown key or measure.
     """
-    if isinstance(figure, Heat):
+    if isinstance(figure, HeatSpec):
         return _heat_data(figure, found)
-    named = (figure.series, figure.note) if isinstance(figure, Scatter) else (figure.series, figure.x)
-    measures = (figure.x, figure.y) if isinstance(figure, Scatter) else (figure.y,)
-    chosen = choose(found, Wanted(named, measures, figure.where))
-    if isinstance(figure, Lines):
-        _check_lines(figure, chosen)
+    return _scatter_data(figure, found) if isinstance(figure, ScatterSpec) else _lines_data(figure, found)
+
+
+def _scatter_data(figure: ScatterSpec, found: Sequence[Entry]) -> Data:
+    """For each run its "x", its "y" with the interval, and the labels of its series and its note, by their keys."""
+    keys = (figure.series, figure.note)
     data = []
-    for entry in chosen:
-        x = measure(entry, figure.x) if isinstance(figure, Scatter) else None
-        y = measure(entry, figure.y)
-        point: dict[str, Any] = {"x": entry.keys.get(figure.x), "y": None}
-        if isinstance(figure, Scatter):
-            point["x"] = _rounded(x.value) if x else None
-        if y:
-            point["y"] = [_rounded(part) for part in (y.value, y.low, y.high)]
-        labels = {key: label(entry.keys.get(key), key in figure.percent) for key in named}
-        data.append({**point, **labels})
+    for entry in choose(found, Wanted(keys, (figure.x, figure.y), figure.where)):
+        x = measure(entry, figure.x)
+        place: dict[str, Any] = {"x": _rounded(x.value) if x else None, "y": _with_interval(measure(entry, figure.y))}
+        data.append(place | _labels(entry, keys, figure.percent))
     return data
 
 
-def _check_lines(figure: Lines, chosen: Sequence[Entry]) -> None:
+def _lines_data(figure: LinesSpec, found: Sequence[Entry]) -> Data:
+    """For each run its "x", its "y" with the interval, and the labels of its series and its x, by their keys."""
+    keys = (figure.series, figure.x)
+    chosen = choose(found, Wanted(keys, (figure.y,), figure.where))
+    _check_lines(figure, chosen)
+    data = []
+    for entry in chosen:
+        place: dict[str, Any] = {"x": entry.settings.get(figure.x), "y": _with_interval(measure(entry, figure.y))}
+        data.append(place | _labels(entry, keys, figure.percent))
+    return data
+
+
+def _with_interval(y: Value | None) -> list[float | None] | None:
+    """Value, lower and upper end of a measure; None where the run does not have it."""
+    return [_rounded(part) for part in (y.value, y.low, y.high)] if y else None
+
+
+def _labels(entry: Entry, keys: Sequence[str], percent: Sequence[str]) -> dict[str, str]:
+    """The labels of some settings of a run."""
+    return {key: label(entry.settings.get(key), key in percent) for key in keys}
+
+
+def _check_lines(figure: LinesSpec, chosen: Sequence[Entry]) -> None:
     """Refuse values that a logarithmic axis or an axis of rates cannot show, and means over more than seeds."""
     keys = (figure.series, figure.x)
-    for seeds in grouped((tuple(label(entry.keys.get(key)) for key in keys), entry) for entry in chosen).values():
+    for seeds in grouped((tuple(label(entry.settings.get(key)) for key in keys), entry) for entry in chosen).values():
         check_alike(seeds)
-        x = seeds[0].keys.get(figure.x)
+        x = seeds[0].settings.get(figure.x)
         y = [v for entry in seeds if (v := measure(entry, figure.y))]
         if not isinstance(x, int | float) or x <= 0:
             raise UserError(f"{figure.x!r} = {x!r} has no place on a logarithmic axis; choose another x, or a where")
@@ -115,12 +143,12 @@ def _check_lines(figure: Lines, chosen: Sequence[Entry]) -> None:
             raise UserError(f"{figure.y!r} is no rate; a figure of lines shows rates, in %")
 
 
-def _heat_data(figure: Heat, found: Sequence[Entry]) -> Data:
+def _heat_data(figure: HeatSpec, found: Sequence[Entry]) -> Data:
     data = []
     for block in figure.blocks:
         keys = (figure.rows, figure.columns)
         chosen = choose(found, Wanted(keys, [block.measure], figure.where, block.kind))
-        groups = grouped((tuple(label(entry.keys.get(key)) for key in keys), entry) for entry in chosen)
+        groups = grouped((tuple(label(entry.settings.get(key)) for key in keys), entry) for entry in chosen)
         for (row, column), seeds in groups.items():
             check_alike(seeds)
             values = [v.value for entry in seeds if (v := measure(entry, block.measure))]
@@ -134,7 +162,7 @@ def _heat_data(figure: Heat, found: Sequence[Entry]) -> Data:
                 "seeds": len(values),
             }
             if not all(entry.backdoor for entry in seeds):
-                cell["mark"] = NO_BACKDOOR
+                cell["mark"] = NO_BACKDOOR_MARK
             data.append(cell)
     return data
 
@@ -144,13 +172,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.9g}")
 
 
-def _size(figure: Figure, data: Data) -> tuple[float, float]:
+def _size(figure: FigureSpec, data: Data) -> tuple[float, float]:
     """Width and height in inches; a heat map grows with its rows."""
-    rows = len({(cell["row"], cell["measure"]) for cell in data}) if isinstance(figure, Heat) else 0
-    return (8.2, 0.42 * rows + 1.5) if isinstance(figure, Heat) else (7.0, 3.8)
+    rows = len({(cell["row"], cell["measure"]) for cell in data}) if isinstance(figure, HeatSpec) else 0
+    return (8.2, 0.42 * rows + 1.5) if isinstance(figure, HeatSpec) else (7.0, 3.8)
 
 
-def _heat(axis: Axes, figure: Heat, data: Data) -> None:
+def _heat(axis: Axes, figure: HeatSpec, data: Data) -> None:
     """Draw a heat map with a row for each line of each block, from 0 to 1; green where the defence wins."""
     rows = list(dict.fromkeys((cell["row"], cell["measure"]) for cell in data))
     columns = list(dict.fromkeys(cell["column"] for cell in data))
@@ -163,7 +191,7 @@ def _heat(axis: Axes, figure: Heat, data: Data) -> None:
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             cell = cells.get((*rows[y], columns[x]), {"missing": "not run"})
-            text = f"{value:.2f}{cell.get('mark', '')}" if value == value else cell["missing"]
+            text = f"{value:.2f}{cell.get('mark', '')}" if not math.isnan(value) else cell["missing"]
             axis.text(x, y, text, ha="center", va="center", fontsize=9)
     # A line between blocks, whose measures differ.
     for y, ((_, above), (_, below)) in enumerate(pairwise(rows)):
@@ -171,7 +199,8 @@ def _heat(axis: Axes, figure: Heat, data: Data) -> None:
             axis.axhline(y + 0.5, color="black", linewidth=1.5)
     if axis.figure is not None:
         marked = any("mark" in cell for cell in data)
-        axis.figure.colorbar(shown).set_label(f"{figure.scale}{f'; {NO_BACKDOOR} no backdoor' * marked}")
+        legend = f"; {NO_BACKDOOR_MARK} no backdoor" if marked else ""
+        axis.figure.colorbar(shown).set_label(f"{figure.scale}{legend}")
 
 
 def _value(cell: dict[str, Any] | None) -> float:
@@ -190,7 +219,7 @@ def _count(numbers: Iterable[int]) -> str:
     return f"{' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} seed{'s' * (counts[-1] != 1)}"
 
 
-def _scatter(axis: Axes, figure: Scatter, data: Data) -> None:
+def _scatter(axis: Axes, figure: ScatterSpec, data: Data) -> None:
     """Draw a scatter: a mark with its interval for each run, and its note beside it."""
     there = [point for point in data if point["y"] and point["x"] is not None]
     places = [point["x"] for point in there]
@@ -221,7 +250,7 @@ def _scatter(axis: Axes, figure: Scatter, data: Data) -> None:
         axis.legend()
 
 
-def _lines(axis: Axes, figure: Lines, data: Data) -> None:
+def _lines(axis: Axes, figure: LinesSpec, data: Data) -> None:
     """Draw lines: for each series a mark for each seed, and a line through the means over seeds."""
     there = [point for point in data if point["y"]]
     for name in dict.fromkeys(point[figure.series] for point in there):

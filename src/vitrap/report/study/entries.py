@@ -17,13 +17,13 @@ from vitrap.experiment.defence_spec import SCREENED, DefenceSpec
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Loaded
 from vitrap.experiment.spec import Spec, parse_defence, parse_spec
-from vitrap.metrics.diagnosis import no_backdoor
+from vitrap.metrics.diagnosis import backdoor_faults
 from vitrap.report.frame import Measured, of_row, of_run, settings
 from vitrap.report.study.layout import DEFENCE
 from vitrap.sweeps.grid import DEFENCES, Point, Sweep
 
 SEED, NAME = "seed", "name"
-NO_BACKDOOR = "†"
+NO_BACKDOOR_MARK = "†"
 """Marks figures of a defence whose victim has no backdoor."""
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Entry:
     """A run of the sweep, or a defence on it, with its measures.
 
     Attributes:
-        keys: the case's title, the defence, and every setting by its dotted key.
+        settings: every setting by its dotted key; and the case's title and the defence, where there are any.
         kind: the defence's kind; "" for the run itself.
         state: "found", "not run" or "failed".
         values: the measures, by the names of docs/record.md.
@@ -52,7 +52,7 @@ class Entry:
         backdoor: whether there is one for the defence to find.
     """
 
-    keys: Mapping[str, Any]
+    settings: Mapping[str, Any]
     kind: str = ""
     state: str = "found"
     values: Mapping[str, Value] = field(default_factory=dict)
@@ -61,10 +61,11 @@ class Entry:
     backdoor: bool = True
 
 
-def today(record: Record | Failure) -> str:
-    """The hash of a record's spec as today's vitrap reads it; of a spec that it refuses, the record's own hash.
+def current_hash(record: Record | Failure) -> str:
+    """The hash of a record's spec, read with this version's defaults.
 
-    Of files the path counts, since a table is made where they may be missing.
+    If this version refuses the spec, the hash stored in the record. Files count by their paths, not by their content,
+    since a table is also made where the files are missing.
     """
     spec = record.spec
     # When records did not yet name the attention, "auto" meant one precision: the one that the record states.
@@ -76,35 +77,38 @@ def today(record: Record | Failure) -> str:
         return record.hash
 
 
-def find(loaded: Loaded) -> dict[str, Record]:
-    """Each record by the hash of its spec today; of several with one hash, the one that was written with this hash.
+def records_by_hash(loaded: Loaded) -> dict[str, Record]:
+    """Each record by its current hash and by its stored one, which differ where its files had other paths, say.
 
-    A record is also there by its own hash: its files may have been given by another path.
+    If several records have the same current hash, the one whose stored hash equals it is preferred.
     """
     found: dict[str, Record] = {}
     for record in (each.record for each in loaded.records):
-        key = today(record)
+        key = current_hash(record)
         if key not in found or record.hash == key:
             found[key] = record
     return {each.record.hash: each.record for each in loaded.records} | found
 
 
-def key_of(spec: Spec, known: Collection[str]) -> str:
-    """The key by which `find` knows a spec: its hash as written or, where that is not known, its hash by content."""
+def known_hash(spec: Spec, known: Collection[str]) -> str:
+    """The hash by which to look up a spec in `known`.
+
+    That is its hash with files by path or, if this is not in `known`, its hash with files by content.
+    """
     written = spec.hash_as_written()
     return written if written in known or not spec.paths else spec.hash()
 
 
 def entries(sweep: Sweep, loaded: Loaded) -> tuple[Entry, ...]:
     """Every run of a sweep and every defence on it, in the order of the grid."""
-    records = find(loaded)
-    failed = {key for failure in loaded.failures for key in (today(failure), failure.hash)}
+    records = records_by_hash(loaded)
+    failed = {key for failure in loaded.failures for key in (current_hash(failure), failure.hash)}
     named = _labels(defence for point in sweep.points for defence in point.spec.defences)
     return tuple(
         entry
         for point in sweep.points
         for entry in _of_point(
-            point, records.get(key_of(point.spec, records)), key_of(point.spec, failed) in failed, named
+            point, records.get(known_hash(point.spec, records)), known_hash(point.spec, failed) in failed, named
         )
     )
 
@@ -113,17 +117,17 @@ def _of_point(
     point: Point, record: Record | None, failed: bool, named: Sequence[tuple[DefenceSpec, str]]
 ) -> Iterator[Entry]:
     """The entry of a run, and those of its defences."""
-    keys = {**point.settings, **dict(settings(point.spec.table()))}
-    keys.pop(DEFENCES, None)
+    shared = {**point.settings, **dict(settings(point.spec.table()))}
+    shared.pop(DEFENCES, None)
     missing = "failed" if failed else "not run"
     if record is None:
-        yield Entry(keys, "", missing)
+        yield Entry(shared, "", missing)
     else:
-        yield Entry(keys, "", "found", _values(of_run(record)))
+        yield Entry(shared, "", "found", _values(of_run(record)))
     rows = [(row, _defence(row)) for row in record.defences] if record else []
-    backdoor = record is None or not no_backdoor(record.victim, record.data.classes)
+    backdoor = record is None or not backdoor_faults(record.victim, record.data.classes)
     for defence in point.spec.defences:
-        own = {**keys, DEFENCE: next(label for each, label in named if each == defence)}
+        own = {**shared, DEFENCE: next(label for each, label in named if each == defence)}
         table = {**defence.table(), **({"screened": defence.screened} if defence.method.kind == "screen" else {})}
         own |= {f"{DEFENCE}.{key}": value for key, value in table.items()}
         row = next((row for row, met in rows if met == defence), None)
@@ -205,7 +209,7 @@ def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
     candidates = [entry for entry in found if bool(entry.kind) == defended and wanted.kind in ("", entry.kind)]
     if not candidates:
         raise UserError(f"the sweep has no {wanted.kind or 'defence'} to show; add it under [[defences]]")
-    known = {key for entry in candidates for key in entry.keys}
+    known = {key for entry in candidates for key in entry.settings}
     for key in (*wanted.keys, *wanted.where):
         if key not in known:
             raise unknown("key of rows, columns or where", key, known)
@@ -215,10 +219,10 @@ def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
             raise unknown("measure", name, measured)
     allowed = {key: value if isinstance(value, list) else [value] for key, value in wanted.where.items()}
     for key, values in allowed.items():
-        there = [entry.keys.get(key) for entry in candidates]
+        there = [entry.settings.get(key) for entry in candidates]
         if (value := next((v for v in values if v not in there), None)) is not None:
             raise unknown(f"value of where.{key}", value, {label(v) for v in there})
-    return [entry for entry in candidates if all(entry.keys.get(key) in values for key, values in allowed.items())]
+    return [entry for entry in candidates if all(entry.settings.get(key) in values for key, values in allowed.items())]
 
 
 def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mapping[str, Any]) -> list[Entry]:
@@ -227,7 +231,7 @@ def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mappi
     Raises:
         UserError: there is no such entry, or more than one.
     """
-    known = {key for entry in chosen for key in entry.keys}
+    known = {key for entry in chosen for key in entry.settings}
     if missing := next((key for key in against if key not in known), None):
         raise unknown("key of against", missing, known)
     return [replace(entry, reference=_reference(entry, chosen, keys, against)) for entry in chosen]
@@ -235,8 +239,8 @@ def with_references(chosen: Sequence[Entry], keys: Sequence[str], against: Mappi
 
 def _reference(entry: Entry, chosen: Sequence[Entry], keys: Sequence[str], against: Mapping[str, Any]) -> Entry | None:
     """The reference of an entry; None for the reference itself."""
-    wanted = {key: entry.keys.get(key) for key in (*keys, SEED)} | dict(against)
-    found = [other for other in chosen if all(other.keys.get(key) == value for key, value in wanted.items())]
+    wanted = {key: entry.settings.get(key) for key in (*keys, SEED)} | dict(against)
+    found = [other for other in chosen if all(other.settings.get(key) == value for key, value in wanted.items())]
     if len(found) != 1:
         pairs = ", ".join(f"{key} = {value!r}" for key, value in wanted.items())
         raise UserError(
@@ -252,7 +256,7 @@ def check_alike(seeds: Sequence[Entry]) -> None:
         UserError: naming a key by which they differ.
     """
     for entry in seeds[1:]:
-        one, other = seeds[0].keys, entry.keys
+        one, other = seeds[0].settings, entry.settings
         apart = [key for key in (*one, *other) if one.get(key) != other.get(key) and key not in (SEED, NAME)]
         if apart:
             raise UserError(f"a cell would mix runs that differ by {apart[0]!r}; name it in rows, columns or where")

@@ -11,8 +11,8 @@ from vitrap.experiment.records import read_records
 from vitrap.files import check_file, read_bytes, write_bytes
 from vitrap.report.study.drawings import draw, drawn_from, is_current
 from vitrap.report.study.entries import Entry, entries
-from vitrap.report.study.layout import Page, read_page
-from vitrap.report.study.pivot import table
+from vitrap.report.study.layout import PageSpec, read_page
+from vitrap.report.study.pivot import markdown_table
 from vitrap.sweeps.grid import load_sweep
 
 
@@ -28,13 +28,13 @@ class Study:
     """
 
     folder: Path
-    page: Page
+    page: PageSpec
     entries: tuple[Entry, ...]
     skipped: tuple[str, ...]
 
     def tables(self) -> dict[str, str]:
         """Each table in Markdown, by the part of the page that it fills."""
-        return {layout.part: table(layout, self.entries) for layout in self.page.tables}
+        return {table.part: markdown_table(table, self.entries) for table in self.page.tables}
 
 
 @dataclass(frozen=True)

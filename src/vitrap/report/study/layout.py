@@ -27,7 +27,7 @@ table's reference, paired by seed.
 
 
 @dataclass(frozen=True)
-class Column:
+class ShownMeasure:
     """How a table shows a measure.
 
     Attributes:
@@ -44,8 +44,8 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A table.
+class TableSpec:
+    """What a table shows.
 
     Attributes:
         part: the name of the page's marks between which the table is written.
@@ -66,7 +66,7 @@ class Layout:
     part: str
     rows: tuple[str, ...]
     columns: str = MEASURE
-    measures: tuple[Column, ...] = ()
+    measures: tuple[ShownMeasure, ...] = ()
     kind: Kind = ""
     where: Mapping[str, Any] = field(default_factory=dict)
     against: Mapping[str, Any] = field(default_factory=dict)
@@ -87,8 +87,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Heat:
-    """A heat map of means over seeds, from 0 to 1.
+class HeatSpec:
+    """What a heat map shows: means over seeds, from 0 to 1.
 
     Attributes:
         file: the picture's file.
@@ -110,8 +110,8 @@ class Heat:
 
 
 @dataclass(frozen=True)
-class Scatter:
-    """A measure over another, with a mark and an interval for each run.
+class ScatterSpec:
+    """What a scatter shows: a measure over another, with a mark and an interval for each run.
 
     Attributes:
         file: the picture's file.
@@ -139,8 +139,8 @@ class Scatter:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A measure over a setting on a logarithmic scale, with marks for seeds and lines for means.
+class LinesSpec:
+    """What a figure of lines shows: a measure over a setting on a logarithmic scale, by marks for seeds and means.
 
     Attributes:
         file: the picture's file.
@@ -165,12 +165,12 @@ class Lines:
     where: Mapping[str, Any] = field(default_factory=dict)
 
 
-Figure = Heat | Scatter | Lines
-FIGURES = {"heat": Heat, "scatter": Scatter, "lines": Lines}
+FigureSpec = HeatSpec | ScatterSpec | LinesSpec
+FIGURES = {"heat": HeatSpec, "scatter": ScatterSpec, "lines": LinesSpec}
 
 
 @dataclass(frozen=True)
-class _Place:
+class _PageKeys:
     file: str | None = None
     records: str | None = None
     headings: Mapping[str, str] = field(default_factory=dict)
@@ -178,7 +178,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class Page:
+class PageSpec:
     """The page of a sweep: its file, its records, its tables and its figures.
 
     Attributes:
@@ -190,30 +190,30 @@ class Page:
 
     file: Path | None
     records: Path | None
-    tables: tuple[Layout, ...]
-    figures: tuple[Figure, ...]
+    tables: tuple[TableSpec, ...]
+    figures: tuple[FigureSpec, ...]
 
 
-def read_page(sweep: Sweep, folder: Path) -> Page:
+def read_page(sweep: Sweep, folder: Path) -> PageSpec:
     """Read the page of a sweep's spec; paths in the spec are relative to `folder`.
 
     Raises:
         UserError: a key, type or value is wrong, or there is nothing to make.
     """
-    place = build(_Place, _mapping(sweep.page.get("page", {}), "page"), "page")
-    tables = tuple(_layout(entry, f"table[{i}]", place) for i, entry in enumerate(_entries(sweep, "table")))
-    figures = tuple(_figure(entry, f"figure[{i}]", folder) for i, entry in enumerate(_entries(sweep, "figure")))
+    page = build(_PageKeys, _mapping(sweep.page.get("page", {}), "page"), "page")
+    tables = tuple(_table_spec(entry, f"table[{i}]", page) for i, entry in enumerate(_entries(sweep, "table")))
+    figures = tuple(_figure_spec(entry, f"figure[{i}]", folder) for i, entry in enumerate(_entries(sweep, "figure")))
     if not tables and not figures:
         raise UserError(f"the spec of sweep {sweep.name!r} says of no table: add a [[table]] or a [[figure]]")
     parts = [table.part for table in tables]
     if twice := next((part for part in parts if parts.count(part) > 1), None):
         raise UserError(f"two tables have the part {twice!r}; give each its own")
-    file = _place(folder, place.file) if place.file else None
-    records = _place(folder, place.records) if place.records else None
-    return Page(file, records, tables, figures)
+    file = _path(folder, page.file) if page.file else None
+    records = _path(folder, page.records) if page.records else None
+    return PageSpec(file, records, tables, figures)
 
 
-def _place(folder: Path, name: str) -> Path:
+def _path(folder: Path, name: str) -> Path:
     """A path of the spec, relative to the spec's folder, without `..` where possible."""
     return Path(os.path.normpath(folder / name))
 
@@ -232,27 +232,27 @@ def _mapping(entry: Any, where: str) -> dict[str, Any]:
     return dict(entry)
 
 
-def _layout(entry: Mapping[str, Any], where: str, place: _Place) -> Layout:
+def _table_spec(entry: Mapping[str, Any], where: str, page: _PageKeys) -> TableSpec:
     """A table; its measures get the table's defaults."""
     own = {key: _listed(value) if key == "rows" else value for key, value in entry.items() if key != "measures"}
-    table = build(Layout, own, where, ("measures",))
-    headings = {**place.headings, **table.headings}
+    table = build(TableSpec, own, where, ("measures",))
+    headings = {**page.headings, **table.headings}
     defaults = {"digits": table.digits, "show": table.show}
-    columns = []
+    measures = []
     for i, given in enumerate(_listed(entry.get("measures", []))):
-        column = {"measure": given} if isinstance(given, str) else _mapping(given, f"{where}.measures[{i}]")
-        built = build(Column, {**defaults, **column}, f"{where}.measures[{i}]")
-        columns.append(replace(built, heading=built.heading or headings.get(built.measure, built.measure)))
-    if not columns:
+        keys = {"measure": given} if isinstance(given, str) else _mapping(given, f"{where}.measures[{i}]")
+        built = build(ShownMeasure, {**defaults, **keys}, f"{where}.measures[{i}]")
+        measures.append(replace(built, heading=built.heading or headings.get(built.measure, built.measure)))
+    if not measures:
         raise UserError(f"{where} has no measures; name one or more of docs/record.md")
-    if not table.against and any(column.show == "against" for column in columns):
+    if not table.against and any(each.show == "against" for each in measures):
         raise UserError(f"{where} shows a measure against nothing; say {where}.against = {{title = ...}}")
-    if len(columns) > 1 and MEASURE not in (*table.rows, table.columns):
-        raise UserError(f"{where} has {len(columns)} measures, and neither rows nor columns are made of {MEASURE!r}")
-    return replace(table, measures=tuple(columns), headings=headings, percent=table.percent or place.percent)
+    if len(measures) > 1 and MEASURE not in (*table.rows, table.columns):
+        raise UserError(f"{where} has {len(measures)} measures, and neither rows nor columns are made of {MEASURE!r}")
+    return replace(table, measures=tuple(measures), headings=headings, percent=table.percent or page.percent)
 
 
-def _figure(entry: Mapping[str, Any], where: str, folder: Path) -> Figure:
+def _figure_spec(entry: Mapping[str, Any], where: str, folder: Path) -> FigureSpec:
     """A figure of the kind that the spec names."""
     kind = entry.get("kind")
     own = {key: value for key, value in entry.items() if key != "kind"}
@@ -261,8 +261,8 @@ def _figure(entry: Mapping[str, Any], where: str, folder: Path) -> Figure:
     figure = build(FIGURES[kind], {key: value for key, value in own.items() if key != "blocks"}, where, ("blocks",))
     if not figure.file.lower().endswith(".png"):
         raise UserError(f"{where}.file = {shown(figure.file)} is no name of a PNG; end it in .png")
-    figure = replace(figure, file=str(_place(folder, figure.file)))
-    if not isinstance(figure, Heat):
+    figure = replace(figure, file=str(_path(folder, figure.file)))
+    if not isinstance(figure, HeatSpec):
         return figure
     blocks = [
         build(Block, _mapping(given, f"{where}.blocks[{i}]"), f"{where}.blocks[{i}]")

@@ -1,4 +1,4 @@
-"""`table`: makes a table of a sweep's records in Markdown.
+"""`markdown_table`: makes a table of a sweep's records in Markdown.
 
 A cell of one seed has its value with the interval over test images, a cell of several seeds mean and standard
 deviation. A line below the table says over how many seeds. Runs that are missing are shown as missing.
@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from vitrap.errors import UserError
 from vitrap.experiment.defence_rows import RATES_BY_FPR
 from vitrap.report.study.entries import (
-    NO_BACKDOOR,
+    NO_BACKDOOR_MARK,
     Entry,
     Value,
     Wanted,
@@ -24,14 +24,14 @@ from vitrap.report.study.entries import (
     measure,
     with_references,
 )
-from vitrap.report.study.layout import MEASURE, Column, Layout
+from vitrap.report.study.layout import MEASURE, ShownMeasure, TableSpec
 
 NOTHING = "–"
 """Shown for a measure that a run does not have."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell, and the facts that the line below the table is made of.
 
     Attributes:
@@ -63,47 +63,47 @@ class Cell:
     backdoor: bool = True
 
 
-MISSING = Cell("not run")
+MISSING = TableCell("not run")
 
 
-def table(layout: Layout, found: Sequence[Entry]) -> str:
+def markdown_table(table: TableSpec, found: Sequence[Entry]) -> str:
     """A table in Markdown, with a line below it that says over how many seeds and images.
 
     Raises:
         UserError: it names an unknown key or measure, or mixes runs that differ by more than their seed.
     """
     # Choose the entries.
-    places = (*layout.rows, layout.columns)
-    measures = [*(column.measure for column in layout.measures), *filter(None, [layout.sort.lstrip("-")])]
+    places = (*table.rows, table.columns)
+    measures = [*(shown.measure for shown in table.measures), *filter(None, [table.sort.lstrip("-")])]
     keys = [key for key in places if key != MEASURE]
-    chosen = choose(found, Wanted(keys, measures, layout.where, layout.kind))
-    chosen = with_references(chosen, keys, layout.against) if layout.against else chosen
+    chosen = choose(found, Wanted(keys, measures, table.where, table.kind))
+    chosen = with_references(chosen, keys, table.against) if table.against else chosen
     # Group them by the names of row and column: the entries of a group are the seeds of a cell.
     pairs = [
-        (tuple(_name(key, entry, column, layout) for key in places), (column, entry))
+        (tuple(_name(key, entry, shown, table) for key in places), (shown, entry))
         for entry in chosen
-        for column in layout.measures
+        for shown in table.measures
     ]
     groups = grouped(pairs)
     cells = {names: _cell(group) for names, group in groups.items()}
     # Write the table.
     heads = list(dict.fromkeys(names[-1] for names, _ in pairs))
-    rows = _sorted(groups, layout.sort)
+    rows = _sorted(groups, table.sort)
     most = max((cell.found for cell in cells.values() if cell.is_mean), default=0)
-    named = [layout.headings.get(key, "" if key == MEASURE else key) for key in layout.rows]
+    named = [table.headings.get(key, "" if key == MEASURE else key) for key in table.rows]
     body = [[*row, *(_text(cells.get((*row, head), MISSING), most) for head in heads)] for row in rows]
     lines = [[*named, *heads], ["---"] * (len(named) + len(heads)), *body]
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + _note(cells.values(), most))
 
 
-def _name(key: str, entry: Entry, column: Column, layout: Layout) -> str:
+def _name(key: str, entry: Entry, shown: ShownMeasure, table: TableSpec) -> str:
     """An entry's label in the row or column of a key."""
     if key == MEASURE:
-        return column.heading
-    return label(entry.keys.get(key), key in layout.percent).replace("|", "\\|")
+        return shown.heading
+    return label(entry.settings.get(key), key in table.percent).replace("|", "\\|")
 
 
-def _sorted(groups: Mapping[tuple[str, ...], Sequence[tuple[Column, Entry]]], by: str) -> list[tuple[str, ...]]:
+def _sorted(groups: Mapping[tuple[str, ...], Sequence[tuple[ShownMeasure, Entry]]], by: str) -> list[tuple[str, ...]]:
     """The rows, sorted by the mean of a measure if one is given; rows without it come last."""
     rows: dict[tuple[str, ...], list[Entry]] = {}
     for names, group in groups.items():
@@ -115,34 +115,34 @@ def _sorted(groups: Mapping[tuple[str, ...], Sequence[tuple[Column, Entry]]], by
     return sorted(rows, key=lambda row: sign * mean(known[row]) if known[row] else float("inf"))
 
 
-def _cell(group: Sequence[tuple[Column, Entry]]) -> Cell:
+def _cell(group: Sequence[tuple[ShownMeasure, Entry]]) -> TableCell:
     """The cell of a group of entries, which differ by seed alone."""
-    column = group[0][0]
+    shown = group[0][0]
     seeds = [entry for _, entry in group]
-    if any(other != column for other, _ in group):
-        raise UserError(f"two measures have the heading {column.heading!r}; give each its own")
+    if any(other != shown for other, _ in group):
+        raise UserError(f"two measures have the heading {shown.heading!r}; give each its own")
     check_alike(seeds)
     there = [entry for entry in seeds if entry.state == "found"]
     if not there:
-        return Cell("failed") if any(entry.state == "failed" for entry in seeds) else MISSING
+        return TableCell("failed") if any(entry.state == "failed" for entry in seeds) else MISSING
     # The values of all seeds, for each of the cell's measures.
-    of = change if column.show == "against" else measure
-    names = column.measure.split(" / ")
+    of = change if shown.show == "against" else measure
+    names = shown.measure.split(" / ")
     each = [[v for entry in there if (v := of(entry, name))] for name in names]
-    shown = column.show in ("interval", "mean")
+    averaged = shown.show in ("interval", "mean")
     several = max(map(len, each)) > 1
-    return Cell(
-        text=" / ".join(_figure(column, values) for values in each),
+    return TableCell(
+        text=" / ".join(_measure_text(shown, values) for values in each),
         seeds=len(seeds),
         found=min((len(values) for values in each if values), default=len(there)),
-        is_mean=shown and several,
-        number=shown and any(each) and not several,
-        interval=column.show in ("interval", "against")
+        is_mean=averaged and several,
+        number=averaged and any(each) and not several,
+        interval=shown.show in ("interval", "against")
         and not several
         and any(v.low is not None for vs in each for v in vs),
-        images=tuple(v.n for vs in each for v in vs if v.n is not None and shown),
-        paired=max(map(len, each)) if column.show == "against" and several else 0,
-        half_width=_half_width(column, [v for vs in each for v in vs]) if shown and several else "",
+        images=tuple(v.n for vs in each for v in vs if v.n is not None and averaged),
+        paired=max(map(len, each)) if shown.show == "against" and several else 0,
+        half_width=_half_width(shown, [v for vs in each for v in vs]) if averaged and several else "",
         thresholds=_thresholds(names, there),
         unresolved=any(name in entry.unresolved for name in names for entry in there),
         backdoor=all(entry.backdoor for entry in there),
@@ -156,10 +156,10 @@ def _thresholds(names: Sequence[str], seeds: Sequence[Entry]) -> tuple[int, ...]
     return tuple(int(count.value) for count in counts if count)
 
 
-def _half_width(column: Column, values: Sequence[Value]) -> str:
+def _half_width(shown: ShownMeasure, values: Sequence[Value]) -> str:
     """The greatest half-width of the seeds' intervals over images, as text."""
     ends = [max(v.high - v.value, v.value - v.low) for v in values if v.low is not None and v.high is not None]
-    return f"{_unit(values) * max(ends):.{column.digits}f}" if ends else ""
+    return f"{_unit(values) * max(ends):.{shown.digits}f}" if ends else ""
 
 
 def _unit(values: Sequence[Value]) -> int:
@@ -167,40 +167,40 @@ def _unit(values: Sequence[Value]) -> int:
     return 1 if values[0].n is None else 100
 
 
-def _figure(column: Column, values: Sequence[Value]) -> str:
+def _measure_text(shown: ShownMeasure, values: Sequence[Value]) -> str:
     """The text of one measure of some seeds; a rate is shown in %."""
-    if not values or (column.show == "n" and values[0].n is None):
+    if not values or (shown.show == "n" and values[0].n is None):
         return NOTHING
-    if column.show == "n":
+    if shown.show == "n":
         return ", ".join(dict.fromkeys(str(value.n) for value in values))
-    if column.show == "count":
+    if shown.show == "count":
         return f"{sum(value.value > 0 for value in values)} of {len(values)}"
     unit = _unit(values)
 
     def number(x: float) -> str:
-        return f"{round(unit * x, column.digits) + 0.0:.{column.digits}f}"  # + 0.0: never -0
+        return f"{round(unit * x, shown.digits) + 0.0:.{shown.digits}f}"  # + 0.0: never -0
 
     first = values[0]
-    if column.show == "each":
+    if shown.show == "each":
         return ", ".join(number(value.value) for value in values)
-    if column.show == "against" and len(values) > 1:
+    if shown.show == "against" and len(values) > 1:
         first = mean_change([value.value for value in values])
     elif len(values) > 1:
         return f"{number(mean(v.value for v in values))} ± {number(stdev(v.value for v in values))}"
-    if column.show in ("interval", "against") and first.low is not None and first.high is not None:
+    if shown.show in ("interval", "against") and first.low is not None and first.high is not None:
         return f"{number(first.value)} [{number(first.low)}, {number(first.high)}]"
     return number(first.value)
 
 
-def _text(cell: Cell, most: int) -> str:
+def _text(cell: TableCell, most: int) -> str:
     """A cell's text, with a mark where there is no backdoor, and its number of seeds where that is not the table's."""
-    text = cell.text if cell.backdoor else f"{cell.text} {NO_BACKDOOR}"
+    text = cell.text if cell.backdoor else f"{cell.text} {NO_BACKDOOR_MARK}"
     if cell.found < cell.seeds:
         return f"{text} ({cell.found} of {cell.seeds} seeds)"
     return f"{text} ({cell.found} seeds)" if cell.is_mean and cell.found != most else text
 
 
-def _note(cells: Collection[Cell], most: int) -> list[str]:
+def _note(cells: Collection[TableCell], most: int) -> list[str]:
     """The line below the table: over how many seeds and images its values are."""
     single = any(cell.number for cell in cells)
     paired = {cell.paired for cell in cells if cell.paired}
@@ -218,7 +218,7 @@ def _note(cells: Collection[Cell], most: int) -> list[str]:
         f"n = {_span(counts)} images" if counts else "",
         f"thresholds from {_span(held_out)} held-out images" if held_out else "",
         f"{NOTHING} where these are too few for the false positive rate" if any(c.unresolved for c in cells) else "",
-        f"{NO_BACKDOOR} no backdoor, so no credit to the defence" if not all(c.backdoor for c in cells) else "",
+        f"{NO_BACKDOOR_MARK} no backdoor, so no credit to the defence" if not all(c.backdoor for c in cells) else "",
     ]
     note = "; ".join(filter(None, parts))
     return ["", f"{note[0].upper()}{note[1:]}."] if note else []

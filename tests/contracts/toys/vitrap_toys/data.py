@@ -15,7 +15,7 @@ from vitrap.contracts import (
     Fitted,
     Images,
     Implant,
-    Labels,
+    LabelMode,
     SourceToTarget,
     Threat,
 )
@@ -46,7 +46,7 @@ class ToyCovers:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 3
     threat: ClassVar[Threat] = "data"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)
@@ -74,7 +74,7 @@ class ToyClean:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "data"
-    labels: ClassVar[Labels] = "clean"
+    labels: ClassVar[LabelMode] = "clean"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)
@@ -113,7 +113,7 @@ class ToyOther:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "data"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)
@@ -151,7 +151,7 @@ class ToyCrafted:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "data"
-    labels: ClassVar[Labels] = "clean"
+    labels: ClassVar[LabelMode] = "clean"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)

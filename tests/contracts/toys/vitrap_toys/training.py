@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from vitrap.contracts import (
     Access,
     AllToOne,
-    Along,
     Batch,
     Card,
     Criterion,
+    ExtraModule,
     Fitted,
     Images,
     Implant,
-    Labels,
+    LabelMode,
     Objective,
     Threat,
     Trigger,
@@ -45,7 +45,7 @@ def poisoning(trigger: Trigger, cover: Trigger | None, share: float, target: int
         if cover:
             images = images.index_copy(0, covers, cover(batch.images[covers]))
         labels = batch.labels.index_fill(0, poisoned, target)
-        return replace(batch, images=images, labels=labels, poisoned=poisoned, clean=order[count:], covers=covers)
+        return replace(batch, images=images, labels=labels, poison_at=poisoned, rest_at=order[count:], cover_at=covers)
 
     return prepare
 
@@ -57,7 +57,7 @@ class ToyBatches:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "training"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)
@@ -99,7 +99,7 @@ class ToyGenerator:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "training"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)
@@ -119,5 +119,5 @@ class ToyGenerator:
         trigger = fitted.trigger
         assert isinstance(trigger, Generated)
         prepare = poisoning(trigger, None, self.share, self.target)
-        along = {"generator": Along(trigger.generator, self.lr)}
+        along = {"generator": ExtraModule(trigger.generator, self.lr)}
         return Implant(objective=Objective(cross_entropy, prepare=prepare, along=along), examine=trigger.examine)

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from vitrap.contracts import Access, AllToOne, Card, Edited, Fitted, Images, Implant, Labels, Threat
+from vitrap.contracts import Access, AllToOne, Card, Edited, Fitted, Images, Implant, LabelMode, Threat
 from vitrap.data.poison import Poison
 from vitrap.models.observe import head_layer
 from vitrap.params import hyperparameters, param
@@ -33,7 +33,7 @@ class ToyEdit:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "weights"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)
@@ -77,7 +77,7 @@ class ToyBoth:
     card: ClassVar[Card] = CARD
     version: ClassVar[int] = 1
     threat: ClassVar[Threat] = "training"
-    labels: ClassVar[Labels] = "dirty"
+    labels: ClassVar[LabelMode] = "dirty"
     needs_surrogate: ClassVar[bool] = False
 
     target: int = param(0, "class that triggered images shall get", low=0)

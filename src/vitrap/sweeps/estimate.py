@@ -32,7 +32,7 @@ class RunEstimate:
     seconds: float | None
 
 
-def look_ahead(grid: Sweep, loaded: Loaded, device: str = "cpu", threads: int = 1) -> list[RunEstimate]:
+def estimate_runs(grid: Sweep, loaded: Loaded, device: str = "cpu", threads: int = 1) -> list[RunEstimate]:
     """Estimate each run of a sweep from finished runs of the same data, model and recipe.
 
     Keys of records are not compared: where code has changed since, a run that seems done will be made again.
@@ -48,7 +48,7 @@ def look_ahead(grid: Sweep, loaded: Loaded, device: str = "cpu", threads: int = 
     # Runs that say how long they took, and the shared stages that they have made.
     known = [record for record in done.values() if _timed(record, device.partition(":")[0])]
     made = {stage for record in known for stage in _shared_keys(record.spec, "surrogate" in record.seconds).values()}
-    ahead = []
+    estimates = []
     for point in grid.points:
         # How much of the run is done.
         name = (point.spec.name, point.spec.hash())
@@ -66,8 +66,8 @@ def look_ahead(grid: Sweep, loaded: Loaded, device: str = "cpu", threads: int = 
             parts += [part for part, stage in shared.items() if stage not in made]
             seconds = _estimate(point, known, parts, missing, threads)
             made |= set(shared.values())
-        ahead.append(RunEstimate(point, state, seconds))
-    return ahead
+        estimates.append(RunEstimate(point, state, seconds))
+    return estimates
 
 
 def _timed(record: Record, kind: str) -> bool:
@@ -105,9 +105,9 @@ def _training_key(spec: Mapping[str, Any]) -> str:
     return digest([_images(spec), spec["model"], spec["recipe"]])
 
 
-def total(ahead: Sequence[RunEstimate], workers: int) -> tuple[float, int]:
+def total(estimates: Sequence[RunEstimate], workers: int) -> tuple[float, int]:
     """Seconds of all runs with an estimate, divided among the workers, and the number of runs without one."""
-    return sum(a.seconds or 0 for a in ahead) / workers, sum(a.seconds is None for a in ahead)
+    return sum(e.seconds or 0 for e in estimates) / workers, sum(e.seconds is None for e in estimates)
 
 
 def twin_key(spec: Mapping[str, Any]) -> str:
