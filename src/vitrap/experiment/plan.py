@@ -361,7 +361,7 @@ def digest_of_data(world: World) -> str:
     whole = sha256()
     for name, part in (("train", world.train), ("test", world.test)):
         # Pixels are digested a chunk at a time, for they may not fit into memory.
-        others = {f"{name}.{key}": value for key, value in vars(part).items() if key not in ("pixels", "place")}
+        others = {f"{name}.{key}": value for key, value in vars(part).items() if key not in ("pixels", "pixel_row")}
         whole.update(tensors_digest(others).encode())
         for rows in part.row_batches(CHUNK):
             whole.update(tensors_digest({f"{name}.pixels": part.gather(rows)}).encode())
