@@ -234,18 +234,18 @@ def test_cross_entropy_is_that_of_the_whole_batch(
     )
 
 
-@pytest.mark.parametrize("part", ["poisoned", "clean"])
+@pytest.mark.parametrize("part", ["poison_at", "rest_at"])
 def test_a_batch_of_one_kind_alone(
     part: str, fit: Fit, tiny_vit: Callable[..., Classifier], digits_world: World
 ) -> None:
     implant, model = fit(), tiny_vit()
     whole = poisoned_batch(implant, digits_world)
     rows, empty = getattr(whole, part), torch.empty(0, dtype=torch.int64)
-    marks = {"poisoned": empty, "clean": empty, part: torch.arange(len(rows))}
+    marks = {"poison_at": empty, "rest_at": empty, part: torch.arange(len(rows))}
     batch = replace(whole, images=whole.images[rows], labels=whole.labels[rows], **marks)
     assert implant.objective is not None
     terms = implant.objective.terms(model, batch, functional.cross_entropy)
-    assert set(terms) == ({"cross_entropy", "latent", "diffusion"} if part == "poisoned" else {"cross_entropy"})
+    assert set(terms) == ({"cross_entropy", "latent", "diffusion"} if part == "poison_at" else {"cross_entropy"})
 
 
 def test_a_loss_without_a_weight_is_not_computed(

@@ -281,7 +281,7 @@ def test_bf16_changes_little(tiny_vit: Build, digits_world: World) -> None:
 
 @pytest.mark.parametrize("n_classes", [1, 2])
 def test_too_few_classes_are_refused(n_classes: int) -> None:
-    with pytest.raises(UserError, match=f"against two others or more, and n_classes = {n_classes}"):
+    with pytest.raises(UserError, match=f"with at least 2 others, and n_classes = {n_classes}"):
         MmBd(starts=1, steps=1).apply(suspected(Blocks([1.0] * n_classes).eval(), n_classes))
 
 

@@ -38,7 +38,7 @@ def test_weights_are_where_training_starts_and_the_record_says_what_was_adapted(
     network = Network(ARCHITECTURE, weights=file)
     said = "head replaced (7 -> 10 classes); prefix 'module.' taken off"
     assert network.adapted == said
-    assert network.shown().weights == said
+    assert network.for_record().weights == said
     built: Any = network.build(0)
     assert torch.equal(built.body.blocks[1].mlp.fc1.weight, trained()["blocks.1.mlp.fc1.weight"])
     other: Any = network.build(1)
@@ -55,7 +55,7 @@ def test_a_linear_probe_trains_its_head_alone(file: str) -> None:
         "body.head.weight",
         "body.head.bias",
     ]
-    assert probe.shown() == replace(whole.shown(), linear_probe=True)
+    assert probe.for_record() == replace(whole.for_record(), linear_probe=True)
     assert probe.depends == {**whole.depends, "linear_probe": True}
     spec = load_spec(None, [f"surrogate.weights={file}", *(f"surrogate.{k}={v}" for k, v in TINY.items())])
     assert spec.surrogate
@@ -105,8 +105,8 @@ def changed_layers(file: Path) -> int:
 
 def test_without_such_a_file_the_record_has_null() -> None:
     network = Network(ARCHITECTURE)
-    assert (network.adapted, network.shown().weights) == (None, None)
-    assert Network(ARCHITECTURE, module=nn.Identity()).shown() == OwnNetwork("Identity")
+    assert (network.adapted, network.for_record().weights) == (None, None)
+    assert Network(ARCHITECTURE, module=nn.Identity()).for_record() == OwnNetwork("Identity")
 
 
 def test_the_files_content_decides_not_its_name(file: str, tmp_path: Path) -> None:

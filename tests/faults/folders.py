@@ -14,7 +14,7 @@ from safetensors import safe_open
 from vitrap.experiment.checksums import CHECKSUMS
 from vitrap.experiment.records import EARLIER
 
-MEASURED = {"seconds", "memory"}
+MEASURED = {"seconds", "poison_seconds", "memory"}
 """What no two runs have in common."""
 CHOSEN = {"precision", "attention", "compiled"}
 """What `tune` chooses by the clock."""

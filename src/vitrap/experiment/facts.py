@@ -36,7 +36,7 @@ class ModelFacts:
         seconds: how long its training took, and the edit of its weights.
         curves: values after each epoch, by name; each list has as many as there were epochs.
         n_curves: how many images CDA and ASR are measured on in these curves.
-        poisoning: how many seconds it took to poison the training set.
+        poison_seconds: how long it took to poison the training set.
         n_poisoned: number of poisoned training images.
         n_covers: number of training images that carry a trigger and keep their label.
         report: what the attack says of its `fit` and of its edit.
@@ -45,7 +45,7 @@ class ModelFacts:
     seconds: float
     curves: dict[str, list[float]]
     n_curves: dict[str, int] = field(default_factory=dict[str, int])
-    poisoning: float = 0.0
+    poison_seconds: float = 0.0
     n_poisoned: int = 0
     n_covers: int = 0
     report: Table = field(default_factory=dict[str, Any])

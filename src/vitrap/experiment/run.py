@@ -221,7 +221,7 @@ def build_record(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: 
         **asdict(plan.arithmetic),
         memory=memory(plan.device),
         seconds={
-            "poison": victim.poisoning,
+            "poison": victim.poison_seconds,
             **{role: each.seconds for role, each in facts.items()},
             "fit": read_facts(trigger_folder, TriggerFacts).seconds,
             **measured.seconds,

@@ -204,7 +204,7 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
     start = time.perf_counter()
     with progress("poison the training set", None):
         train_set = stored_set(implant, plan.world.train, spec.seed)
-    poisoning = time.perf_counter() - start if implant.poison else 0.0
+    poison_seconds = time.perf_counter() - start if implant.poison else 0.0
     # Train a victim on it. An attacker of weights starts from an honestly trained model instead: the twin.
     start = time.perf_counter()
     if spec.attack.threat == "weights":
@@ -226,7 +226,7 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
     facts = replace(
         trained,
         seconds=trained.seconds + time.perf_counter() - start,
-        poisoning=poisoning,
+        poison_seconds=poison_seconds,
         n_poisoned=int(train_set.poisoned.sum()),
         n_covers=int(train_set.covers.sum()),
         report=report,
