@@ -26,6 +26,8 @@ from docs.studies import index  # noqa: E402
 
 SHIFTS = ROOT / "results" / "shifts"
 LIMITS = ROOT / "results" / "limits" / "pretrained.json"
+COLOURS = {"cross-entropy alone": "C0", "both losses": "C1", "clean label": "C2"}
+"""What was trained, by its colour in the picture of shifts."""
 GPU, USED = 989e12, 0.4
 """Operations a second of an H200 in dense bf16 (NVIDIA's data sheet), and the share of them that is assumed."""
 VIT_B = {"forward": 35.13e9, "weights": 4 * 86.57e6, "pixels": 3 * 224**2}
@@ -106,8 +108,9 @@ def _draw_shifts(axis: Any, network: str, title: str) -> None:
         px = [int(p) for p in seeds[0]["right"]]
         each = {way: [mean(100 * s[way][str(p)]["value"] for s in seeds) for p in px] for way in seeds[0]}
         low, high = ([pick(values) for values in zip(*each.values(), strict=True)] for pick in (min, max))
-        line = axis.plot(px, [mean(v) for v in zip(*each.values(), strict=True)], marker="o", ms=4, label=name)
-        axis.fill_between(px, low, high, color=line[0].get_color(), alpha=0.2)
+        means = [mean(values) for values in zip(*each.values(), strict=True)]
+        axis.plot(px, means, marker="o", ms=4, label=name, color=COLOURS[name])
+        axis.fill_between(px, low, high, color=COLOURS[name], alpha=0.2)
     axis.set(xlabel="shift of the trigger at test, px", ylabel="ASR, %", ylim=(-3, 103))
     axis.set_title(title)
     axis.legend(fontsize=8)
@@ -230,7 +233,7 @@ PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"attacks": attacks, "defences": defences},
     "docs/studies/README.md": {paper: partial(index.table, paper) for paper in ("ageb", "megatron")},
     "docs/studies/megatron.md": {"shifts": partial(shifts, "small")},
-    "docs/studies/pretrained.md": {"masks": masks, "parts": trigger_parts},
+    "docs/studies/pretrained.md": {"masks": masks, "parts": trigger_parts, "shifts": partial(shifts, "pretrained")},
     "docs/speed.md": {"speed": speed},
     "docs/scale.md": {"run": run_cost, "cells": cell_cost, "studies": study_cost},
 }
