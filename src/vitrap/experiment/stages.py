@@ -201,10 +201,13 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
     """
     spec = plan.spec
     # Poison the stored training set, unless the attack poisons batch by batch or not at all.
-    start = time.perf_counter()
-    with progress("poison the training set", None):
-        train_set = stored_set(implant, plan.world.train, spec.seed)
-    poison_seconds = time.perf_counter() - start if implant.poison else 0.0
+    train_set = plan.world.train
+    poison_seconds = 0.0
+    if implant.poison is not None:
+        start = time.perf_counter()
+        with progress("poison the training set", None):
+            train_set = stored_set(implant, train_set, spec.seed)
+        poison_seconds = time.perf_counter() - start
     # Train a victim on it. An attacker of weights starts from an honestly trained model instead: the twin.
     start = time.perf_counter()
     if spec.attack.threat == "weights":
