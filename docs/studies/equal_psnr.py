@@ -31,6 +31,7 @@ STEPS: Mapping[str, Mapping[str, Any]] = {
     "no signal": {"signal": 0.0},
     "no adjustment": {"adjust": False},
     "pixels at random": {"select": "random"},
+    "random patches": {"select": "random-tokens"},
     "signal alone": {"alpha": 1.0, "adjust": False},
 }
 ELEMENTS: Mapping[str, Mapping[str, Any]] = {

@@ -234,6 +234,29 @@ def test_the_random_ablation_selects_the_same_number_by_noise(tiny_vit: Build, h
     assert not torch.equal(gradient, mask)
 
 
+def test_random_tokens_select_the_same_number_in_whole_patches(tiny_vit: Build) -> None:
+    images, how = drawn(4), {"upsample": "nearest", "tau": 0.7}
+    mask = Erosion(tiny_vit(), Ageb(select="random-tokens", **how)).mask(images)
+    patches = mask.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3)
+    assert torch.equal(patches.all(-1), patches.any(-1))
+    gradient = Erosion(tiny_vit(), Ageb(**how)).mask(images)
+    assert torch.equal(gradient.sum((1, 2)), mask.sum((1, 2)))
+    assert not torch.equal(gradient, mask)
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_random_tokens_are_as_smooth_as_the_gradient(tiny_vit: Build) -> None:
+    images = drawn(8)
+
+    def edges(select: Any) -> int:
+        mask = Erosion(tiny_vit(), Ageb(select=select, tau=0.5)).mask(images)
+        return int((mask[:, 1:] != mask[:, :-1]).sum() + (mask[:, :, 1:] != mask[:, :, :-1]).sum())
+
+    # Of the pairs of neighbours, chance has half on either side of an edge.
+    assert edges("random") > 0.4 * 8 * 2 * 16 * 15
+    assert edges("random-tokens") < 0.25 * 8 * 2 * 16 * 15
+
+
 # Steps 3 to 5: erosion, blend, signal, adjustment
 
 
@@ -392,7 +415,7 @@ def test_image_and_patch_size_vary(tiny_vit: Build, size: int, patch: int, upsam
     assert trigger(images).shape == images.shape
 
 
-@pytest.mark.parametrize("select", ["gradient", "random"])
+@pytest.mark.parametrize("select", ["gradient", "random", "random-tokens"])
 def test_the_views_are_the_map_over_its_maximum_and_the_mask(tiny_vit: Build, select: Any) -> None:
     trigger, images = Erosion(tiny_vit(), Ageb(select=select)), drawn(3)
     views = trigger.views(images)

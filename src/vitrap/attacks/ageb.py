@@ -73,9 +73,10 @@ class Ageb:
 
     target: int = param(0, "target class, which triggered images shall get", symbol="y_t", low=0)
     poison_rate: float = param(0.1, "share of the training set that is poisoned", low=0, high=1, open=True)
-    select: Literal["gradient", "random"] = param(
+    select: Literal["gradient", "random", "random-tokens"] = param(
         "gradient",
-        "which pixels are eroded: those of greatest gradient, or random ones (the paper's ablation)",
+        "which pixels are eroded: those of greatest gradient, random ones (the paper's ablation), or random patches as"
+        " smooth as the gradient's (a control of ours)",
         source="paper",
     )
     route: Route = param(
@@ -161,27 +162,38 @@ class Erosion:
 
     def gradient(self, images: Images) -> Float[Tensor, "b h w"]:
         """Step 1: the attention gradient G of each image, on the pixel grid."""
+        return self.enlarged(self.gradient_by_token(images), images)
+
+    def gradient_by_token(self, images: Images) -> Float[Tensor, "b gh gw"]:
+        """G before it is enlarged; by the pixel route, tokens are single pixels."""
         s = self.settings
         if s.route == "pixel":
             return pixel_gradient(self.surrogate, images)
-        if attends(self.surrogate):
-            attention, gradient = attention_gradient(self.surrogate, images)
-            to_score = gradient_at_score if s.route == "score" else diagonal_gradient_at_score
-            # Mean over heads and over the rows of the tokens that feed the classifier; the columns are image tokens.
-            tokens = head_attention(to_score(attention, gradient), token_layout(self.surrogate))
-        else:
-            tokens = feature_gradient(self.surrogate, images)
-        return tokens_to_pixels(tokens, (images.shape[-2], images.shape[-1]), s.upsample)
+        if not attends(self.surrogate):
+            return feature_gradient(self.surrogate, images)
+        attention, gradient = attention_gradient(self.surrogate, images)
+        to_score = gradient_at_score if s.route == "score" else diagonal_gradient_at_score
+        # Mean over heads and over the rows of the tokens that feed the classifier; the columns are image tokens.
+        return head_attention(to_score(attention, gradient), token_layout(self.surrogate))
+
+    def enlarged(self, tokens: Float[Tensor, "b gh gw"], images: Images) -> Float[Tensor, "b h w"]:
+        """A map of tokens on the pixel grid of `images`."""
+        return tokens_to_pixels(tokens, (images.shape[-2], images.shape[-1]), self.settings.upsample)
 
     def mask(self, images: Images) -> Bool[Tensor, "b h w"]:
         """Step 2: M = 1[G > tau]."""
         s = self.settings
-        gradient = self.gradient(images)
+        tokens = self.gradient_by_token(images)
+        gradient = self.enlarged(tokens, images)
         selected = above_quantile(gradient, s.tau) if s.threshold == "quantile" else above_value(gradient, s.tau)
         if s.select == "gradient":
             return selected
         # The paper's ablation: as many pixels at random. The noise is a function of the image, and so is M.
-        return top_scores_like(selected, hashed_noise(images))
+        noise = hashed_noise(images)
+        if s.select == "random-tokens":
+            height, width = tokens.shape[-2:]
+            noise = self.enlarged(noise[:, :height, :width], images)
+        return top_scores_like(selected, noise)
 
     def views(self, images: Images) -> Mapping[str, Float[Tensor, "b h w"]]:
         """The maps that a record shows: G divided by its maximum, and M."""
