@@ -42,8 +42,8 @@ CLAIM = {"measure", "value", "unit", "data", "model", "setting", "source", "wher
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
-SOME = {"last", "data.passed_over"}
-"""Keys of some records alone: abridged ones, and those of image folders with other files."""
+SOME = {"contents", "last", "data.passed_over"}
+"""Keys of some records alone: of specs that name a path, abridged ones, and of image folders with other files."""
 
 
 def first_column(text: str) -> list[str]:

@@ -152,7 +152,7 @@ class Record:
     schema: int
     name: str
     spec: SpecTable
-    contents: dict[str, str] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict, metadata=OPTIONAL)
     hash: str
     seed: int
     environment: Environment
