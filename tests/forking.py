@@ -15,6 +15,7 @@ import contextlib
 import errno
 import gc
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import vitrap.cli.main as cli
+import vitrap.resuming as resuming
 import vitrap.sweeps.workers as workers
 from vitrap.cli import console
 
@@ -102,6 +104,7 @@ def child(call: dict[str, Any], said: int, told: int, report: int) -> None:
     os.environ |= call["environment"]
     if call["within"]:
         stop_within(*call["within"], call["folder"])
+        resuming.SHARE = math.inf  # a state before each step, where it is asked for often
     kind, number = call["fault"] or ("", 0)
     sys.addaudithook(disturbing(call["folder"], kind, number, report))
     if kind in ("small", "torn"):

@@ -162,7 +162,8 @@ def test_killed_within_an_epoch_a_training_goes_on_bit_for_bit(
     assert ended.code == (130 if number == signal.SIGINT else -number), ended.said
     (state,) = states(out)
     with safe_open(state, "pt") as file:
-        carried = json.loads(file.metadata()["vitrap"])
+        carried, stands = (json.loads(file.metadata()[key]) for key in ("vitrap", "state"))
+    assert (stands["epoch"], stands["steps"]) == (1, 3)  # it was kept before the step
     assert carried["role"] == kind
     assert carried.get("backdoor", False) == (kind == "victim")
     ended = forks.run(out, *words, *LONGER)
@@ -191,7 +192,7 @@ def test_killed_while_a_pattern_is_shaped_it_goes_on_bit_for_bit(forks: Forks, t
         with safe_open(state, "pt") as file:
             about = file.metadata()
         assert json.loads(about["vitrap"])["backdoor"]
-        assert 1 <= json.loads(about["state"])["steps"] <= 250
+        assert json.loads(about["state"])["steps"] == 249
         if changed:  # it is that state, not a second beginning
             tensors = load_file(state)
             save_file({**tensors, "pattern/0": torch.ones_like(tensors["pattern/0"])}, state, about)
