@@ -26,6 +26,7 @@ from docs.studies import index  # noqa: E402
 
 SHIFTS = ROOT / "results" / "shifts"
 LIMITS = ROOT / "results" / "limits" / "pretrained.json"
+RECIPES = ROOT / "results" / "choice" / "fine_tuning.json"
 COLOURS = {"cross-entropy alone": "C0", "both losses": "C1", "clean label": "C2"}
 """What was trained, by its colour in the picture of shifts."""
 GPU, USED = 989e12, 0.4
@@ -94,7 +95,10 @@ def _over_seeds(rates: Sequence[Mapping[str, float]]) -> str:
 
 def draw_shifts(path: Path) -> None:
     """A panel for each network that was measured: means over seeds and directions, with the range over directions."""
-    titles = {"small": "32 px, patches of 8 px, from scratch", "pretrained": "98 px, patches of 14 px, pretrained"}
+    titles = {
+        "small": "GTSRB, 32 px, patches of 8 px, from scratch",
+        "pretrained": "CIFAR-10, 98 px, patches of 14 px, pretrained",
+    }
     measured = [network for network in titles if (SHIFTS / f"{network}.json").exists()]
     figure = Figure(figsize=(2 + 5 * len(measured), 3.8), layout="constrained", dpi=120)
     for axis, network in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
@@ -130,6 +134,13 @@ def trigger_parts() -> str:
     found = json.loads(LIMITS.read_text(encoding="utf-8"))["parts"]
     rows = [[name, *(_over_seeds([rates[role]]) for role in ("victim", "twin"))] for name, rates in found.items()]
     return _table(["at test time", "victim's ASR, %", "base rate, %"], rows)
+
+
+def recipes() -> str:
+    """CDA by recipe, with and without a moving average, as docs/studies/fine_tuning.py measured it."""
+    found = json.loads(RECIPES.read_text(encoding="utf-8"))
+    rows = [[name, *(_over_seeds([rates[each]]) for each in ("weights", "average"))] for name, rates in found.items()]
+    return _table(["recipe", "CDA, %", "CDA of the moving average, %"], rows)
 
 
 def _centre(measured: Mapping[str, float] | None) -> str:
@@ -233,7 +244,12 @@ PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"attacks": attacks, "defences": defences},
     "docs/studies/README.md": {paper: partial(index.table, paper) for paper in ("ageb", "megatron")},
     "docs/studies/megatron.md": {"shifts": partial(shifts, "small")},
-    "docs/studies/pretrained.md": {"masks": masks, "parts": trigger_parts, "shifts": partial(shifts, "pretrained")},
+    "docs/studies/pretrained.md": {
+        "recipes": recipes,
+        "masks": masks,
+        "parts": trigger_parts,
+        "shifts": partial(shifts, "pretrained"),
+    },
     "docs/speed.md": {"speed": speed},
     "docs/scale.md": {"run": run_cost, "cells": cell_cost, "studies": study_cost},
 }
