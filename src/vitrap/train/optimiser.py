@@ -50,7 +50,7 @@ def groups_of(body: nn.Module, recipe: Recipe) -> list[Group]:
         own = [weight for weight in group["params"] if id(weight) in head]
         found.append({**group, "params": [weight for weight in group["params"] if id(weight) not in head]})
         found.append({**group, "params": own, "lr": recipe.head_lr, "peak": recipe.head_lr})
-    return found
+    return [group for group in found if group["params"]]
 
 
 def decays(weight: nn.Parameter) -> bool:
