@@ -386,7 +386,7 @@ def test_a_trigger_file_builds_no_class_of_strangers(made: Made, tmp_path: Path)
     with safe_open(folder / "trigger.safetensors", "pt") as file:
         facts, weights = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     for stranger in ("torch.nn:Linear", "vitrap.errors:UserError", "vitrap.models:os", "vitrap..x:y", "antigravity:A",
-                     "vitrap_toys.data:Blended", "vitrap_toys_elsewhere:Net"):  # fmt: skip
+                     "vitrap_toys.data:Columns", "vitrap_toys_elsewhere:Net"):  # fmt: skip
         plain = json.loads(facts["fields"])
         plain["generator"]["module"] = stranger
         save_file(weights, tmp_path / "t.safetensors", {**facts, "fields": json.dumps(plain)})

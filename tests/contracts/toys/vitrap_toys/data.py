@@ -27,7 +27,7 @@ CARD = Card("A toy", "Nobody", "Nowhere", 2026)
 
 
 @dataclass(frozen=True)
-class Blended:
+class Columns:
     """A picture of alternating columns, blended over the image."""
 
     strength: float
@@ -59,11 +59,11 @@ class ToyCovers:
 
     def fit(self, access: Access) -> Fitted:
         """Nothing is fitted."""
-        return Fitted(Blended(0.5))
+        return Fitted(Columns(0.5))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Poison, and covers beside it."""
-        covers = Covers(Blended(0.5, width=4), self.cover_rate)
+        covers = Covers(Columns(0.5, width=4), self.cover_rate)
         return Implant(Poison(fitted.in_training, AllToOne(self.target), self.poison_rate, "dirty", covers))
 
 
@@ -88,7 +88,7 @@ class ToyClean:
 
     def fit(self, access: Access) -> Fitted:
         """Nothing is fitted."""
-        return Fitted(Blended(self.test_strength), stored=Blended(self.strength))
+        return Fitted(Columns(self.test_strength), stored=Columns(self.strength))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Poison images of the target class."""
@@ -168,8 +168,8 @@ class ToyCrafted:
         rows = choose_rows(train.labels, self.poison_rate, goal, "clean", access.generator)
         sources = (train.labels == self.source).nonzero().squeeze(1)
         pairs = sources[torch.randint(len(sources), (len(rows),), generator=access.generator)]
-        images = 0.7 * train.images(rows) + 0.3 * Blended(0.5)(train.images(pairs))
-        return Fitted(Blended(0.5), Crafted(rows, to_bytes(images)))
+        images = 0.7 * train.images(rows) + 0.3 * Columns(0.5)(train.images(pairs))
+        return Fitted(Columns(0.5), Crafted(rows, to_bytes(images)))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Put them in their places."""

@@ -23,7 +23,7 @@ from vitrap.contracts import (
     Trigger,
 )
 from vitrap.params import hyperparameters, param
-from vitrap_toys.data import CARD, Blended
+from vitrap_toys.data import CARD, Columns
 from vitrap_toys.networks import Pattern
 
 Prepare = Callable[[Batch, torch.Generator], Batch]
@@ -69,11 +69,11 @@ class ToyBatches:
 
     def fit(self, access: Access) -> Fitted:
         """Nothing is fitted."""
-        return Fitted(Blended(0.5))
+        return Fitted(Columns(0.5))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Train on batches that are poisoned as they come."""
-        prepare = poisoning(fitted.in_training, Blended(0.5, width=4), self.share, self.target)
+        prepare = poisoning(fitted.in_training, Columns(0.5, width=4), self.share, self.target)
         return Implant(objective=Objective(cross_entropy, prepare=prepare))
 
 

@@ -12,7 +12,7 @@ from vitrap.contracts import Access, AllToOne, Card, Edited, Fitted, Images, Imp
 from vitrap.data.poison import Poison
 from vitrap.models.observe import head_layer
 from vitrap.params import hyperparameters, param
-from vitrap_toys.data import CARD, Blended
+from vitrap_toys.data import CARD, Columns
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class ToyBoth:
 
     def fit(self, access: Access) -> Fitted:
         """Faint columns."""
-        return Fitted(Blended(0.2))
+        return Fitted(Columns(0.2))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Poison with them, and have stronger ones fire at test time."""
         poison = Poison(fitted.in_training, AllToOne(self.target), self.poison_rate, "dirty")
-        return Implant(poison, edit=lambda model, generator: Edited(copy.deepcopy(model), Blended(0.6)))
+        return Implant(poison, edit=lambda model, generator: Edited(copy.deepcopy(model), Columns(0.6)))
