@@ -67,6 +67,14 @@ def test_a_run_on_classes_of_odd_names_says_what_was_passed_over(call, odd_folde
     assert "no images, and were passed over: 1: train/\\x1b[31mnotes.txt\n" in said.out
 
 
+def test_poisoning_classes_of_odd_names_says_what_was_passed_over(call, odd_folder: Path) -> None:
+    words = (*TINY, "data.limit=40", "attack.name=badnets", "data.holdout=0.1", "--device", "cpu")
+    where = ("--out", odd_folder / "runs", "-o", odd_folder / "poisoned")
+    said = call("poison", *words, f"data.name=imagefolder:{odd_folder}", *where)
+    assert (said.code, said.err) == (0, "")
+    assert "no images, and were passed over: 1: train/\\x1b[31mnotes.txt\n" in said.out
+
+
 def test_an_error_that_quotes_a_file_does_not_steer_the_terminal(call, odd_folder: Path) -> None:
     (odd_folder / "train" / "\udcff\n\t" / "\x1b[2J.png").write_bytes(b"no image")
     said = call("run", *TINY, f"data.name=imagefolder:{odd_folder}", "--out", odd_folder / "runs")

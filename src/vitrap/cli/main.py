@@ -25,6 +25,7 @@ from vitrap.cli.report import report
 from vitrap.cli.sweep import print_estimates, sweep
 from vitrap.cli.table import table as table_command
 from vitrap.errors import UserError, unknown
+from vitrap.files import read_json
 from vitrap.models.families import listed
 
 if TYPE_CHECKING:
@@ -194,9 +195,11 @@ def poison(
 
     spec = load_spec(*split(words or []))
     with ProgressBars() as bars:
+        from vitrap.experiment.export import NOTICE
         from vitrap.experiment.export import poison as poison_data
 
         poison_data(spec, folder, out_folder, device=device, progress=bars.step)
+    _print_passed_over(read_json(folder / NOTICE).get("passed_over", ""))
     out.print(f"poisoned data set: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -324,15 +327,20 @@ def _print_record(record: "Record", folder: Path) -> None:
     for row in measures(record.victim):
         table.add_row(*row)
     out.print(table)
-    if data.passed_over:
-        line = f"files of the image folder that are no images, and were passed over: {data.passed_over}"
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    _print_passed_over(data.passed_over)
     for line in adapted(record.models):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     diagnosis = diagnose(record.victim, record.data.classes)
     out.print(in_a_line(diagnosis), highlight=False, markup=False, soft_wrap=True)
     _print_defences(record.defences, record)
     out.print(f"record, pictures, model and trigger: {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_passed_over(files: str) -> None:
+    """Name the files of an image folder that are no images."""
+    if files:
+        line = f"files of the image folder that are no images, and were passed over: {files}"
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_defences(rows: "Sequence[Row]", record: "Record") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vitrap.contracts import Fitted, ImageSet, Implant
-from vitrap.errors import UserError
+from vitrap.errors import UserError, some_of
 from vitrap.experiment.machine import computing_threads
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import triggered
@@ -20,6 +20,9 @@ from vitrap.files import check_folder, draft_of, named_errors, whole_folder, wri
 from vitrap.images import CHUNK
 from vitrap.printable import printable
 from vitrap.tensors.pixels import to_bytes
+
+NOTICE = "poison.json"
+"""The file that says what the arrays carry."""
 
 
 def poison(
@@ -121,9 +124,10 @@ def write_poisoned(plan: Plan, fitted: Fitted, implant: Implant, folder: Path, t
         if test.classes:
             names = (" ".join(printable(name).split()) or str(label) for label, name in enumerate(test.classes))
             write_bytes(draft / "classes.txt", ("\n".join(names) + "\n").encode())
-        write_json(
-            draft / "poison.json", {**backdoor_notice(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat}
-        )
+        about = {**backdoor_notice(plan.spec, "poisoned set"), "threat": plan.spec.attack.threat}
+        if plan.world.passed_over:
+            about["passed_over"] = some_of(plan.world.passed_over)
+        write_json(draft / NOTICE, about)
 
 
 def _save_images(path: Path, data: ImageSet, tick: Tick) -> None:
