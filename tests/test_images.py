@@ -184,7 +184,15 @@ ODD = {
     "one-hot labels": (square(), torch.eye(3).long()[NUMBERED], None, r"labels have shape \(6, 3\) for 6 images"),
     "few labels": (square(), NUMBERED[:5], None, r"labels have shape \(5,\) for 6 images"),
     "one label": (square(1), torch.tensor(0), None, r"labels have shape \(\) for 1 images"),
-    "elsewhere": (square(), NUMBERED.to("meta"), None, "labels are on meta, pixels on cpu"),
+    "without numbers": (square().to("meta"), NUMBERED, None, "pixels are a meta tensor; give a dense one"),
+    "labels without numbers": (square(), NUMBERED.to("meta"), None, "labels are a meta tensor"),
+    "sparse": (square().to_sparse(), NUMBERED, None, "pixels are a sparse tensor"),
+    "sparse labels": (square(), NUMBERED.to_sparse(), None, "labels are a sparse tensor"),
+    "from 1": (square(), NUMBERED + 1, None, "labels reach 3, but no image has 0; renumber them"),
+    "a gap": (square(), 2 * NUMBERED, None, "labels reach 4, but no image has 1; .* or give n_classes"),
+    "a marker": (square(), torch.tensor([0, 1, 2, 3, 4, 255]), None, "labels reach 255, but no image has 5"),
+    "a great marker": (square(), torch.tensor([0, 1, 2, 3, 4, 10**6]), None, "labels reach 1000000, but"),
+    "a boolean": (square(), NUMBERED, True, "n_classes = True is of type bool"),
     "below 0": (square(), NUMBERED - 1, None, "labels hold -1; number classes from 0"),
     "below 0, narrow": (square(), (NUMBERED - 1).to(torch.int8), 3, "labels hold -1"),
     "beyond the classes": (square(), NUMBERED, 2, "labels hold 2, with 2 classes"),
@@ -208,3 +216,4 @@ def test_labels_of_any_integers_and_images_of_any_channels_make_a_set(kind: torc
     assert found.labels.dtype == torch.int64
     assert (found.n_classes, found.size, len(found)) == (3, 4, 6)
     assert len(ImageSet.of(square(0), NUMBERED[:0], 3)) == 0
+    assert ImageSet.of(square(), 2 * NUMBERED, np.int64(5)).n_classes == 5

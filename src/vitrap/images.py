@@ -2,12 +2,14 @@
 
 import ctypes
 import mmap
+import operator
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -86,24 +88,22 @@ class ImageSet:
     pixel_row: Int64[Tensor, " n"] | None = None
 
     @classmethod
-    def of(cls, pixels: Tensor, labels: Tensor, n_classes: int | None = None) -> "ImageSet":
+    def of(cls, pixels: Tensor, labels: Tensor, n_classes: SupportsIndex | None = None) -> "ImageSet":
         """Make a set of square images at their own size.
 
         Args:
             pixels: the images, uint8 `n c s s`, from 0 to 255.
             labels: their classes, integers `n` from 0, on the same device.
-            n_classes: number of classes; None for one more than the greatest label.
+            n_classes: number of classes; None for one more than the greatest label, if each has an image.
 
         Raises:
             UserError: pixels or labels are something else, or do not fit together.
         """
-        if type(n_classes) not in (int, type(None)):
-            raise UserError(f"n_classes = {n_classes!r} is of type {type(n_classes).__name__}; give a whole number")
         _check_pixels(pixels)
-        _check_labels(labels, pixels, n_classes)
-        n = len(labels)
-        classes = int(labels.long().max()) + 1 if n_classes is None else n_classes
-        return cls(pixels, labels.long(), torch.arange(n, device=labels.device), classes, pixels.shape[-1])
+        _check_labels(labels, pixels)
+        numbers = labels.long()
+        classes = _count_classes(numbers, n_classes)
+        return cls(pixels, numbers, torch.arange(len(numbers), device=numbers.device), classes, pixels.shape[-1])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -293,6 +293,7 @@ def _check_pixels(pixels: Tensor) -> None:
     """Refuse what is no `uint8 n c s s`."""
     if not isinstance(pixels, Tensor):
         raise UserError(f"pixels are of type {type(pixels).__name__}, not torch.Tensor; give torch.as_tensor(pixels)")
+    _check_dense("pixels", pixels)
     if pixels.dtype != torch.uint8:
         raise UserError(f"pixels are {pixels.dtype}, not torch.uint8; store them as 0 to 255 in 8 bits")
     if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or 0 in pixels.shape[1:]:
@@ -301,29 +302,59 @@ def _check_pixels(pixels: Tensor) -> None:
         raise UserError(f"pixels have shape {tuple(pixels.shape)}, not n c s s; {remedy}")
 
 
-def _check_labels(labels: Tensor, pixels: Tensor, n_classes: int | None) -> None:
-    """Refuse what is no class number for each image."""
+def _check_labels(labels: Tensor, pixels: Tensor) -> None:
+    """Refuse what is no integer for each image."""
     if not isinstance(labels, Tensor):
         raise UserError(f"labels are of type {type(labels).__name__}, not torch.Tensor; give torch.as_tensor(labels)")
+    _check_dense("labels", labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise UserError(f"labels are {labels.dtype}, not integers; give class numbers")
     if labels.shape != pixels.shape[:1]:
         raise UserError(f"labels have shape {tuple(labels.shape)} for {len(pixels)} images; give one number an image")
     if labels.device != pixels.device:
         raise UserError(f"labels are on {labels.device}, pixels on {pixels.device}; put both on one device")
-    if n_classes is None and not len(labels):
-        raise UserError("a set without images does not say how many classes there are; give n_classes")
+
+
+def _count_classes(labels: Int64[Tensor, " n"], given: SupportsIndex | None) -> int:
+    """The number of classes, as it is given or as the labels say.
+
+    Raises:
+        UserError: the labels are no class numbers, are beyond the given number, or do not say what it is.
+    """
+    if isinstance(given, bool) or not (given is None or isinstance(given, SupportsIndex)):
+        raise UserError(f"n_classes = {given!r} is of type {type(given).__name__}; give a whole number")
+    n_classes = None if given is None else operator.index(given)
     if n_classes is not None and n_classes < 1:
         raise UserError(f"n_classes = {n_classes} is out of range; give at least 1")
     if not len(labels):
-        return
-    numbers = labels.long()  # torch finds no minimum of some unsigned types
-    low = int(numbers.min())
-    high = int(numbers.max())
+        if n_classes is None:
+            raise UserError("a set without images does not say how many classes there are; give n_classes")
+        return n_classes
+    low = int(labels.min())
+    high = int(labels.max())
     if low < 0:
         raise UserError(f"labels hold {low}; number classes from 0")
-    if n_classes is not None and high >= n_classes:
+    if n_classes is None:
+        if (empty := _first_gap(labels)) is not None:
+            raise UserError(f"labels reach {high}, but no image has {empty}; renumber them from 0, or give n_classes")
+        return high + 1
+    if high >= n_classes:
         raise UserError(f"labels hold {high}, with {n_classes} classes; number them from 0, or give a larger n_classes")
+    return n_classes
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that has no numbers, or not all of them, in memory."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else "sparse"
+        raise UserError(f"{name} are a {kind} tensor; give a dense one with numbers in it")
+
+
+def _first_gap(numbers: Int64[Tensor, " n"]) -> int | None:
+    """The least whole number below the maximum that is not among `numbers`, which are 0 or more."""
+    found = numbers.unique()  # sorted
+    gaps = found != torch.arange(len(found), device=found.device)
+    return int(gaps.nonzero()[0]) if gaps.any() else None
 
 
 def misshapen(images: Tensor, wanted: str) -> UserError:
