@@ -163,7 +163,7 @@ def count(run: Path) -> dict[str, Any]:
     plan = make_plan(spec, "cpu", with_surrogates=False)
     case = FinishedRun(run, record, plan, no_progress).evaluation()
     # a retraining is counted as a training
-    case = replace(case, twin_facts=measure_each_time, train_kept=lambda kept: case.twin)
+    case = replace(case, result_on_twin=measure_each_time, train_on_kept=lambda kept: case.twin)
     poisoned = case.poisoned.unmarked()
     assert case.before  # made once, before anything is counted
     found = sizes(plan)

@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 
-from benchmarks.cost import GROWS_WITH, Study, counted, operations, passes
+import vitrap
+from benchmarks.cost import GROWS_WITH, Study, count, counted, operations, passes
 from vitrap import registry
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +77,19 @@ def test_the_network_of_the_page_is_timms() -> None:
             forward = counted(lambda: model(torch.zeros(1, 3, 224, 224)))
     assert forward == pytest.approx(said["forward"], rel=1e-3)
     assert 4 * sum(w.numel() for w in model.parameters()) == pytest.approx(said["weights"], rel=1e-3)
+
+
+def test_a_finished_run_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ["model.depth=1", "model.embed_dim=16", "model.num_heads=2", "recipe.epochs=1", "attack.name=badnets"]
+    record = vitrap.run(vitrap.load_spec(None, ["data.limit=100", *tiny]), tmp_path, device="cpu")
+    # What a defence's row takes depends on its kind alone: the cheapest screen and the cheapest filter.
+    monkeypatch.setattr(registry, "names", lambda kind: ["max_softmax", "spectral"])
+    found = count(tmp_path / f"{record.name}-{record.hash}")
+    n = found["n"]
+    counting = round(n["test"] * 0.9)  # of ten classes all but the target's images
+    screen, spectral = found["defences"]["max_softmax"], found["defences"]["spectral"]
+    assert (screen["kind"], spectral["kind"]) == ("screen", "filter")
+    assert screen["apply"] == 0
+    # Both models see each held-out, clean and triggered image; the victim sees triggered ones once more, for hits.
+    assert screen["row"] == pytest.approx(2 * (n["threshold"] + n["test"]) + 3 * counting, rel=0.02)
+    assert spectral["apply"] == pytest.approx(n["train"], rel=0.02)
