@@ -111,7 +111,7 @@ def users(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         ours = (m.__file__ for m in finder.modules.values() if m.__file__)  # pyright: ignore[reportAttributeAccessIssue]
         return {str(Path(file).relative_to(hollow)) for file in ours if not file.endswith("__init__.py")}
 
-    stages = {f"experiment/{n}.py" for n in ("stages", "curves", "facts", "retraining", "streams", "network")}
+    stages = {f"experiment/{n}.py" for n in ("stages", "curves", "facts", "streams", "network")}
     triggers = {"experiment/trigger_file.py"}
     opening = found("data/sources.py", "models/classifier.py") | {"data/digits.npz"}
     training = opening | found("train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
@@ -127,8 +127,9 @@ def users(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         counted[f"trigger of {name}"] = opening | stages | triggers | own
         counted[f"rows on {name}"] = own
     for name in DEFENCES:
-        own = found("experiment/measure_defences.py", f"defences/{name}.py") | {"experiment/defend.py"}
-        counted[f"rows of {name}"] = training | stages | triggers | own
+        own = found("experiment/measure_defences.py", f"defences/{name}.py")
+        opening_runs = {"experiment/defend.py", "experiment/retraining.py"}
+        counted[f"rows of {name}"] = training | stages | triggers | opening_runs | own
     files = [str(file.relative_to(tree)) for file in tree.rglob("*") if file.is_file()]
     return {file: {name for name, those in counted.items() if file in those} for file in files}
 

@@ -442,9 +442,8 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(runs: Runs, copied: Path, f
 
 def test_agebs_trigger_fires_as_it_did(runs: Runs) -> None:
     plan = make_plan(runs.specs["ageb"], "cpu")
-    assert plan.surrogate is not None
     place = runs.out / "stages" / f"clean-{runs.records['ageb'].stages['surrogate']}" / "model.safetensors"
-    surrogate = plan.surrogate.read(place, "cpu")
+    surrogate = plan.surrogates["surrogate"].network.read(place, "cpu")
     access = Access(plan.world.train, surrogate, torch.Generator())
     images = plan.world.test.images(torch.arange(20))
     wanted = runs.specs["ageb"].attack.fit(access).trigger(images)

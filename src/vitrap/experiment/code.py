@@ -23,7 +23,7 @@ OPENING = ("data/sources.py", "models/classifier.py")
 """Files that open data and networks."""
 TRAINING = (*OPENING, "train/loop.py", "experiment/predict.py", "metrics/accuracy.py")
 """Files that train a model and measure its curves."""
-STAGES = tuple(f"experiment/{name}.py" for name in ("stages", "curves", "facts", "retraining", "streams", "network"))
+STAGES = tuple(f"experiment/{name}.py" for name in ("stages", "curves", "facts", "streams", "network"))
 """Files that make stages. They import every part of a run, so they count without their imports."""
 TRIGGERS = ("experiment/trigger_file.py",)
 """The file that writes and reads triggers. It counts where there is an attack, without its imports."""
@@ -31,8 +31,8 @@ MEASURING = ("experiment/measure.py", "experiment/pictures.py")
 """Files that measure a victim."""
 RECORDING = ("experiment/run.py", "experiment/record.py")
 """Files that write the measures into a record. They count without their imports."""
-OPENING_RUNS = ("experiment/defend.py",)
-"""The file that loads a finished run for a defender. It counts without its imports."""
+OPENING_RUNS = ("experiment/defend.py", "experiment/retraining.py")
+"""Files that load a finished run for a defender, and train for one. They count without their imports."""
 TEXTS = {"doc", "symbol", "unit", "source"}
 """What a `param` says of itself, beside its default and its range."""
 DEFENDING = (*TRAINING, "experiment/measure_defences.py")

@@ -31,10 +31,10 @@ from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import DEFEND, Progress, no_progress
 from vitrap.experiment.record import Record, Table
 from vitrap.experiment.records import read_record
-from vitrap.experiment.retraining import Retraining, make_retrained
+from vitrap.experiment.retraining import Retraining
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
 from vitrap.experiment.spec import digest, parse_defence, parse_spec
-from vitrap.experiment.stages import backdoor_notice, implant_of, make_clean, read_stream, stored_set
+from vitrap.experiment.stages import Stages, backdoor_notice, implant_of, make_model, read_stream, stored_set
 from vitrap.experiment.store import Stage, Store, key_of, locked
 from vitrap.experiment.trigger_file import TRIGGER, read_fitted, try_out
 from vitrap.metrics.diagnosis import backdoor_faults
@@ -227,16 +227,13 @@ class FinishedRun:
             )
         if place := self._store.find("clean", key):
             return place
-        stage = self.plan.twin_stage()
-        if stage.key != key:
+        if self.plan.twin_stage().key != key:
             place = self._store.root / "stages" / f"clean-{key}"
             raise UserError(
                 f"the clean twin of run {str(self.folder)!r} is gone or damaged ({str(place)!r}), and code, data or"
                 " libraries have changed since; run its spec again"
             )
-        bar = self.progress("train the twin", training_steps(self.plan.spec, len(self.plan.world.train)))
-        make = partial(make_clean, self.plan, self.plan.victim, self.plan.spec.seed, bar)
-        return self._store.find_or_make(stage, make)
+        return Stages(self.plan, self._store, "nothing", self.progress).twin()
 
     def _train_on_kept(self, kept: ImageSet) -> nn.Module:
         """Train the victim's network on what a filter kept, as a stage."""
@@ -248,7 +245,7 @@ class FinishedRun:
             "code": training_code(inspect.getfile(type(plan.spec.attack))),
         }
         bar = self.progress("train without what was flagged", training_steps(plan.spec, len(kept)))
-        make = partial(make_retrained, plan, kept, bar)
+        make = partial(make_model, plan, plan.twin, kept, backdoor_notice(plan.spec, "retrained"), bar)
         place = self._store.find_or_make(Stage("retrained", depends), make)
         return plan.victim.read(place / MODEL, plan.device)
 

@@ -6,6 +6,7 @@ makes it. So no stage that an older version of the attack made is used with the 
 
 import inspect
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Surrogate:
-    """A network of the attacker's own, and the seed that it is trained with."""
+class SeededNetwork:
+    """A network, and the seed that its weights and its training are drawn with."""
 
     network: Network
     seed: int
@@ -56,9 +57,8 @@ class Plan:
         arithmetic: how every network of the run computes.
         threads: how many of the processor's threads share each sum, which decides its last digits; None on a GPU.
         victim: the network of victim and twin.
-        surrogate: the attacker's own network; None where the attack uses none.
+        surrogates: the attacker's own networks, by their tables in a spec; empty where the attack uses none.
         data_digest: stands for the content of the data in stage keys.
-        test_surrogate: the attacker's second network, for the trigger at test time; None where there is none.
         other: other images of the attacker; None where no setting of the attack names a data set.
     """
 
@@ -68,42 +68,35 @@ class Plan:
     arithmetic: Arithmetic
     threads: int | None
     victim: Network
-    surrogate: Network | None
+    surrogates: Mapping[str, SeededNetwork]
     data_digest: str
-    test_surrogate: Network | None = None
     other: World | None = None
+
+    @property
+    def twin(self) -> SeededNetwork:
+        """The clean twin: the victim's network with the run's seed."""
+        return SeededNetwork(self.victim, self.spec.seed)
 
     @property
     def goal(self) -> Goal:
         """Which label triggered images should get."""
         return self.spec.attack.goal_for(self.world.train.n_classes)
 
-    def surrogates(self) -> dict[str, Surrogate]:
-        """The attacker's own networks, by their tables in a spec."""
-        found: dict[str, Surrogate] = {}
-        if self.surrogate is not None:
-            found["surrogate"] = Surrogate(self.surrogate, SURROGATE_SEED)
-        if self.test_surrogate is not None:
-            found["test_surrogate"] = Surrogate(self.test_surrogate, TEST_SURROGATE_SEED)
-        return found
-
-    def clean_stage(self, network: Network, seed: int) -> Stage:
+    def clean_stage(self, model: SeededNetwork) -> Stage:
         """The stage of a model trained on the clean training set: the twin or a surrogate, which differ by seed."""
-        depends = {"network": network.depends, "seed": seed, "code": training_code()}
+        depends = {"network": model.network.depends, "seed": model.seed, "code": training_code()}
         return Stage("clean", {**self._training(), **depends})
 
     def surrogate_keys(self) -> dict[str, str]:
         """A key for each surrogate: that of its stage or, where it is read from a checkpoint, a digest of that."""
         return {
-            name: digest(each.network.depends)
-            if each.network.checkpoint
-            else self.clean_stage(each.network, each.seed).key
-            for name, each in self.surrogates().items()
+            name: digest(each.network.depends) if each.network.checkpoint else self.clean_stage(each).key
+            for name, each in self.surrogates.items()
         }
 
     def twin_stage(self) -> Stage:
         """The stage of the clean twin."""
-        return self.clean_stage(self.victim, self.spec.seed)
+        return self.clean_stage(self.twin)
 
     def victim_stage(self) -> Stage:
         """The stage of the victim: it depends on training, seed, surrogates, and all about the attack."""
@@ -128,7 +121,7 @@ class Plan:
         for name in ("network", "recipe", "twin"):
             depends.pop(name, None)
         # Without a surrogate no network computes the trigger, and how networks compute does not matter.
-        if not self.surrogates():
+        if not self.surrogates:
             depends.pop("arithmetic")
             depends.pop("threads")
         return Stage("trigger", {**depends, "code": fitting_code(inspect.getfile(type(self.spec.attack)))})
@@ -200,7 +193,7 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     _check_attack(spec, world)
     # Decide the networks.
     victim = network_of(spec.model, world, model)
-    surrogate, test_surrogate = _surrogates(spec, world, victim) if with_surrogates else (None, None)
+    surrogates = _surrogates(spec, world, victim) if with_surrogates else {}
     # Build the victim once and show it an image. Recipe, attack and defences may refuse such a network; what the calls
     # below return is not needed.
     without_weights = replace(victim, checkpoint=None, weights=None, pretrained=False)
@@ -213,15 +206,14 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     if any(defence.method.needs_attention for defence in spec.defences):
         transformer(victim_model)
     # Likewise each surrogate.
-    for role, network in (("surrogate", surrogate), ("test_surrogate", test_surrogate)):
-        if network is not None:
-            ready = try_out(network, world, role, untrained=network.checkpoint is None)
-            if hasattr(spec.attack, "check_surrogate"):
-                spec.attack.check_surrogate(ready, first_image(world))
+    for role, surrogate in surrogates.items():
+        ready = try_out(surrogate.network, world, role, untrained=surrogate.network.checkpoint is None)
+        if hasattr(spec.attack, "check_surrogate"):
+            spec.attack.check_surrogate(ready, first_image(world))
     arithmetic = arithmetic_of(spec.recipe, victim_model, chosen)
     other = _other_images(spec, world, chosen)
     threads = torch.get_num_threads() if chosen.type == "cpu" else None
-    return Plan(spec, world, chosen, arithmetic, threads, victim, surrogate, data_digest, test_surrogate, other)
+    return Plan(spec, world, chosen, arithmetic, threads, victim, surrogates, data_digest, other)
 
 
 def training_steps(spec: Spec, n: int) -> int:
@@ -319,7 +311,7 @@ def _check_classes(spec: Spec, world: World, goal: Goal) -> None:
             )
 
 
-def _surrogates(spec: Spec, world: World, victim: Network) -> tuple[Network | None, Network | None]:
+def _surrogates(spec: Spec, world: World, victim: Network) -> dict[str, SeededNetwork]:
     """The attacker's own networks: the surrogate, and the one at test time where the spec has such a table.
 
     A surrogate that the spec does not describe is built like the victim and starts as it does, fresh or from pretrained
@@ -327,11 +319,13 @@ def _surrogates(spec: Spec, world: World, victim: Network) -> tuple[Network | No
     checkpoint or of a network that the caller gave.
     """
     if not spec.attack.needs_surrogate:
-        return None, None
+        return {}
     like_victim = replace(victim, checkpoint=None, module=None)
-    surrogate = network_of(spec.surrogate, world) if spec.surrogate else like_victim
-    test_surrogate = network_of(spec.test_surrogate, world) if spec.test_surrogate else None
-    return surrogate, test_surrogate
+    network = network_of(spec.surrogate, world) if spec.surrogate else like_victim
+    found = {"surrogate": SeededNetwork(network, SURROGATE_SEED)}
+    if spec.test_surrogate:
+        found["test_surrogate"] = SeededNetwork(network_of(spec.test_surrogate, world), TEST_SURROGATE_SEED)
+    return found
 
 
 def _other_images(spec: Spec, world: World, device: torch.device) -> World | None:

@@ -1,20 +1,14 @@
-"""Trains the victim's network again, for a defender: as its defence asks, or on what its filter kept."""
+"""Trains the victim's network again, for a defender, as a defence asks."""
 
-import time
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from vitrap.contracts import ImageSet, Objective
-from vitrap.experiment.facts import ModelFacts
 from vitrap.experiment.network import Network
-from vitrap.experiment.plan import Plan
-from vitrap.experiment.progress import Progress, Tick
-from vitrap.experiment.stages import backdoor_notice, checkpointer_in, save_stage, train_as_planned
+from vitrap.experiment.progress import Progress
 from vitrap.experiment.streams import ambient, training_streams
 from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
@@ -58,15 +52,3 @@ class Retraining:
             streams = training_streams(self.seed, self.device)
             train(model, images, recipe, streams, objective, tick, arithmetic=self.arithmetic)
         return model.eval().requires_grad_(False)
-
-
-def make_retrained(plan: Plan, kept: ImageSet, bar: AbstractContextManager[Tick], folder: Path) -> None:
-    """Train the victim's network into `folder` on what a filter kept, with cross-entropy, as the defender would."""
-    start = time.perf_counter()
-    model = plan.victim.build(plan.spec.seed, plan.device)
-    notice = backdoor_notice(plan.spec, "retrained")
-    checkpointer = checkpointer_in(folder, notice)
-    curves = train_as_planned(plan, model, kept, plan.spec.seed, None, bar, checkpointer)
-    # What an earlier call spent, whose training was resumed here, counts, too.
-    seconds = checkpointer.seconds + time.perf_counter() - start
-    save_stage(model, folder, ModelFacts(seconds, curves, n_poisoned=int(kept.poisoned.sum())), notice)

@@ -211,7 +211,7 @@ def build_record(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: 
         models={
             "victim": plan.victim.for_record(),
             "surrogate": None,
-            **{name: surrogate.network.for_record() for name, surrogate in plan.surrogates().items()},
+            **{name: surrogate.network.for_record() for name, surrogate in plan.surrogates.items()},
         },
         victim=measured.measures,
         diagnosis=diagnose(measured.measures, world.test.n_classes),

@@ -21,7 +21,7 @@ from vitrap.errors import UserError
 from vitrap.experiment.checksums import MODEL
 from vitrap.experiment.curves import Watch, watch_clean, watch_victim
 from vitrap.experiment.facts import ModelFacts, TriggerFacts, read_facts, write_facts
-from vitrap.experiment.plan import Network, Plan, training_steps
+from vitrap.experiment.plan import Plan, SeededNetwork, training_steps
 from vitrap.experiment.progress import Progress, Tick
 from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import STATE, Store
@@ -57,85 +57,77 @@ class Stages:
     def surrogates(self) -> dict[str, Path]:
         """The stages of the attacker's own networks, by name; one that is read from a checkpoint has no stage."""
         return {
-            name: self._clean(name, surrogate.network, surrogate.seed)
-            for name, surrogate in self.plan.surrogates().items()
+            name: self._clean(name, surrogate)
+            for name, surrogate in self.plan.surrogates.items()
             if surrogate.network.checkpoint is None
         }
 
     def twin(self) -> Path:
         """The stage of the clean twin."""
-        return self._clean("twin", self.plan.victim, self.plan.spec.seed)
+        return self._clean("twin", self.plan.twin)
 
-    def trigger(self, surrogates: dict[str, Path]) -> Path:
+    def trigger(self, surrogates: Mapping[str, Path]) -> Path:
         """The stage of the trigger: the result of the attack's `fit`."""
-        plan = self.plan
-
-        def make(folder: Path) -> None:
-            """Give the attack what it may see, and have it fit its trigger."""
-            ready = {
-                name: ready_surrogate(plan, surrogate.network, surrogates.get(name))
-                for name, surrogate in plan.surrogates().items()
-            }
-            access = Access(
-                plan.world.train,
-                ready.get("surrogate"),
-                stream(plan.spec.seed, "attack"),
-                ready.get("test_surrogate"),
-                plan.other.train if plan.other else None,
-            )
-            bar = self.progress(f"fit {plan.spec.attack_name}", None)
-            make_trigger(plan, access, bar, folder)
-
-        return self.store.find_or_make(plan.trigger_stage(), make, self.redo == "all")
+        make = partial(make_trigger, self.plan, surrogates, self.progress)
+        return self.store.find_or_make(self.plan.trigger_stage(), make, self.redo == "all")
 
     def victim(self, trigger: Path, twin: Path) -> Path:
         """The stage of the victim; where the attacker edits weights alone, it starts from the twin."""
-
-        def make(folder: Path) -> None:
-            """Ask the attack how the trigger gets into the victim, and train or edit one accordingly."""
-            fitted = read_fit(self.plan, trigger)
-            generator = read_stream(trigger, self.plan.spec.seed)
-            implant = implant_of(self.plan, fitted, generator)
-            folders = {"trigger": trigger, "twin": twin}
-            make_victim(self.plan, fitted, implant, generator, folders, self.progress, folder)
-
+        make = partial(make_victim, self.plan, trigger, twin, self.progress)
         return self.store.find_or_make(self.plan.victim_stage(), make, self.redo != "nothing")
 
-    def _clean(self, name: str, network: Network, seed: int) -> Path:
+    def _clean(self, name: str, model: SeededNetwork) -> Path:
         """The stage of a model that is trained on the clean training set."""
-        ticks = training_steps(self.plan.spec, len(self.plan.world.train))
-        bar = self.progress(f"train the {name.replace('_', ' ')}", ticks)
-        make = partial(make_clean, self.plan, network, seed, bar)
-        return self.store.find_or_make(self.plan.clean_stage(network, seed), make, self.redo == "all")
+        train = self.plan.world.train
+        bar = self.progress(f"train the {name.replace('_', ' ')}", training_steps(self.plan.spec, len(train)))
+        make = partial(make_model, self.plan, model, train, {"role": "clean"}, bar, watch=watch_clean(self.plan))
+        return self.store.find_or_make(self.plan.clean_stage(model), make, self.redo == "all")
 
 
-def make_clean(plan: Plan, network: Network, seed: int, bar: AbstractContextManager[Tick], folder: Path) -> None:
-    """Train a network on the clean training set into `folder`."""
+def make_model(  # noqa: PLR0913 - all that a model is made of
+    plan: Plan,
+    model: SeededNetwork,
+    data: ImageSet,
+    notice: dict[str, Any],
+    bar: AbstractContextManager[Tick],
+    folder: Path,
+    watch: Watch | None = None,
+) -> None:
+    """Train a network with cross-entropy on `data` into `folder`; `notice` says there what the weights carry."""
     start = time.perf_counter()
-    model = network.build(seed, plan.device)
-    watch = watch_clean(plan)
-    checkpointer = checkpointer_in(folder, {"role": "clean"})
-    curves = train_as_planned(plan, model, plan.world.train, seed, None, bar, checkpointer, watch)
+    network = model.network.build(model.seed, plan.device)
+    checkpointer = checkpointer_in(folder, notice)
+    curves = train_as_planned(plan, network, data, model.seed, None, bar, checkpointer, watch)
     # What an earlier call spent, whose training was resumed here, counts, too.
     seconds = checkpointer.seconds + time.perf_counter() - start
-    save_stage(model, folder, ModelFacts(seconds, curves, watch.counts()), {"role": "clean"})
+    n_curves = watch.counts() if watch else {}
+    save_stage(network, folder, ModelFacts(seconds, curves, n_curves, n_poisoned=int(data.poisoned.sum())), notice)
 
 
-def ready_surrogate(plan: Plan, network: Network, place: Path | None) -> nn.Module:
+def ready_surrogate(plan: Plan, surrogate: SeededNetwork, place: Path | None) -> nn.Module:
     """A surrogate with its weights, frozen: read from its stage, or from its checkpoint where it has no stage."""
     if place is None:
-        return network.build(0, plan.device).requires_grad_(False)
-    return network.read(place / MODEL, plan.device)
+        return surrogate.network.build(surrogate.seed, plan.device).requires_grad_(False)
+    return surrogate.network.read(place / MODEL, plan.device)
 
 
-def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], folder: Path) -> None:
+def make_trigger(plan: Plan, surrogates: Mapping[str, Path], progress: Progress, folder: Path) -> None:
     """Fit the attack, and write its triggers, its report and the state of its random stream into `folder`."""
     spec = plan.spec
+    ready = {name: ready_surrogate(plan, each, surrogates.get(name)) for name, each in plan.surrogates.items()}
     start = time.perf_counter()
-    checkpointer = checkpointer_in(folder, backdoor_notice(spec, "trigger"), access.generator)
-    access = replace(access, checkpointer=checkpointer)
+    generator = stream(spec.seed, "attack")
+    checkpointer = checkpointer_in(folder, backdoor_notice(spec, "trigger"), generator)
+    access = Access(
+        plan.world.train,
+        ready.get("surrogate"),
+        generator,
+        test_surrogate=ready.get("test_surrogate"),
+        other=plan.other.train if plan.other else None,
+        checkpointer=checkpointer,
+    )
     # A network that the attack builds draws its first weights from torch's own random state.
-    with bar, ambient(spec.seed, "fit", plan.device):
+    with progress(f"fit {spec.attack_name}", None), ambient(spec.seed, "fit", plan.device):
         fitted = spec.attack.fit(access)
     # Refuse a network that could not be built again from the trigger's file.
     for trigger in (fitted.trigger, fitted.stored):
@@ -144,7 +136,7 @@ def make_trigger(plan: Plan, access: Access, bar: AbstractContextManager[Tick], 
     save_triggers(spec, fitted, folder)
     # `implant` goes on drawing where `fit` ended.
     notice = {"vitrap": json.dumps(backdoor_notice(spec, "trigger"))}
-    write_bytes(folder / STREAM, save({"state": access.generator.get_state()}, notice))
+    write_bytes(folder / STREAM, save({"state": generator.get_state()}, notice))
     write_facts(folder, TriggerFacts(dict(fitted.report), checkpointer.seconds + time.perf_counter() - start))
 
 
@@ -179,27 +171,21 @@ def implant_of(plan: Plan, fitted: Fitted, generator: torch.Generator) -> Implan
     return plan.spec.attack.implant(Access(plan.world.train, None, generator, other=other), fitted)
 
 
-def make_victim(  # noqa: PLR0913 - all that a victim is made of
-    plan: Plan,
-    fitted: Fitted,
-    implant: Implant,
-    generator: torch.Generator,
-    folders: Mapping[str, Path],
-    progress: Progress,
-    folder: Path,
-) -> None:
+def make_victim(plan: Plan, trigger: Path, twin: Path, progress: Progress, folder: Path) -> None:
     """Make the victim in `folder`: poison the training set, train on it, edit the result.
 
     Args:
         plan: the run's plan.
-        fitted: the result of the attack's `fit`.
-        implant: how the trigger gets into the victim.
-        generator: the random stream that the implant draws from.
-        folders: the stages that it starts from: "trigger" and, where the attack edits weights alone, "twin".
+        trigger: the trigger's stage.
+        twin: the twin's stage, from which an attacker of weights starts.
         progress: displays what is being done.
         folder: the folder of the victim's stage.
     """
     spec = plan.spec
+    # Ask the attack how the trigger gets into the victim.
+    fitted = read_fit(plan, trigger)
+    generator = read_stream(trigger, spec.seed)
+    implant = implant_of(plan, fitted, generator)
     # Poison the stored training set, unless the attack poisons batch by batch or not at all.
     train_set = plan.world.train
     poison_seconds = 0.0
@@ -211,8 +197,8 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
     # Train a victim on it. An attacker of weights starts from an honestly trained model instead: the twin.
     start = time.perf_counter()
     if spec.attack.threat == "weights":
-        model = plan.victim.read(folders["twin"] / MODEL, plan.device)
-        trained = replace(read_facts(folders["twin"], ModelFacts), seconds=0.0)
+        model = plan.victim.read(twin / MODEL, plan.device)
+        trained = replace(read_facts(twin, ModelFacts), seconds=0.0)
     else:
         checkpointer = checkpointer_in(folder, backdoor_notice(spec, "victim"), generator)
         model, trained = _train_victim(plan, train_set, fitted, implant, checkpointer, progress)
@@ -234,7 +220,7 @@ def make_victim(  # noqa: PLR0913 - all that a victim is made of
         n_covers=int(train_set.covers.sum()),
         report=report,
     )
-    _save_victim_triggers(spec, implant, final, folders["trigger"], folder)
+    _save_victim_triggers(spec, implant, final, trigger, folder)
     if implant.objective and implant.objective.along:
         _save_along(implant.objective.along, folder, backdoor_notice(spec, "trained along"))
     save_stage(model, folder, facts, backdoor_notice(spec, "victim"))
@@ -265,7 +251,7 @@ def _save_victim_triggers(spec: Spec, implant: Implant, final: Fitted, trigger: 
         save_triggers(spec, replace(final, stored=None), folder)
 
 
-def _train_victim(  # noqa: PLR0913 - as `make_victim`
+def _train_victim(
     plan: Plan, train_set: ImageSet, fitted: Fitted, implant: Implant, checkpointer: Checkpointer, progress: Progress
 ) -> tuple[nn.Module, ModelFacts]:
     """Train a victim on the poisoned set; returns it with its curves and the seconds that earlier calls spent on it."""
