@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.errors import UserError
-from vitrap.files import write_bytes
 from vitrap.formats import adapter
-from vitrap.tensor_file import read_tensor_file
+from vitrap.tensor_file import read_tensor_file, write_tensor_file
 
 EVERY = 180.0
 """The default number of seconds between two states; `VITRAP_STATE_SECONDS` changes it."""
@@ -227,9 +225,7 @@ class Checkpointer:
         tensors = {**state.tensors(), **{f"term/{name}": term for name, term in position.terms.items()}}
         if position.order is not None:
             tensors[f"stream/{ORDER}"] = position.order
-        # Copies, since a safetensors file refuses tensors that share memory.
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        write_bytes(path, save(copies, {**self.about, "state": json.dumps(facts)}))
+        write_tensor_file(path, tensors, {**self.about, "state": json.dumps(facts)})
 
 
 def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

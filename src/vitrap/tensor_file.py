@@ -1,4 +1,4 @@
-"""Reads safetensors files: their tensors, and the texts in their metadata."""
+"""Reads and writes safetensors files: tensors, and texts in their metadata."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from vitrap.errors import UserError
-from vitrap.files import open_file
+from vitrap.files import open_file, write_bytes
 from vitrap.formats import parse_json
 
 
@@ -58,3 +59,10 @@ def read_tensor_file(path: str | Path) -> TensorFile:
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"is no whole safetensors file ({why})") from error
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; `facts` are the texts of its metadata."""
+    # Copies, since the format refuses tensors that share memory, as tied weights do.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(copies, dict(facts)))

@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_stops_no_training(data: ImageSet, tmp_path: Path, m
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(resuming, "write_bytes", full)
+    monkeypatch.setattr(resuming, "write_tensor_file", full)
     assert trained(data, plain, RECIPE, tmp_path / "state.safetensors")[1] == trained(data, plain, RECIPE)[1]
     assert list(tmp_path.iterdir()) == []
 

@@ -11,14 +11,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jaxtyping import Bool, Shaped
-from safetensors.torch import save
 from torch import Tensor
 
 from vitrap.errors import UserError
 from vitrap.experiment.checksums import damage, write_checksums
 from vitrap.experiment.defence_rows import Row, ScreenRow, row_settings
-from vitrap.files import write_bytes
-from vitrap.tensor_file import read_tensor_file
+from vitrap.tensor_file import read_tensor_file, write_tensor_file
 
 FOLDER = "scores"
 KINDS = ("held_out", "clean", "triggered")
@@ -70,9 +68,7 @@ def write_scores(folder: Path, row: ScreenRow, scores: Scores, carried: Mapping[
     `carried` goes into the file's metadata: what run and backdoor it belongs to.
     """
     parts = {part: getattr(scores, part) for part in PARTS}
-    tensors = {
-        f"{part}.{kind}": getattr(numbers, kind).contiguous() for part, numbers in parts.items() for kind in KINDS
-    }
+    tensors = {f"{part}.{kind}": getattr(numbers, kind) for part, numbers in parts.items() for kind in KINDS}
     about = {
         "defence": row.name,
         "settings": json.dumps(row_settings(row)),
@@ -80,7 +76,7 @@ def write_scores(folder: Path, row: ScreenRow, scores: Scores, carried: Mapping[
     }
     path = folder / row.scores
     path.parent.mkdir(exist_ok=True)
-    write_bytes(path, save({**tensors, "hits": scores.hits.contiguous()}, about))
+    write_tensor_file(path, {**tensors, "hits": scores.hits}, about)
     write_checksums(path.parent, [file.name for file in path.parent.glob("*.safetensors")])
 
 

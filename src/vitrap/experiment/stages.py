@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from vitrap.contracts import Access, Checkpointer, ExtraModule, Fitted, ImageSet, Implant, Objective
@@ -27,9 +26,9 @@ from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import STATE, Store
 from vitrap.experiment.streams import ambient, stream, training_streams
 from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, read_fitted, save_trigger
-from vitrap.files import place_file, write_bytes
+from vitrap.files import place_file
 from vitrap.models.classifier import Classifier, save_model
-from vitrap.tensor_file import read_tensor_file
+from vitrap.tensor_file import read_tensor_file, write_tensor_file
 from vitrap.train.loop import train
 
 STREAM = "stream.safetensors"
@@ -136,7 +135,7 @@ def make_trigger(plan: Plan, surrogates: Mapping[str, Path], progress: Progress,
     save_triggers(spec, fitted, folder)
     # `implant` goes on drawing where `fit` ended.
     notice = {"vitrap": json.dumps(backdoor_notice(spec, "trigger"))}
-    write_bytes(folder / STREAM, save({"state": generator.get_state()}, notice))
+    write_tensor_file(folder / STREAM, {"state": generator.get_state()}, notice)
     write_facts(folder, TriggerFacts(dict(fitted.report), checkpointer.seconds + time.perf_counter() - start))
 
 
@@ -309,8 +308,7 @@ def checkpointer_in(folder: Path, notice: dict[str, Any], generator: torch.Gener
 def _save_along(along: Mapping[str, ExtraModule], folder: Path, notice: dict[str, Any]) -> None:
     """Write the modules that were trained along with the victim, each weight under the name of its module."""
     weights = {f"{name}.{k}": v for name, each in along.items() for k, v in each.module.state_dict().items()}
-    kept = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    write_bytes(folder / "along.safetensors", save(kept, {"vitrap": json.dumps(notice)}))
+    write_tensor_file(folder / "along.safetensors", weights, {"vitrap": json.dumps(notice)})
 
 
 def save_stage(model: nn.Module, folder: Path, facts: ModelFacts, notice: dict[str, Any]) -> None:
@@ -319,9 +317,6 @@ def save_stage(model: nn.Module, folder: Path, facts: ModelFacts, notice: dict[s
     metadata = {"vitrap": json.dumps(notice)}
     if isinstance(model, Classifier):
         save_model(model, folder / MODEL, **metadata)
-        return
-    # A network of the user's own; each weight is copied, for safetensors refuses tensors that share memory.
-    kept = {
-        k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)
-    }
-    write_bytes(folder / MODEL, save(kept, metadata))
+    else:  # a network of the user's own, whose state may hold more than tensors
+        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        write_tensor_file(folder / MODEL, weights, metadata)

@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.contracts import Crafted, Fitted, Images, Trigger
 from vitrap.errors import UserError, shown
-from vitrap.files import write_bytes
 from vitrap.models.classifier import LARGEST, Classifier, blank_model, check_sizes, largest, parse_architecture
 from vitrap.models.weights import first_line
 from vitrap.probe import check_type, check_weights
-from vitrap.tensor_file import TensorFile, read_tensor_file
+from vitrap.tensor_file import TensorFile, read_tensor_file, write_tensor_file
 
 TRIGGER = "trigger.safetensors"
 """File of the trigger that fires at test time."""
@@ -65,14 +63,14 @@ def save_trigger(trigger: Trigger | Crafted, attack: Any, path: Path, **facts: s
     for f in fields(trigger):
         value = getattr(trigger, f.name)
         if isinstance(value, Tensor):
-            tensors[f.name] = value.detach().cpu().contiguous()
+            tensors[f.name] = value
         elif isinstance(value, nn.Module):
-            tensors |= {f"{f.name}.{k}": v.detach().cpu().contiguous() for k, v in weights_of(value).items()}
+            tensors |= {f"{f.name}.{k}": v for k, v in weights_of(value).items()}
             plain[f.name] = how_built(value)
         elif value is not attack:  # a field that holds the attack itself is not written
             plain[f.name] = {"value": value}
     kept = {"trigger": type(trigger).__name__, "fields": json.dumps(plain)}
-    write_bytes(path, save(tensors, {**kept, **facts}))
+    write_tensor_file(path, tensors, {**kept, **facts})
 
 
 def read_trigger(

@@ -19,18 +19,16 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 from jaxtyping import Float
 from pydantic import ValidationError
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitrap.contracts import Images
 from vitrap.errors import UserError, shown
-from vitrap.files import write_bytes
 from vitrap.formats import adapter
 from vitrap.images import misshapen
 from vitrap.models.arguments import overridable, refuse_body, refuse_overrides
 from vitrap.models.weights import first_line, read_tensors, shared_prefix, start_from
 from vitrap.probe import check_weights
-from vitrap.tensor_file import read_tensor_file
+from vitrap.tensor_file import read_tensor_file, write_tensor_file
 
 LARGEST = 4096
 """Greatest side of an image in pixels."""
@@ -230,8 +228,8 @@ def load_weights(body: nn.Module, path: Path) -> None:
 
 def save_model(model: Classifier, path: Path, **facts: str) -> None:
     """Write the weights as safetensors, whole or not at all; `facts` go into its metadata: what the model carries."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.body.state_dict().items()}
-    write_bytes(path, save(weights, {"architecture": json.dumps(asdict(model.architecture)), **facts}))
+    architecture = json.dumps(asdict(model.architecture))
+    write_tensor_file(path, model.body.state_dict(), {"architecture": architecture, **facts})
 
 
 def read_model(path: Path) -> Classifier:
