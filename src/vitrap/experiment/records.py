@@ -6,9 +6,9 @@ that older versions of vitrap did not write have defaults. Imports no torch.
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -109,25 +109,14 @@ def parse(text: bytes, kind: type[T]) -> T:
         raise ValueError(f"has schema {schema}, this vitrap reads up to {SCHEMA}; update vitrap")
     # The types of the classes decide about everything else.
     try:
-        record = adapter(kind).validate_json(text, strict=True)
+        return adapter(kind).validate_json(text, strict=True, extra="forbid")
     except ValidationError as errors:
         error = errors.errors()[0]
-        raise _damaged(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from errors
-    # A key without a field would be lost when the record is written again.
-    if (key := next(_keys_without_field(content, asdict(record)), None)) is not None:
-        raise ValueError(f"has a key {shown(key)} that this vitrap does not know; update vitrap")
-    return record
-
-
-def _keys_without_field(content: Any, read: Any, place: str = "") -> Iterator[str]:
-    """The dotted keys of `content`, a JSON value, that are not in `read`, what was read of it."""
-    if isinstance(content, dict) and isinstance(read, dict):
-        yield from (place + key for key in content if key not in read)
-        for key in content.keys() & read.keys():
-            yield from _keys_without_field(content[key], read[key], f"{place}{key}.")
-    elif isinstance(content, list) and isinstance(read, list | tuple):
-        for one, other in zip(content, read, strict=False):
-            yield from _keys_without_field(one, other, place)
+        place = ".".join(map(str, error["loc"]))
+        # A key without a field would be lost when the record is written again.
+        if error["type"] == "unexpected_keyword_argument":
+            raise ValueError(f"has a key {shown(place)} that this vitrap does not know; update vitrap") from errors
+        raise _damaged(f"{place}: {error['msg']}") from errors
 
 
 def _damaged(why: str) -> ValueError:
