@@ -19,6 +19,8 @@ from vitrap.printable import printable
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+Table = dict[str, Any]
+"""A table of TOML, or an object of JSON."""
 DEEPEST = 50
 """Greatest depth of nesting."""
 GREATEST = 1e100
@@ -43,7 +45,7 @@ def parse_json(text: str | bytes) -> Any:
     return content
 
 
-def parse_toml(text: str) -> dict[str, Any]:
+def parse_toml(text: str) -> Table:
     """The content of a TOML text.
 
     Raises:

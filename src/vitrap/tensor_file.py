@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from vitrap.errors import UserError
 from vitrap.files import open_file, write_bytes
-from vitrap.formats import parse_json
+from vitrap.formats import Table, parse_json
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class TensorFile:
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, str]
 
-    def table(self, name: str) -> dict[str, Any]:
+    def table(self, name: str) -> Table:
         """The table that the metadata have under this name, as JSON.
 
         Raises:

@@ -17,14 +17,14 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from vitrap.experiment.defence_spec import SCREENED, settings_of
+from vitrap.formats import Table
 from vitrap.metrics.values import Auroc, Count, Rate, Rates, Share
 
-Table = dict[str, Any]
 OPTIONAL = {"optional": True}
 """Marks a field that is not written to a record while it has its default."""
 RatesByFpr = dict[str, Rate | None]

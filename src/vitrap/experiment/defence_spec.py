@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-Table = dict[str, Any]
+from vitrap.formats import Table
+
 SCREENED = 1000
 """By default a screen scores so many images of each kind: held out, clean, triggered."""
 

@@ -29,7 +29,7 @@ from vitrap.experiment.network import first_image
 from vitrap.experiment.places import found_again
 from vitrap.experiment.plan import Plan, make_plan, training_steps
 from vitrap.experiment.progress import DEFEND, Progress, no_progress
-from vitrap.experiment.record import Record, Table
+from vitrap.experiment.record import Record
 from vitrap.experiment.records import read_record
 from vitrap.experiment.retraining import Retraining
 from vitrap.experiment.scores import Scores, drop_unnamed, scores_file, write_scores
@@ -37,6 +37,7 @@ from vitrap.experiment.spec import digest, parse_defence, parse_spec
 from vitrap.experiment.stages import Stages, backdoor_notice, implant_of, make_model, read_stream, stored_set
 from vitrap.experiment.store import Stage, Store, key_of, locked
 from vitrap.experiment.trigger_file import TRIGGER, read_fitted, try_out
+from vitrap.formats import Table
 from vitrap.metrics.diagnosis import backdoor_faults
 from vitrap.train.arithmetic import Arithmetic
 

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from vitrap.errors import UserError
-from vitrap.experiment.record import Table, to_table
+from vitrap.experiment.record import to_table
 from vitrap.files import read_bytes, write_json
-from vitrap.formats import adapter
+from vitrap.formats import Table, adapter
 
 FACTS = "facts.json"
 Facts = TypeVar("Facts")

@@ -7,7 +7,7 @@ chooses anything. `measure_defence` makes the row of the record; there is one `m
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,6 +34,7 @@ from vitrap.experiment.predict import BATCH, every_row, predict, spread, timed, 
 from vitrap.experiment.record import to_table
 from vitrap.experiment.scores import ByKind, Scores
 from vitrap.experiment.streams import stream
+from vitrap.formats import Table
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.detection import above, auroc, defence_effectiveness, threshold_at
 from vitrap.metrics.interval import rate
@@ -48,7 +49,6 @@ KINDS: dict[OutcomeKind, type[Outcome]] = {
 }
 FPRS = (0.01, 0.05, 0.10)
 """False positive rates at which a screen's true positive rate is measured."""
-Table = dict[str, Any]
 Seconds = dict[str, float]
 Tick = Callable[[], None]
 Result = TypeVar("Result")

@@ -12,13 +12,13 @@ from pydantic import AfterValidator
 
 from vitrap.experiment.defence_rows import OPTIONAL, Row
 from vitrap.files import write_json
+from vitrap.formats import Table
 from vitrap.metrics.values import Count, Measures
 
 RECORD = "record.json"
 """File in a run's folder that holds its record."""
 SCHEMA = 1
 """Version of the format; raised when a key of the record changes its meaning."""
-Table = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,14 @@ from vitrap.experiment.places import keep_places
 from vitrap.experiment.plan import Plan, make_plan
 from vitrap.experiment.predict import batch_of, timed
 from vitrap.experiment.progress import MEASURE, Progress, no_progress
-from vitrap.experiment.record import RECORD, SCHEMA, Data, Record, Table
+from vitrap.experiment.record import RECORD, SCHEMA, Data, Record
 from vitrap.experiment.records import EARLIER, FAILURE, read_record
 from vitrap.experiment.spec import Spec
 from vitrap.experiment.stages import STREAM, Redo, Stages, implant_of, read_stream, stored_set
 from vitrap.experiment.store import Store, locked
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted
 from vitrap.files import DRAFTS, place_file, write_bytes
+from vitrap.formats import Table
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Measures, Stealth
 

@@ -19,11 +19,10 @@ from vitrap.errors import UserError, shown, unknown
 from vitrap.experiment.defence_spec import DefenceSpec
 from vitrap.experiment.spec_file import DEFAULT_NAMES, FOLDERS, NETWORKS, leaves, parse_override, read_table, set_keys
 from vitrap.experiment.spec_paths import SpecPath, folders_of, located, set_leaf
-from vitrap.formats import adapter, check_plain
+from vitrap.formats import Table, adapter, check_plain
 from vitrap.params import hyperparameters, param
 from vitrap.train.recipe import Recipe, recipe_for
 
-Table = dict[str, Any]
 DEFAULT = Path(__file__).with_name("default.toml")
 LONGEST_NAME = 100
 """Letters that the name of a run may have."""

@@ -8,9 +8,8 @@ from typing import Any
 
 from vitrap.errors import UserError, shown, unknown
 from vitrap.files import open_file
-from vitrap.formats import DEEPEST, check_plain, parse_toml
+from vitrap.formats import DEEPEST, Table, check_plain, parse_toml
 
-Table = dict[str, Any]
 KEPT_KEYS = {"attack": ("target",), "model": (), "surrogate": (), "test_surrogate": (), "data": ("limit",)}
 """Tables with a name; if an override changes the name, the table loses its other keys except these."""
 DEFAULT_NAMES = {"attack": "ageb", "data": "digits"}

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from vitrap.experiment.defence_rows import row_settings
 from vitrap.experiment.defence_spec import DefenceSpec
-from vitrap.experiment.record import Record, Table
+from vitrap.experiment.record import Record
 from vitrap.experiment.records import Loaded
 from vitrap.experiment.spec import digest
+from vitrap.formats import Table
 from vitrap.sweeps.grid import Point, Sweep
 
 State = Literal["record there", "defences missing", "failed before", "to run"]

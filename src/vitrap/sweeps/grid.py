@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vitrap.errors import UserError, shown
-from vitrap.experiment.spec import Spec, Table, parse_spec
+from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.experiment.spec_file import PAGE, leaves, parse_override, read_table, set_keys
+from vitrap.formats import Table
 
 MOST = 10_000
 """A sweep of more runs needs `--yes`."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from vitrap.experiment.progress import DEFEND, MEASURE, Progress, no_progress
-from vitrap.experiment.record import SCHEMA, Failure, Table, to_table
+from vitrap.experiment.record import SCHEMA, Failure, to_table
 from vitrap.experiment.records import FAILURE
 from vitrap.experiment.spec import Spec, parse_spec
 from vitrap.files import write_json
+from vitrap.formats import Table
 
 OFTEN = 0.25
 """Least seconds between two reports of a worker on the same step."""
