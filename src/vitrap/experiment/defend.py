@@ -187,7 +187,7 @@ class FinishedRun:
         victim = plan.victim.read(self.folder / MODEL, plan.device)
         twin = plan.victim.read(self._twin() / MODEL, plan.device)
         # Load the trigger that it made, and have the attack say how that gets into a training set.
-        fitted = read_fitted(self.folder, plan.spec.attack, device=plan.device)
+        fitted = read_fitted(self.folder, plan.spec.attack, plan.device)
         assert fitted.trigger is not None, "a run without its trigger is refused before"
         try_out(fitted.trigger, first_image(plan.world).to(plan.device), self.folder / TRIGGER)
         implant = implant_of(plan, fitted, read_stream(self.folder, seed))

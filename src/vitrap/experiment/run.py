@@ -171,7 +171,7 @@ def measure_run(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: P
     victim = plan.victim.read(model_folders["victim"] / MODEL, plan.device)
     twin = plan.victim.read(model_folders["twin"] / MODEL, plan.device)
     # The victim's stage has the final trigger: training along, or an edit of the model, may have changed it.
-    fitted = read_fitted(model_folders["victim"], plan.spec.attack, device=plan.device)
+    fitted = read_fitted(model_folders["victim"], plan.spec.attack, plan.device)
     implant = implant_of(plan, fitted, read_stream(trigger_folder, plan.spec.seed))
     assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
     backdoor = Backdoor(fitted.trigger, plan.goal, implant.examine)

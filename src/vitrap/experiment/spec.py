@@ -238,7 +238,7 @@ def parse_spec(table: Mapping[str, Any]) -> Spec:
     surrogates = {k: _model(table[k], k) if k in table else None for k in ("surrogate", "test_surrogate")}
     recipe = build(Recipe, {**asdict(recipe_for(data.name)), **table.get("recipe", {})}, "recipe")
     # Attack and defences come last, for their files import torch.
-    attack_name, attack = _attack(table.get("attack", {}))
+    attack_name, attack = _method("attacks", {"name": DEFAULT_NAMES["attack"], **table.get("attack", {})}, "attack")
     defences = _defences(table.get("defences", []))
     named = {"name": _default_name(attack_name, attack, data)}
     head = build(_NameAndSeed, named | {k: v for k, v in table.items() if k in {"name", "seed"}}, "")
@@ -281,15 +281,15 @@ class _NameAndSeed:
             raise UserError(f"name = {shown(self.name)} cannot name a folder; use at most {letters}")
 
 
-def _attack(table: Mapping[str, Any]) -> tuple[str, Any]:
-    """The attack's name and the attack."""
-    name = table.get("name", DEFAULT_NAMES["attack"])
+def _method(
+    kind: registry.Kind, table: Mapping[str, Any], where: str, also_known: Sequence[str] = ("name",)
+) -> tuple[str, Any]:
+    """The name in a table, and the attack or defence of that name; its settings are the keys not in `also_known`."""
+    name = table.get("name")
     if not isinstance(name, str):
-        raise UserError(
-            f"attack.name = {shown(name)} is wrong: it must be one of {', '.join(registry.names('attacks'))}"
-        )
-    settings = {k: v for k, v in table.items() if k != "name"}
-    return name, build(registry.get("attacks", name), settings, "attack", ("name",))
+        raise UserError(f"{where}.name = {shown(name)} is wrong: it must be one of {', '.join(registry.names(kind))}")
+    settings = {k: v for k, v in table.items() if k not in also_known}
+    return name, build(registry.get(kind, name), settings, where, also_known)
 
 
 def _default_name(attack_name: str, attack: Any, data: DataTable) -> str:
@@ -313,13 +313,8 @@ def parse_defence(table: Mapping[str, Any], where: str = "defence") -> DefenceSp
     Raises:
         UserError: the name, a key, type or value is wrong.
     """
-    if not isinstance(name := table.get("name"), str):
-        raise UserError(
-            f"{where}.name = {shown(name)} is wrong: it must be one of {', '.join(registry.names('defences'))}"
-        )
     _check_values(table, where)
-    settings = {k: v for k, v in table.items() if k not in ("name", "screened")}
-    defence = build(registry.get("defences", name), settings, where, ("name", "screened"))
+    name, defence = _method("defences", table, where, ("name", "screened"))
     if "screened" not in table:
         return DefenceSpec(name, defence)
     screened = table["screened"]

@@ -160,7 +160,7 @@ def read_stream(folder: Path, seed: int) -> torch.Generator:
 
 def read_fit(plan: Plan, trigger: Path) -> Fitted:
     """The result of the attack's `fit`, read from the trigger's stage."""
-    fitted = read_fitted(trigger, plan.spec.attack, device=plan.device)
+    fitted = read_fitted(trigger, plan.spec.attack, plan.device)
     return replace(fitted, report=read_facts(trigger, TriggerFacts).report)
 
 

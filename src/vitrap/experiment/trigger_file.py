@@ -160,27 +160,20 @@ def try_out(trigger: Trigger, images: Images, path: Path) -> None:
         raise UserError(f"{damaged}: its trigger does not return images; run its spec again")
 
 
-def read_fitted(
-    folder: Path,
-    attack: Any,
-    networks: Mapping[str, nn.Module] | None = None,
-    device: torch.device | str = "cpu",
-) -> Fitted:
+def read_fitted(folder: Path, attack: Any, device: torch.device | str) -> Fitted:
     """Read the triggers in the folder of a stage or of a finished run.
 
     Args:
         folder: it has `trigger.safetensors`, unless the trigger is known only after training, and may have
             `stored.safetensors`.
         attack: as for `read_trigger`.
-        networks: as for `read_trigger`.
         device: as for `read_trigger`.
 
     Raises:
         UserError: a file is damaged, or of another attack.
     """
-    there = [(folder / name).exists() for name in (TRIGGER, STORED)]
-    trigger = read_trigger(folder / TRIGGER, attack, networks, device) if there[0] else None
-    stored = _read(folder / STORED, attack, networks or {}, device) if there[1] else None
+    trigger = read_trigger(folder / TRIGGER, attack, device=device) if (folder / TRIGGER).exists() else None
+    stored = _read(folder / STORED, attack, {}, device) if (folder / STORED).exists() else None
     return Fitted(trigger, stored)
 
 
