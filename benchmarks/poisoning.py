@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.compare import Figure, Scale, in_turns
-from benchmarks.subjects import image_set, surrogate
+from benchmarks.subjects import SIZE, image_set, surrogate
 from vitrap import registry
 from vitrap.contracts import Access, ImageSet
 from vitrap.data.poison import poison_set
@@ -67,6 +67,16 @@ def plain_badnets(attack: Any, model: Any) -> Stamp:
     def stamp(x: Tensor) -> Tensor:
         x[:, :, -attack.size :, -attack.size :] = attack.value
         return x
+
+    return stamp
+
+
+def plain_blended(attack: Any, model: Any) -> Stamp:
+    """Blended at its defaults: a fifth of noise."""
+    key = torch.rand((3, SIZE, SIZE), generator=torch.Generator())
+
+    def stamp(x: Tensor) -> Tensor:
+        return (1 - attack.alpha) * x + attack.alpha * key.to(x.device)
 
     return stamp
 
@@ -133,6 +143,7 @@ def plain_match(y: Tensor, x: Tensor) -> Tensor:
 PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "ageb": plain_ageb,
     "badnets": plain_badnets,
+    "blended": plain_blended,
     "megatron": plain_megatron,
 }
 """A plain version of every registered attack, from its settings and the surrogate."""
