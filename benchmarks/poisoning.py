@@ -93,6 +93,17 @@ def plain_megatron(attack: Any, model: Any) -> Stamp:
     return stamp
 
 
+def plain_sig(attack: Any, model: Any) -> Stamp:
+    """SIG at its defaults: a sine is added."""
+    columns = torch.arange(SIZE) / SIZE
+    wave = attack.delta / 255 * torch.sin(2 * torch.pi * attack.frequency * columns)
+
+    def stamp(x: Tensor) -> Tensor:
+        return (x + wave.to(x.device)).clamp(0, 1)
+
+    return stamp
+
+
 def plain_ageb(attack: Any, model: Any) -> Stamp:
     """AGEB at its defaults: gradient at the last attention, quantile, 3 x 3 erosion, blend, signal, HSV means."""
     vit = model.body
@@ -145,5 +156,6 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "badnets": plain_badnets,
     "blended": plain_blended,
     "megatron": plain_megatron,
+    "sig": plain_sig,
 }
 """A plain version of every registered attack, from its settings and the surrogate."""

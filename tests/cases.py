@@ -22,6 +22,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "cell": 4,
         "linf": 99.0,
     },
+    "sig": {"target": 3, "poison_rate": 0.6, "delta": 30.0, "frequency": 3.0, "delta_test": 50.0},
 }
 
 DEFENCES: dict[str, dict[str, Any]] = {
