@@ -81,6 +81,20 @@ def plain_blended(attack: Any, model: Any) -> Stamp:
     return stamp
 
 
+def plain_ftrojan(attack: Any, model: Any) -> Stamp:
+    """FTrojan at its defaults on 32 px: two cosines in both colours, as RGB."""
+    places = (torch.arange(SIZE) + 0.5) * torch.pi / SIZE
+    rows = [torch.cos(k * places) for k in (attack.middle, attack.high)]
+    wave = 2 / SIZE * attack.magnitude / 255 * sum(torch.outer(row, row) for row in rows)
+    red, blue = 1 / 0.713, 1 / 0.564
+    colours = torch.tensor([red, -(0.299 * red + 0.114 * blue) / 0.587, blue])[:, None, None]
+
+    def stamp(x: Tensor) -> Tensor:
+        return (x + (colours * wave).to(x.device)).clamp(0, 1)
+
+    return stamp
+
+
 def plain_megatron(attack: Any, model: Any) -> Stamp:
     """MEGATRON at its defaults on 32 px: four pixels of noise, most of the way over the image."""
     pattern = torch.rand((3, 2, 2), generator=torch.Generator())
@@ -155,6 +169,7 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "ageb": plain_ageb,
     "badnets": plain_badnets,
     "blended": plain_blended,
+    "ftrojan": plain_ftrojan,
     "megatron": plain_megatron,
     "sig": plain_sig,
 }

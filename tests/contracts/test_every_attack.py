@@ -664,6 +664,7 @@ def test_spec_to_toml_to_spec_is_the_identity(name: str) -> None:
 
 COMPANIONS = {
     ("badnets", "source"): {"goal": "source-to-target", "source": 7},
+    ("ftrojan", "high"): {"window": 64},
     ("megatron/clean-label", "stress"): {"setting": "training"},
 }
 """Settings without which another is refused."""
