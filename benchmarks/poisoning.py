@@ -24,7 +24,7 @@ Stamp = Callable[[Tensor], Tensor]
 
 
 def figures(scale: Scale) -> Iterator[Figure]:
-    """One figure an attack."""
+    """One figure for each attack with a plain version."""
     data, model = image_set(scale.images, scale.device), surrogate(scale)
     rows = torch.arange(len(data), device=data.device)
     for name, build in PLAIN.items():
@@ -173,4 +173,6 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "megatron": plain_megatron,
     "sig": plain_sig,
 }
-"""A plain version of every registered attack, from its settings and the surrogate."""
+"""Plain versions of attacks' triggers, from the settings and the surrogate."""
+OPTIMISED: frozenset[str] = frozenset()
+"""Attacks whose trigger is optimised on images. They have no plain version; a record has the seconds."""
