@@ -174,5 +174,5 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "sig": plain_sig,
 }
 """Plain versions of attacks' triggers, from the settings and the surrogate."""
-OPTIMISED: frozenset[str] = frozenset()
+OPTIMISED = frozenset({"low_frequency"})
 """Attacks whose trigger is optimised on images. They have no plain version; a record has the seconds."""

@@ -7,6 +7,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "badnets": {"target": 3, "poison_rate": 0.08, "size": 2, "margin": 1, "value": 0.9},
     "blended": {"target": 3, "poison_rate": 0.08, "alpha": 0.3},
     "ftrojan": {"target": 3, "poison_rate": 0.08, "window": 8, "middle": 3, "high": 7, "magnitude": 40.0},
+    "low_frequency": {"target": 3, "poison_rate": 0.08, "samples": 5, "passes": 2, "steps": 50, "sigma": 5.0},
     "megatron": {
         "target": 3,
         "poison_rate": 0.08,
