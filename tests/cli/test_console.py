@@ -11,7 +11,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from tests.cli.conftest import TINY
-from vitrap.cli.console import PrintableConsole
+from vitrap.cli.console import PrintableConsole, say
 
 HOSTILE = "\x1b[2Jred\x9b31m \u202egnp \udcff :cat: [bold]b[/]"
 
@@ -28,7 +28,7 @@ def in_a_bar(console: PrintableConsole) -> None:
 
 
 WAYS: dict[str, Callable[[PrintableConsole], None]] = {
-    "as text": lambda console: console.print(HOSTILE, markup=False),
+    "as text": lambda console: say(HOSTILE, console),
     "as markup": lambda console: console.print(f"[bold]{escape(HOSTILE)}[/]"),
     "in a table": in_a_table,
     "in a bar": in_a_bar,
@@ -45,6 +45,12 @@ def test_text_does_not_steer_the_terminal(way: str, terminal: bool) -> None:
     assert r"\x1b[2Jred\x9b31m \u202egnp" in shown  # what is too wide for a cell is cut
     assert not {"\x1b[2J", "\x9b", "\u202e", "\udcff"} & {shown[i : i + n] for i in range(len(shown)) for n in (1, 4)}
     shown.encode()
+
+
+def test_what_is_said_is_neither_markup_nor_wrapped() -> None:
+    out = io.StringIO()
+    say(f"{HOSTILE} {'a ' * 100}", PrintableConsole(file=out, width=20, emoji=False))
+    assert out.getvalue().endswith(f":cat: [bold]b[/] {'a ' * 100}\n")
 
 
 @pytest.fixture

@@ -40,14 +40,24 @@ class PrintableConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
-out = PrintableConsole(emoji=False)
-err = PrintableConsole(stderr=True, emoji=False)
+out = PrintableConsole(emoji=False, highlight=False)
+err = PrintableConsole(stderr=True, emoji=False, highlight=False)
 PATIENCE = 1.0
 """Seconds before bars appear, so that a quick error is the only line."""
 KEY = re.compile(r"[^=/\\]*=")
 """The beginning of an override, `key=value`."""
 EVERY = 30.0
 """Seconds between two lines of progress where stderr is no terminal and bars cannot be drawn."""
+
+
+def say(text: str, where: Console = out) -> None:
+    """Print text as it is: brackets in it, of a file's name say, are no markup, and its lines are not wrapped."""
+    where.print(text, markup=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print a message on stderr, as one line."""
+    say(f"vitrap: {' '.join(text.split())}", err)
 
 
 class ProgressBars:
@@ -82,7 +92,7 @@ class ProgressBars:
                     done = f"{task.completed:g} of {task.total:g}, " if task.total else ""
                     ahead = f", about {task.time_remaining:.0f} s to go" if task.time_remaining else ""
                     line = f"{task.description.strip()}: {done}{task.elapsed or 0:.0f} s so far{ahead}"
-                    err.print(line, highlight=False, soft_wrap=True)
+                    err.print(line, soft_wrap=True)  # a description is markup, as in the bars
 
     def __exit__(self, kind: object, *exception: object) -> None:
         self._ended.set()
@@ -96,7 +106,7 @@ class ProgressBars:
         elif live.is_started:
             self.progress.stop()
         if kind is KeyboardInterrupt:
-            err.print("vitrap: interrupted; the next call goes on from finished stages and kept states", soft_wrap=True)
+            complain("interrupted; the next call goes on from finished stages and kept states")
             raise typer.Exit(130) from None
 
     @contextmanager
@@ -127,7 +137,7 @@ class ProgressBars:
 def tell_skipped(lines: Sequence[str]) -> None:
     """Print a line for each record that could not be read, and how many they are."""
     for line in [*lines, *([f"{len(lines)} skipped"] if lines else [])]:
-        err.print(f"vitrap: {' '.join(line.split())}", highlight=False, markup=False, soft_wrap=True)
+        complain(line)
 
 
 def split(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vitrap import registry
-from vitrap.cli.console import ProgressBars, err, out, print_json, split
+from vitrap.cli.console import ProgressBars, complain, out, print_json, say, split
 from vitrap.cli.options import Memory
 from vitrap.cli.report import report
 from vitrap.cli.sweep import print_estimates, sweep
@@ -62,7 +62,7 @@ ELSEWHERE = {
 
 def _version(wanted: bool | None) -> None:
     if wanted:
-        out.print(f"vitrap {version('vitrap')}", highlight=False)
+        out.print(f"vitrap {version('vitrap')}")
         raise typer.Exit
 
 
@@ -144,7 +144,7 @@ def tune(
         table.add_row(name, f"{seconds:.4f}")
     out.print(table)
     when = "would be written" if dry_run else "written"
-    out.print(f"{name_of(found.arithmetic)}: {when} into {path}", highlight=False, markup=False, soft_wrap=True)
+    say(f"{name_of(found.arithmetic)}: {when} into {path}")
 
 
 @app.command()
@@ -200,7 +200,7 @@ def poison(
 
         poison_data(spec, folder, out_folder, device=device, progress=bars.step)
     _print_passed_over(read_json(folder / NOTICE).get("passed_over", ""))
-    out.print(f"poisoned data set: {folder}", highlight=False, markup=False, soft_wrap=True)
+    say(f"poisoned data set: {folder}")
 
 
 @app.command("list")
@@ -231,11 +231,11 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
         raise unknown("attack or defence", name, [*attacks, *defences])
     kind = registry.get("attacks" if name in attacks else "defences", name)
     card = kind.card
-    out.print(f"[bold]{name}[/]: {card.title}", highlight=False)
+    out.print(f"[bold]{name}[/]: {card.title}")
     link = f", https://arxiv.org/abs/{card.arxiv}" if card.arxiv else ""
-    out.print(", ".join(filter(None, [card.authors, card.venue, str(card.year)])) + link, highlight=False)
+    out.print(", ".join(filter(None, [card.authors, card.venue, str(card.year)])) + link)
     for line in _threats(kind) if name in attacks else _needs(kind):
-        out.print(line, highlight=False)
+        out.print(line)
     table = Table(
         "symbol", "parameter", "default", "source", "meaning \\[unit; range]", header_style="bold", pad_edge=False
     )
@@ -249,8 +249,7 @@ def explain(name: Annotated[str, typer.Argument(help="an attack or a defence")])
     out.print(table)
     out.print(
         "source: paper = stated there; code = read in its public code; field = as commonly benchmarked;"
-        " assumed = stated nowhere, our choice",
-        highlight=False,
+        " assumed = stated nowhere, our choice"
     )
 
 
@@ -293,7 +292,7 @@ def prepare(
             progress=bars.fraction(f"prepare {name}"),
             waiting=lambda: bars.step(f"wait for another process that prepares {name}", None),
         )
-    out.print(f"{name} is in {place}", highlight=False, markup=False, soft_wrap=True)
+    say(f"{name} is in {place}")
 
 
 app.command()(sweep)
@@ -320,8 +319,7 @@ def _print_record(record: "Record", folder: Path) -> None:
     data = record.data
     out.print(
         f"[bold]{escape(record.name)}[/] seed {record.seed}: {data.n_poisoned} of {data.n_train} training"
-        f" images poisoned, {data.n_test} {measured_on(record.spec)} images",
-        highlight=False,
+        f" images poisoned, {data.n_test} {measured_on(record.spec)} images"
     )
     table = Table("measure", "victim", "clean twin", "n", header_style="bold")
     for row in measures(record.victim):
@@ -329,18 +327,16 @@ def _print_record(record: "Record", folder: Path) -> None:
     out.print(table)
     _print_passed_over(data.passed_over)
     for line in adapted(record.models):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
-    diagnosis = diagnose(record.victim, record.data.classes)
-    out.print(in_a_line(diagnosis), highlight=False, markup=False, soft_wrap=True)
+        say(line)
+    say(in_a_line(diagnose(record.victim, record.data.classes)))
     _print_defences(record.defences, record)
-    out.print(f"record, pictures, model and trigger: {folder}", highlight=False, markup=False, soft_wrap=True)
+    say(f"record, pictures, model and trigger: {folder}")
 
 
 def _print_passed_over(files: str) -> None:
     """Name the files of an image folder that are no images."""
     if files:
-        line = f"files of the image folder that are no images, and were passed over: {files}"
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(f"files of the image folder that are no images, and were passed over: {files}")
 
 
 def _print_defences(rows: "Sequence[Row]", record: "Record") -> None:
@@ -353,9 +349,9 @@ def _print_defences(rows: "Sequence[Row]", record: "Record") -> None:
     for row in rows:
         settings = ", ".join(f"{k} = {v}" for k, v in row_settings(row).items() if v is not None)
         seconds = ", ".join(f"{name} {took:.1f} s" for name, took in row.seconds.items())
-        out.print(f"[bold]{escape(row.name)}[/] ({escape(settings)}): {seconds}", highlight=False)
+        out.print(f"[bold]{escape(row.name)}[/] ({escape(settings)}): {seconds}")
         if faults:
-            out.print(f"no backdoor ({', '.join(faults)}): no credit to the defence", highlight=False, soft_wrap=True)
+            say(f"no backdoor ({', '.join(faults)}): no credit to the defence")
         table = Table("measure", "victim", "clean twin", "n", header_style="bold")
         for line in defence_measures(row, backdoor=not faults):
             table.add_row(*line)
@@ -370,7 +366,7 @@ def main() -> None:
         finally:
             _flush(sys.stdout)  # output that cannot be written is a failure, too
     except UserError as mistake:
-        err.print(f"vitrap: {' '.join(str(mistake).split())}", highlight=False, markup=False, soft_wrap=True)
+        complain(str(mistake))
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader of a pipe, `head` say, has closed it
         raise SystemExit(1) from None
@@ -379,15 +375,13 @@ def main() -> None:
         what = named if failure.filename else str(failure)
         full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "check its permissions"
-        message = f"vitrap: {what}; {remedy} or choose another folder, then repeat the command"
-        err.print(message, highlight=False, markup=False, soft_wrap=True)
+        complain(f"{what}; {remedy} or choose another folder, then repeat the command")
         raise SystemExit(2 if failure.filename else 1) from None
     except (MemoryError, RuntimeError) as failure:
         # Torch says in words alone that it found no memory.
         if isinstance(failure, RuntimeError) and not any(each in str(failure) for each in NO_MEMORY):
             raise
-        message = "vitrap: there is not enough memory; lower data.size, recipe.batch_size or the size of the network"
-        err.print(message, highlight=False, markup=False, soft_wrap=True)
+        complain("there is not enough memory; lower data.size, recipe.batch_size or the size of the network")
         raise SystemExit(2) from None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vitrap.cli.console import ProgressBars, err, out, tell_skipped
+from vitrap.cli.console import ProgressBars, complain, say, tell_skipped
 from vitrap.errors import UserError
 
 
@@ -37,11 +37,7 @@ def report(
     with ProgressBars() as bars:
         made = make_page(loaded, folder.resolve().name or str(folder), pictures, bars.fraction("report"))
     for note in made.notes:
-        _warn(note)
+        complain(note)
     write_bytes(page, made.content)
     many = "run" if len(loaded.records) == 1 else "runs"
-    out.print(f"report of {len(loaded.records)} {many}: {page}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _warn(line: str) -> None:
-    err.print(f"vitrap: {' '.join(line.split())}", highlight=False, markup=False, soft_wrap=True)
+    say(f"report of {len(loaded.records)} {many}: {page}")

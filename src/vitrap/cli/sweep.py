@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vitrap.cli.console import ProgressBars, err, out, tell_skipped
+from vitrap.cli.console import ProgressBars, complain, out, say, tell_skipped
 from vitrap.cli.options import Memory
 from vitrap.errors import UserError
 
@@ -85,24 +85,23 @@ class SweepDisplay:
         if self.whole is None:
             self.progress.start()
             self.whole = self.progress.add_task("sweep", total=len(self.labels))
-        label = escape(self.labels[event.number])
+        label = self.labels[event.number]
         # A run has ended: count it, and print its result.
         if isinstance(event, Ended):
             self.counts[event.how] += 1
             text = ", ".join(f"{n} {how}" for how, n in sorted(self.counts.items()))
             self.progress.update(self.whole, advance=1, description=f"sweep: {text}")
-            line = f"{event.how}: {label}: {escape(event.said)}, {event.seconds:.0f} s"
             if event.how != "kept":
-                self.progress.console.print(line, highlight=False, soft_wrap=True)
+                say(f"{event.how}: {label}: {event.said}, {event.seconds:.0f} s", self.progress.console)
             return
         # A worker has begun a run, or come further: change its line.
         if event.worker not in self.lines:
             self.lines[event.worker] = self.progress.add_task("", total=None)
         line = self.lines[event.worker]
         if isinstance(event, Started):
-            self.progress.reset(line, description=f"  {event.worker + 1}: {label}", total=None)
+            self.progress.reset(line, description=f"  {event.worker + 1}: {escape(label)}", total=None)
         else:
-            text = f"  {event.worker + 1}: {label}: {escape(event.name)}"
+            text = f"  {event.worker + 1}: {escape(label)}: {escape(event.name)}"
             self.progress.update(line, description=text, total=event.total, completed=event.done)
 
 
@@ -110,16 +109,12 @@ def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
     """Print how many runs ended in which way, and each failure in a line; with failures the exit code is 1."""
     counts = Counter(one.how for one in ended)
     text = ", ".join(f"{counts[how]} {word}" for how, word in ENDING_WORDS.items() if counts[how])
-    out.print(
-        f"{grid.name}: {len(ended)} runs: {text}; records: {folder}", highlight=False, markup=False, soft_wrap=True
-    )
+    say(f"{grid.name}: {len(ended)} runs: {text}; records: {folder}")
     failed = [one for one in ended if one.how == "failed"]
     for one in failed:
-        err.print(f"vitrap: failed: {grid.points[one.number].label}: {one.said}", highlight=False, markup=False,
-                  soft_wrap=True)  # fmt: skip
+        complain(f"failed: {grid.points[one.number].label}: {one.said}")
     if failed:
-        more = "vitrap: the same call tries failed runs again; failure.json in a run's folder says more"
-        err.print(more, highlight=False, soft_wrap=True)
+        complain("the same call tries failed runs again; failure.json in a run's folder says more")
         raise typer.Exit(1)
 
 
@@ -148,7 +143,7 @@ def print_estimates(grid: "Sweep", folder: Path, workers: int | None, device: st
     text = f"about {_span(seconds)} with {busy} worker{'s' * (busy > 1)}" if to_do > unknown else "no estimate"
     some = f"; {_runs(unknown)} without a finished run like it to go by" if unknown else ""
     rest = text if to_do else "nothing to wait for"
-    out.print(f"{_runs(len(estimates))}, {to_do} to do: {rest}{some}", highlight=False)
+    out.print(f"{_runs(len(estimates))}, {to_do} to do: {rest}{some}")
 
 
 def _runs(n: int) -> str:

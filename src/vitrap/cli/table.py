@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from vitrap.cli.console import err, out, tell_skipped
+from vitrap.cli.console import err, out, say, tell_skipped
 from vitrap.errors import UserError
 
 
@@ -40,22 +39,18 @@ def table(
     if collect is not None:
         taken = take(spec, collect, out_folder)
         tell_skipped(taken.skipped)
-        _line(f"{taken.file}: {taken.new} new, {taken.superseded} superseded, {taken.missing} of the sweep not run")
+        say(f"{taken.file}: {taken.new} new, {taken.superseded} superseded, {taken.missing} of the sweep not run")
     study = open_study(spec, records)
     tell_skipped(study.skipped)
     printed = study.page.file is None or records is not None
     if printed and not check:
-        _line("\n\n".join(f"{part}:\n\n{text}" for part, text in study.tables().items()))
+        say("\n\n".join(f"{part}:\n\n{text}" for part, text in study.tables().items()))
     if study.page.file is not None and records is not None:
         return
     changes = fill_page(study, write=not check, out=out_folder)
     for change in changes:
         which = f" ({', '.join(change.parts)})" if change.parts else ""
         news = f"outdated{which}; make it with vitrap table {spec}" if check else f"made anew{which}"
-        _line(f"{change.file}: {news if change.outdated else 'up to date'}", err if printed else out)
+        say(f"{change.file}: {news if change.outdated else 'up to date'}", err if printed else out)
     if check and any(change.outdated for change in changes):
         raise typer.Exit(1)
-
-
-def _line(text: str, where: Console = out) -> None:
-    where.print(text, highlight=False, markup=False, soft_wrap=True)
