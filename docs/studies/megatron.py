@@ -17,8 +17,8 @@ from vitrap.attacks.megatron import Masked
 from vitrap.contracts import AllToOne
 from vitrap.experiment.predict import every_row, predict, spread, triggered
 from vitrap.experiment.run import run_folder
+from vitrap.experiment.spec_file import leaves
 from vitrap.metrics.accuracy import attack_success
-from vitrap.report.frame import settings
 from vitrap.sweeps.grid import load_sweep
 from vitrap.train.arithmetic import default_arithmetic
 
@@ -82,7 +82,7 @@ def main(runs: str, name: str) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for line, (sweep, title, wanted) in network.lines.items():
         for point in load_sweep(ROOT / "specs" / "studies" / f"{sweep}.toml").points:
-            known = dict(settings(point.spec.table())) | point.settings
+            known = dict(leaves(point.spec.table())) | point.settings
             if all(known[key] == value for key, value in {"title": title, **wanted}.items()):
                 measured = shifts(point.spec, run_folder(point.spec, Path(runs)), network)
                 found.setdefault(line, []).append({"seed": point.spec.seed, "asr": measured})

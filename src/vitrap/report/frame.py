@@ -12,6 +12,7 @@ import pandas
 from vitrap.experiment.defence_rows import Row, row_settings
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found, read_records
+from vitrap.experiment.spec_file import leaves
 from vitrap.metrics.diagnosis import diagnose
 from vitrap.metrics.values import Auroc, Centre, Rate
 
@@ -73,16 +74,8 @@ def _run(found: Found) -> dict[str, Any]:
     record = found.record
     head = {"run": found.place.name, "name": record.name, "hash": record.hash, "seed": record.seed}
     faults = "; ".join(diagnose(record.victim, record.data.classes))
-    return {**head, "diagnosis": faults, **dict(settings({k: v for k, v in record.spec.items() if k not in head}))}
-
-
-def settings(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting of a spec's table by its dotted key, without the defences."""
-    for key, value in spec.items():
-        if isinstance(value, Mapping):
-            yield from settings(value, f"{place}{key}.")
-        elif key != "defences":
-            yield f"{place}{key}", value
+    settings = {key: value for key, value in leaves(record.spec) if key not in (*head, "defences")}
+    return {**head, "diagnosis": faults, **settings}
 
 
 def _lines(record: Record) -> Iterator[tuple[Any, ...]]:

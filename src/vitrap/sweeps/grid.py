@@ -82,7 +82,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
     if not isinstance(grid := table.pop("grid"), Mapping):
         raise UserError(f"grid = {shown(grid)} in spec {str(path)!r} must be a table of lists: [grid]")
     # Read what varies, apply overrides, and refuse contradictions.
-    axes = dict(_axes(grid))
+    axes = _axes(grid)
     cases = _cases(grid.get("case", []))
     replaced = _override(table, axes, cases, overrides)
     _check_count(str(path), prod(map(len, axes.values())) * max(1, sum(map(_count, cases))), any_number)
@@ -96,21 +96,16 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, any_number: b
     return Sweep(path.stem, tuple(_each_once(points)), page)
 
 
-def _axes(grid: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Each key of the grid, dotted, with its list of values."""
-    seen: set[str] = set()
-    for key, values in grid.items():
-        if not place and key == "case":
-            continue
-        name = f"{place}{key}"
-        found = list(_axes(values, f"{name}.")) if isinstance(values, Mapping) else [(name, values)]
-        for dotted, each in found:
-            if dotted in seen:
-                raise UserError(f"grid.{dotted} stands twice, quoted and bare; remove one")
-            if not isinstance(each, list) or not each:
-                raise UserError(f"grid.{dotted} = {shown(each)} must be a list with a value or more")
-            seen.add(dotted)
-            yield dotted, each
+def _axes(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Each key of the grid but its cases, dotted, with its list of values."""
+    axes: dict[str, list[Any]] = {}
+    for key, values in leaves({key: value for key, value in grid.items() if key != "case"}):
+        if key in axes:
+            raise UserError(f"grid.{key} stands twice, quoted and bare; remove one")
+        if not isinstance(values, list) or not values:
+            raise UserError(f"grid.{key} = {shown(values)} must be a list with a value or more")
+        axes[key] = values
+    return axes
 
 
 def _cases(cases: Any) -> list[Settings]:

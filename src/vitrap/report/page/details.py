@@ -6,7 +6,7 @@ from typing import Any
 
 from vitrap.experiment.defence_rows import Row, row_settings
 from vitrap.experiment.record import to_table
-from vitrap.report.frame import settings
+from vitrap.experiment.spec_file import leaves
 from vitrap.report.page.claims import model_of
 from vitrap.report.page.figures import Chart, to_charts
 from vitrap.report.page.heat import MAIN_MEASURE, NO_BACKDOOR_NOTE, describe, measure_of, notes_of, setting_names
@@ -85,7 +85,7 @@ def to_detail(run: Run, curves: bool = True) -> Detail:
 
 def pairs(table: Mapping[str, Any]) -> tuple[Pair, ...]:
     """Every value of a nested table by its dotted key."""
-    return tuple((key, text(value)) for key, value in settings(table))
+    return tuple((key, text(value)) for key, value in leaves(table))
 
 
 def to_tried(row: Row, own: str, backdoor: bool) -> Tried:

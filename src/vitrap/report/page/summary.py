@@ -13,12 +13,12 @@ from typing import Any
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.record import Record
 from vitrap.experiment.records import Found
+from vitrap.experiment.spec_file import leaves
 from vitrap.metrics.diagnosis import backdoor_faults, diagnose, in_a_line, in_short
 from vitrap.metrics.values import Measures
-from vitrap.report.frame import settings
 from vitrap.report.tables import measured_on
 
-HEADED = ("name", "seed", "data.name", "attack.name", "attack.setting", "attack.poison_rate")
+HEADED = ("name", "seed", "data.name", "attack.name", "attack.setting", "attack.poison_rate", "defences")
 """Settings that have a column of their own."""
 
 
@@ -101,7 +101,7 @@ def number(value: Any) -> float | None:
 def to_runs(records: Sequence[Found]) -> tuple[Run, ...]:
     """A line for each record, sorted by attack, data, name and seed."""
     records = sorted(records, key=_order)
-    specs = [dict(settings(found.record.spec)) for found in records]
+    specs = [dict(leaves(found.record.spec)) for found in records]
     named = _differences(specs)
     anchors = _anchors([found.record.hash for found in records])
     return tuple(

@@ -17,8 +17,9 @@ from vitrap.experiment.defence_spec import SCREENED, DefenceSpec
 from vitrap.experiment.record import Failure, Record
 from vitrap.experiment.records import Loaded
 from vitrap.experiment.spec import Spec, parse_defence, parse_spec
+from vitrap.experiment.spec_file import leaves
 from vitrap.metrics.diagnosis import backdoor_faults
-from vitrap.report.frame import Measured, of_row, of_run, settings
+from vitrap.report.frame import Measured, of_row, of_run
 from vitrap.report.study.layout import DEFENCE
 from vitrap.sweeps.grid import DEFENCES, Point, Sweep
 
@@ -117,7 +118,7 @@ def _of_point(
     point: Point, record: Record | None, failed: bool, named: Sequence[tuple[DefenceSpec, str]]
 ) -> Iterator[Entry]:
     """The entry of a run, and those of its defences."""
-    shared = {**point.settings, **dict(settings(point.spec.table()))}
+    shared = {**point.settings, **dict(leaves(point.spec.table()))}
     shared.pop(DEFENCES, None)
     missing = "failed" if failed else "not run"
     if record is None:
