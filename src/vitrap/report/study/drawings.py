@@ -24,7 +24,6 @@ from vitrap.report.study.entries import (
     NO_BACKDOOR_MARK,
     Entry,
     Value,
-    Wanted,
     check_alike,
     choose,
     grouped,
@@ -101,7 +100,7 @@ def _scatter_data(figure: ScatterSpec, found: Sequence[Entry]) -> Data:
     """For each run its "x", its "y" with the interval, and the labels of its series and its note, by their keys."""
     keys = (figure.series, figure.note)
     data = []
-    for entry in choose(found, Wanted(keys, (figure.x, figure.y), figure.where)):
+    for entry in choose(found, keys, (figure.x, figure.y), figure.where):
         x = measure(entry, figure.x)
         place: dict[str, Any] = {"x": _rounded(x.value) if x else None, "y": _with_interval(measure(entry, figure.y))}
         data.append(place | _labels(entry, keys, figure.percent))
@@ -111,7 +110,7 @@ def _scatter_data(figure: ScatterSpec, found: Sequence[Entry]) -> Data:
 def _lines_data(figure: LinesSpec, found: Sequence[Entry]) -> Data:
     """For each run its "x", its "y" with the interval, and the labels of its series and its x, by their keys."""
     keys = (figure.series, figure.x)
-    chosen = choose(found, Wanted(keys, (figure.y,), figure.where))
+    chosen = choose(found, keys, (figure.y,), figure.where)
     _check_lines(figure, chosen)
     data = []
     for entry in chosen:
@@ -147,7 +146,7 @@ def _heat_data(figure: HeatSpec, found: Sequence[Entry]) -> Data:
     data = []
     for block in figure.blocks:
         keys = (figure.rows, figure.columns)
-        chosen = choose(found, Wanted(keys, [block.measure], figure.where, block.kind))
+        chosen = choose(found, keys, [block.measure], figure.where, block.kind)
         groups = grouped((tuple(label(entry.settings.get(key)) for key in keys), entry) for entry in chosen)
         for (row, column), seeds in groups.items():
             check_alike(seeds)

@@ -183,42 +183,34 @@ def _settings(defence: DefenceSpec) -> str:
     return ", ".join(f"{key} {value}" for key, value in defence.table().items() if key != NAME)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which entries and measures a table or a figure shows.
+def choose(
+    found: Sequence[Entry], keys: Sequence[str], measures: Sequence[str], where: Mapping[str, Any], kind: str = ""
+) -> list[Entry]:
+    """The entries that a table or a figure is made of.
 
-    Attributes:
+    Args:
+        found: all entries.
         keys: the keys that make its rows, columns or marks.
         measures: its measures: "a", "a - b" or "a / b".
         where: for some keys, the value or the values that they must have.
         kind: the kind of its defences; "" where `keys` have no defence, and the runs themselves are shown.
-    """
-
-    keys: Sequence[str]
-    measures: Sequence[str]
-    where: Mapping[str, Any]
-    kind: str = ""
-
-
-def choose(found: Sequence[Entry], wanted: Wanted) -> list[Entry]:
-    """The entries that a table or a figure is made of.
 
     Raises:
         UserError: it asks for an unknown key or value; or for an unknown measure, if there are records with measures.
     """
-    defended = bool(wanted.kind) or DEFENCE in wanted.keys
-    candidates = [entry for entry in found if bool(entry.kind) == defended and wanted.kind in ("", entry.kind)]
+    defended = bool(kind) or DEFENCE in keys
+    candidates = [entry for entry in found if bool(entry.kind) == defended and kind in ("", entry.kind)]
     if not candidates:
-        raise UserError(f"the sweep has no {wanted.kind or 'defence'} to show; add it under [[defences]]")
+        raise UserError(f"the sweep has no {kind or 'defence'} to show; add it under [[defences]]")
     known = {key for entry in candidates for key in entry.settings}
-    for key in (*wanted.keys, *wanted.where):
+    for key in (*keys, *where):
         if key not in known:
             raise unknown("key of rows, columns or where", key, known)
     measured = {name for entry in candidates for name in (*entry.values, *entry.unresolved)}
-    for name in {part for each in wanted.measures for part in re.split(" / | - ", each)}:
+    for name in {part for each in measures for part in re.split(" / | - ", each)}:
         if measured and name not in measured:
             raise unknown("measure", name, measured)
-    allowed = {key: value if isinstance(value, list) else [value] for key, value in wanted.where.items()}
+    allowed = {key: value if isinstance(value, list) else [value] for key, value in where.items()}
     for key, values in allowed.items():
         there = [entry.settings.get(key) for entry in candidates]
         if (value := next((v for v in values if v not in there), None)) is not None:

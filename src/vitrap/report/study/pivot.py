@@ -14,7 +14,6 @@ from vitrap.report.study.entries import (
     NO_BACKDOOR_MARK,
     Entry,
     Value,
-    Wanted,
     change,
     check_alike,
     choose,
@@ -76,7 +75,7 @@ def markdown_table(table: TableSpec, found: Sequence[Entry]) -> str:
     places = (*table.rows, table.columns)
     measures = [*(shown.measure for shown in table.measures), *filter(None, [table.sort.lstrip("-")])]
     keys = [key for key in places if key != MEASURE]
-    chosen = choose(found, Wanted(keys, measures, table.where, table.kind))
+    chosen = choose(found, keys, measures, table.where, table.kind)
     chosen = with_references(chosen, keys, table.against) if table.against else chosen
     # Group them by the names of row and column: the entries of a group are the seeds of a cell.
     pairs = [
