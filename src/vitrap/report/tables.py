@@ -1,6 +1,6 @@
 """Turns a record's measures into lines of text, for the command line and the report."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vitrap.experiment.defence_rows import FilterRow, JudgementRow, RepairRow, Row, ScreenRow, Verdict
@@ -20,6 +20,15 @@ def percent(rate: Rate) -> str:
     '50.00 % [25.00, 75.00]'
     """
     return f"{100 * rate.value:.2f} % [{100 * rate.low:.2f}, {100 * rate.high:.2f}]"
+
+
+def counts(numbers: Collection[int]) -> str:
+    """Some counts in words: the number that they all are, or the least and the greatest.
+
+    >>> counts([1200, 1200]), counts({3, 1, 2})
+    ('1,200', '1 to 3')
+    """
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((min(numbers), max(numbers))))
 
 
 def centred(centre: Centre) -> str:

@@ -22,6 +22,7 @@ from vitrap.report.page.details import to_detail
 from vitrap.report.page.embed import Picture, embed
 from vitrap.report.page.heat import to_heat
 from vitrap.report.page.summary import Run, over_seeds, text, to_runs
+from vitrap.report.tables import counts
 
 TEMPLATES = Path(__file__).with_name("templates")
 PICTURES = "pictures.png"
@@ -129,7 +130,7 @@ def _draw(loaded: Loaded, runs: Sequence[Run], sections: Sections, title: str, n
         skipped=loaded.skipped,
         failures=loaded.failures,
         runs=runs,
-        counts={key: _count(runs, key) for key in ("cda", "asr")},
+        counts={key: counts([getattr(run.victim, key).n for run in runs] or [0]) for key in ("cda", "asr")},
         attacks=Counter(run.attack for run in runs),
         data=Counter(run.data for run in runs),
         spreads=over_seeds(runs),
@@ -147,16 +148,6 @@ def _draw(loaded: Loaded, runs: Sequence[Run], sections: Sections, title: str, n
         script_hash=_hash(script),
     )
     return printable(html).encode()
-
-
-def _count(runs: Sequence[Run], key: str) -> str:
-    """On how many images a rate is measured, over all runs: a number, or the least and the greatest."""
-    counts = [getattr(run.victim, key).n for run in runs]
-    if not counts:
-        return "0"
-    low = min(counts)
-    high = max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 @cache

@@ -31,6 +31,7 @@ from vitrap.report.study.entries import (
     measure,
 )
 from vitrap.report.study.layout import FigureSpec, HeatSpec, LinesSpec, ScatterSpec
+from vitrap.report.tables import counts
 
 DIGEST = "vitrap"
 """The key of the PNG's metadata under which the digest stands."""
@@ -214,8 +215,8 @@ def _seeds(data: Data, row: str, of: str) -> str:
 
 def _count(numbers: Iterable[int]) -> str:
     """A number of seeds, or their least and greatest number, in words: "3 seeds", "1 to 3 seeds"."""
-    counts = sorted(set(numbers)) or [0]
-    return f"{' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} seed{'s' * (counts[-1] != 1)}"
+    found = set(numbers) or {0}
+    return f"{counts(found)} seed{'s' * (max(found) != 1)}"
 
 
 def _scatter(axis: Axes, figure: ScatterSpec, data: Data) -> None:

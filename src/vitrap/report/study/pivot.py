@@ -24,6 +24,7 @@ from vitrap.report.study.entries import (
     with_references,
 )
 from vitrap.report.study.layout import MEASURE, ShownMeasure, TableSpec
+from vitrap.report.tables import counts
 
 NOTHING = "–"
 """Shown for a measure that a run does not have."""
@@ -151,8 +152,8 @@ def _cell(group: Sequence[tuple[ShownMeasure, Entry]]) -> TableCell:
 def _thresholds(names: Sequence[str], seeds: Sequence[Entry]) -> tuple[int, ...]:
     """The number of held-out images of each seed, if one of the measures is a rate at a threshold from them."""
     at_thresholds = any(name.partition(".")[0] in RATES_BY_FPR and "." in name for name in names)
-    counts = [entry.values.get("n_threshold") for entry in seeds] if at_thresholds else []
-    return tuple(int(count.value) for count in counts if count)
+    found = [entry.values.get("n_threshold") for entry in seeds] if at_thresholds else []
+    return tuple(int(count.value) for count in found if count)
 
 
 def _half_width(shown: ShownMeasure, values: Sequence[Value]) -> str:
@@ -203,8 +204,8 @@ def _note(cells: Collection[TableCell], most: int) -> list[str]:
     """The line below the table: over how many seeds and images its values are."""
     single = any(cell.number for cell in cells)
     paired = {cell.paired for cell in cells if cell.paired}
-    counts = sorted({n for cell in cells for n in cell.images})
-    held_out = sorted({n for cell in cells for n in cell.thresholds})
+    images = {n for cell in cells for n in cell.images}
+    held_out = {n for cell in cells for n in cell.thresholds}
     half_width = max((cell.half_width for cell in cells if cell.half_width), key=float, default="")
     parts = [
         f"mean ± standard deviation over {most} seeds" if most else "",
@@ -214,15 +215,10 @@ def _note(cells: Collection[TableCell], most: int) -> list[str]:
         else "",
         ("without ±: one seed" if most else "one seed") if single else "",
         "in brackets: 95 % interval over images" if any(cell.interval for cell in cells) else "",
-        f"n = {_span(counts)} images" if counts else "",
-        f"thresholds from {_span(held_out)} held-out images" if held_out else "",
+        f"n = {counts(images)} images" if images else "",
+        f"thresholds from {counts(held_out)} held-out images" if held_out else "",
         f"{NOTHING} where these are too few for the false positive rate" if any(c.unresolved for c in cells) else "",
         f"{NO_BACKDOOR_MARK} no backdoor, so no credit to the defence" if not all(c.backdoor for c in cells) else "",
     ]
     note = "; ".join(filter(None, parts))
     return ["", f"{note[0].upper()}{note[1:]}."] if note else []
-
-
-def _span(counts: Sequence[int]) -> str:
-    """Sorted numbers in words: the number, or the least and the greatest."""
-    return " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))
