@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vitrap import registry
 from vitrap.cli.console import ProgressBars, complain, out, print_json, say, split
-from vitrap.cli.options import Memory
+from vitrap.cli.options import Memory, SpecWords
 from vitrap.cli.report import report
 from vitrap.cli.sweep import print_estimates, sweep
 from vitrap.cli.table import table as table_command
@@ -77,12 +77,7 @@ def vitrap(
 
 @app.command()
 def run(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SPEC] [KEY=VALUE ...]", help="a TOML spec (none: the embedded default), then overrides"
-        ),
-    ] = None,
+    words: SpecWords = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder of runs and stages")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     threads: Annotated[
@@ -180,12 +175,7 @@ def defend(
 @app.command()
 def poison(
     folder: Annotated[Path, typer.Option("-o", "--output", help="a new folder for the npy files")],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SPEC] [KEY=VALUE ...]", help="a TOML spec (none: the embedded default), then overrides"
-        ),
-    ] = None,
+    words: SpecWords = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder of stages, shared with runs")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     memory: Memory = None,

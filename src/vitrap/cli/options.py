@@ -16,6 +16,10 @@ def _limit_memory(amount: str | None) -> str | None:
     return amount
 
 
+SpecWords = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SPEC] [KEY=VALUE ...]", help="a TOML spec (none: the embedded default), then overrides"),
+]
 Memory = Annotated[
     str | None,
     typer.Option(
