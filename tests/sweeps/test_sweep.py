@@ -62,7 +62,7 @@ def loaded(out: Path) -> Loaded:
 
 def here(sweep: Sweep, out: Path) -> list[Ended]:
     """Do a sweep's runs one after the other in this process."""
-    return [work(replace(job(i, p.label, p.spec, out), device="cpu")) for i, p in enumerate(sweep.points)]
+    return [work(job(i, p.spec, out, "cpu")) for i, p in enumerate(sweep.points)]
 
 
 # ---- one run
@@ -94,12 +94,12 @@ def test_a_run_that_fails_leaves_its_error_and_the_next_try_clears_it(
 def test_a_failure_that_cannot_be_written_is_told_all_the_same(grid, tmp_path: Path):
     (point,) = grid("seed = [0]\n").points
     (tmp_path / "runs").write_text("no folder")
-    assert work(job(0, "", point.spec, tmp_path / "runs")).how == "failed"
+    assert work(job(0, point.spec, tmp_path / "runs", "cpu")).how == "failed"
 
 
 def test_jobs_that_share_a_twin_do_not_come_first_together(grid, tmp_path: Path):
     points = grid("attack.size = [1, 2]\nseed = [0, 1]\n").points
-    todo = [job(i, p.label, p.spec, tmp_path) for i, p in enumerate(points)]
+    todo = [job(i, p.spec, tmp_path, "cpu") for i, p in enumerate(points)]
     assert [j.number for j in interleaved(todo, lambda j: j.spec["seed"])] == [0, 1, 2, 3]
     assert [j.number for j in interleaved(todo, lambda j: j.spec["attack"]["size"])] == [0, 2, 1, 3]
     assert [j.number for j in interleaved(todo, lambda j: 0)] == [0, 1, 2, 3]

@@ -71,11 +71,10 @@ def measured_on(spec: Mapping[str, Any]) -> str:
 
 def adapted(models: Mapping[str, BuiltNetwork | OwnNetwork | None]) -> list[str]:
     """A line for each network whose starting weights were adapted, from a record's `models`."""
-    built = {name: network for name, network in models.items() if isinstance(network, BuiltNetwork)}
     return [
         f"weights of the {name.replace('_', ' ')}: {network.weights}"
-        for name, network in built.items()
-        if network.weights
+        for name, network in models.items()
+        if isinstance(network, BuiltNetwork) and network.weights
     ]
 
 

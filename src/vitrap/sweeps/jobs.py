@@ -28,7 +28,6 @@ class Job:
 
     Attributes:
         number: its place in the sweep.
-        label: the settings by which it differs from the other runs.
         spec: its spec as a table, with the folders that its paths are relative to.
         hash: the spec's hash.
         out: the folder of runs.
@@ -36,11 +35,10 @@ class Job:
     """
 
     number: int
-    label: str
     spec: Table
     hash: str
     out: str
-    device: str = "auto"
+    device: str
 
     @property
     def folder(self) -> Path:
@@ -88,9 +86,9 @@ Event = Started | StepProgress | Ended
 Listener = Callable[[Event], None]
 
 
-def job(number: int, label: str, spec: Spec, out: Path) -> Job:
+def job(number: int, spec: Spec, out: Path, device: str) -> Job:
     """The job of a spec."""
-    return Job(number, label, spec.located_table(), spec.hash(), str(out))
+    return Job(number, spec.located_table(), spec.hash(), str(out), device)
 
 
 def work(job: Job, progress: Progress = no_progress) -> Ended:

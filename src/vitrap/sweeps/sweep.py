@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from vitrap.errors import UserError
@@ -12,10 +11,6 @@ from vitrap.sweeps.grid import Point, Sweep
 from vitrap.sweeps.jobs import Ended, Event, Listener, interleaved, job
 
 
-def ignore(event: Event) -> None:
-    """Do nothing about an event."""
-
-
 def sweep(
     grid: Sweep,
     out: str | Path = "runs",
@@ -23,7 +18,7 @@ def sweep(
     workers: int | None = None,
     device: str = "auto",
     ray_address: str | None = None,
-    hear: Listener = ignore,
+    hear: Listener = lambda event: None,
 ) -> list[Ended]:
     """Do every run of a sweep; a run whose record still holds is not made again.
 
@@ -56,7 +51,7 @@ def sweep(
         hear(event)
 
     # Runs that need different twins come first, so that workers train the twins side by side.
-    jobs = [replace(job(i, point.label, point.spec, Path(out)), device=device) for i, point in enumerate(grid.points)]
+    jobs = [job(i, point.spec, Path(out), device) for i, point in enumerate(grid.points)]
     jobs = interleaved(jobs, lambda one: twin_key(one.spec))
     if ray_address is not None:
         from vitrap.sweeps.on_ray import run_on_ray

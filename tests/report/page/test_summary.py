@@ -8,7 +8,6 @@ from tests.report.made import found, record, to_record
 from vitrap.report.page.summary import (
     Run,
     attack_label,
-    mean_and_sd,
     number,
     over_seeds,
     text,
@@ -118,12 +117,6 @@ def test_one_seed_twice_is_no_spread() -> None:
 def test_names_do_not_part_seeds_but_settings_do() -> None:
     assert len(over_seeds(runs(record("a"), record("b", seed=1, number=1)))) == 1
     assert over_seeds(runs(record("a"), record("a", seed=1, number=1, lr=0.5))) == ()
-
-
-def test_a_missing_value_leaves_the_mean_open() -> None:
-    assert mean_and_sd([1.0, None]) is None
-    assert mean_and_sd([1.0]) is None
-    assert mean_and_sd([1.0, float("nan")]) is None
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class Spread:
 
     first: Run
     seeds: tuple[int, ...]
-    measures: Mapping[str, tuple[float, float] | None]
+    measures: Mapping[str, tuple[float, float]]
 
 
 def text(value: Any) -> str:
@@ -195,15 +195,5 @@ def _spread(group: Mapping[int, Run]) -> Spread:
 
     lists = {key: rates(key) for key in ("cda", "cda_clean_model", "asr", "asr_clean_model")}
     lists |= {"effect": [run.effect for run in group.values()], "psnr": [run.psnr for run in group.values()]}
-    measures = {key: mean_and_sd(found) for key, found in lists.items()}
+    measures = {key: (statistics.fmean(found), statistics.stdev(found)) for key, found in lists.items()}
     return Spread(next(iter(group.values())), tuple(sorted(group)), measures)
-
-
-def mean_and_sd(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """Mean and standard deviation (of a sample: n - 1); None where a value is missing or there is only one.
-
-    >>> mean_and_sd([1.0, 3.0])
-    (2.0, 1.4142135623730951)
-    """
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return (statistics.fmean(known), statistics.stdev(known)) if len(known) == len(values) > 1 else None
