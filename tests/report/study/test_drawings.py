@@ -76,6 +76,12 @@ def data(one: Study) -> list[dict[str, Any]]:
     return figure_data(figure, one.entries)
 
 
+@pytest.mark.parametrize("figure", [SCATTER, LINES])
+def test_only_a_heat_map_has_blocks(tmp_path: Path, figure: str) -> None:
+    with pytest.raises(UserError, match=r"unknown key 'figure\[0\]\.blocks'"):
+        opened(tmp_path, at((0.5,)), f"{figure}blocks = []\n")
+
+
 def test_marks_are_runs_with_their_intervals_and_a_missing_run_has_none(tmp_path: Path) -> None:
     one = opened(tmp_path, at((0.5,)), SCATTER)
     first, *others = data(one)

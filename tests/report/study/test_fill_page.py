@@ -347,6 +347,7 @@ def made_of(path: Path) -> None:
          "table[0].against = {title = ...}"),
         (AGAINST.replace("0.1}", "0.3}"), "0 runs have attack.poison_rate = 0.3"),
         (AGAINST.replace('{"attack.poison_rate"', '{"attack.rate"'), "unknown key of against 'attack.rate'"),
+        ('[[figure]]\nkind = ["heat"]\n', "unknown figure[0].kind ['heat']"),
         ('[[figure]]\nkind = "pie"\nfile = "a.png"\n', "unknown figure[0].kind 'pie'"),
         ('[[figure]]\nkind = "heat"\nfile = "a.png"\ntitle = ""\nrows = "a"\ncolumns = "b"\nscale = ""\n', "no blocks"),
     ],

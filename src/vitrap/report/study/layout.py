@@ -235,7 +235,7 @@ def _mapping(entry: Any, where: str) -> dict[str, Any]:
 def _table_spec(entry: Mapping[str, Any], where: str, page: _PageKeys) -> TableSpec:
     """A table; its measures get the table's defaults."""
     own = {key: _listed(value) if key == "rows" else value for key, value in entry.items() if key != "measures"}
-    table = build(TableSpec, own, where, ("measures",))
+    table = build(TableSpec, own, where)
     headings = {**page.headings, **table.headings}
     defaults = {"digits": table.digits, "show": table.show}
     measures = []
@@ -255,10 +255,11 @@ def _table_spec(entry: Mapping[str, Any], where: str, page: _PageKeys) -> TableS
 def _figure_spec(entry: Mapping[str, Any], where: str, folder: Path) -> FigureSpec:
     """A figure of the kind that the spec names."""
     kind = entry.get("kind")
-    own = {key: value for key, value in entry.items() if key != "kind"}
-    if kind not in FIGURES:
+    if not isinstance(kind, str) or kind not in FIGURES:
         raise unknown(f"{where}.kind", kind, FIGURES)
-    figure = build(FIGURES[kind], {key: value for key, value in own.items() if key != "blocks"}, where, ("blocks",))
+    # The blocks of a heat map are read below; other figures have none.
+    apart = ("kind", "blocks") if kind == "heat" else ("kind",)
+    figure = build(FIGURES[kind], {key: value for key, value in entry.items() if key not in apart}, where)
     if not figure.file.lower().endswith(".png"):
         raise UserError(f"{where}.file = {shown(figure.file)} is no name of a PNG; end it in .png")
     figure = replace(figure, file=str(_path(folder, figure.file)))
@@ -266,7 +267,7 @@ def _figure_spec(entry: Mapping[str, Any], where: str, folder: Path) -> FigureSp
         return figure
     blocks = [
         build(Block, _mapping(given, f"{where}.blocks[{i}]"), f"{where}.blocks[{i}]")
-        for i, given in enumerate(_listed(own.get("blocks", [])))
+        for i, given in enumerate(_listed(entry.get("blocks", [])))
     ]
     if not blocks:
         raise UserError(f"{where} has no blocks; name a measure, its heading, and the kind of its defences")
