@@ -52,7 +52,8 @@ def image_hash(images: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
     prime = 2**31 - 1
     pixels = to_bytes(images).flatten(1).long() + 1
     places = torch.arange(1, pixels.shape[1] + 1, device=images.device)
-    return ((pixels * _mix(places)) % prime).sum(1) % prime
+    # Each product is below 2**40, so one remainder at the end is the same as one for each pixel, and faster.
+    return (pixels * _mix(places)).sum(1) % prime
 
 
 def hashed_noise(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
