@@ -194,7 +194,7 @@ def poison_replaces_and_leaves_the_rest(bench: Bench) -> None:
     poisoned = bench.poisoned()
     assert len(poisoned) == len(bench.train)
     assert torch.equal(poisoned.index, bench.train.index)
-    clean = ~poisoned.poisoned
+    clean = ~(poisoned.poisoned | poisoned.covers)
     assert torch.equal(poisoned.images(everything[clean]), bench.train.images(everything[clean]))
     assert (poisoned.images(everything[~clean]) != bench.train.images(everything[~clean])).any()
     for name, value in vars(before).items():
