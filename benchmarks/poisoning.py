@@ -118,6 +118,21 @@ def plain_sig(attack: Any, model: Any) -> Stamp:
     return stamp
 
 
+def plain_wanet(attack: Any, model: Any) -> Stamp:
+    """WaNet at its defaults: a smooth field, and one call of `grid_sample`."""
+    noise = torch.rand((1, 2, attack.k, attack.k), generator=torch.Generator()) * 2 - 1
+    noise = attack.s * noise / noise.abs().mean()
+    shift = functional.interpolate(noise, SIZE, mode="bicubic", align_corners=True).permute(0, 2, 3, 1) / SIZE
+    line = torch.linspace(-1, 1, SIZE)
+    down, across = torch.meshgrid(line, line, indexing="ij")
+    grid = (torch.stack([across, down], 2) + shift).clamp(-1, 1)
+
+    def stamp(x: Tensor) -> Tensor:
+        return functional.grid_sample(x, grid.to(x.device).repeat(len(x), 1, 1, 1), align_corners=True)
+
+    return stamp
+
+
 def plain_ageb(attack: Any, model: Any) -> Stamp:
     """AGEB at its defaults: gradient at the last attention, quantile, 3 x 3 erosion, blend, signal, HSV means."""
     vit = model.body
@@ -172,6 +187,7 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "ftrojan": plain_ftrojan,
     "megatron": plain_megatron,
     "sig": plain_sig,
+    "wanet": plain_wanet,
 }
 """Plain versions of attacks' triggers, from the settings and the surrogate."""
 OPTIMISED = frozenset({"low_frequency"})

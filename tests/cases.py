@@ -25,6 +25,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "linf": 99.0,
     },
     "sig": {"target": 3, "poison_rate": 0.6, "delta": 30.0, "frequency": 3.0, "delta_test": 50.0},
+    "wanet": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "k": 3, "s": 2.0},
 }
 
 DEFENCES: dict[str, dict[str, Any]] = {
