@@ -95,6 +95,15 @@ def plain_ftrojan(attack: Any, model: Any) -> Stamp:
     return stamp
 
 
+def plain_bpp(attack: Any, model: Any) -> Stamp:
+    """BppAttack at its defaults: the nearest of 8 values."""
+
+    def stamp(x: Tensor) -> Tensor:
+        return (x * (attack.squeeze_num - 1)).round() / (attack.squeeze_num - 1)
+
+    return stamp
+
+
 def plain_megatron(attack: Any, model: Any) -> Stamp:
     """MEGATRON at its defaults on 32 px: four pixels of noise, most of the way over the image."""
     pattern = torch.rand((3, 2, 2), generator=torch.Generator())
@@ -185,6 +194,7 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "badnets": plain_badnets,
     "blended": plain_blended,
     "ftrojan": plain_ftrojan,
+    "bpp": plain_bpp,
     "megatron": plain_megatron,
     "sig": plain_sig,
     "wanet": plain_wanet,
