@@ -16,6 +16,7 @@ from benchmarks.subjects import SIZE, image_set, surrogate
 from vitrap import registry
 from vitrap.contracts import Access, ImageSet
 from vitrap.data.poison import poison_set
+from vitrap.tensors.pixels import hashed_noise
 
 WANTED = 0.8
 BATCH = 256
@@ -127,6 +128,20 @@ def plain_sig(attack: Any, model: Any) -> Stamp:
     return stamp
 
 
+def plain_adaptive_blend(attack: Any, model: Any) -> Stamp:
+    """Adaptive-Blend at its defaults: noise on 8 of 16 pieces, which are picked by the same hash as ours."""
+    picture = torch.rand((3, SIZE, SIZE), generator=torch.Generator())
+    side = attack.pieces
+
+    def stamp(x: Tensor) -> Tensor:
+        noise = hashed_noise(x)[:, :side, :side].flatten(1)
+        shown = noise.argsort(1).argsort(1) >= side * side / 2
+        mask = shown.view(-1, 1, side, side).float().repeat_interleave(SIZE // side, 2)
+        return x + attack.alpha * mask.repeat_interleave(SIZE // side, 3) * (picture.to(x.device) - x)
+
+    return stamp
+
+
 def plain_wanet(attack: Any, model: Any) -> Stamp:
     """WaNet at its defaults: a smooth field, and one call of `grid_sample`."""
     noise = torch.rand((1, 2, attack.k, attack.k), generator=torch.Generator()) * 2 - 1
@@ -190,6 +205,7 @@ def plain_match(y: Tensor, x: Tensor) -> Tensor:
 
 
 PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
+    "adaptive_blend": plain_adaptive_blend,
     "ageb": plain_ageb,
     "badnets": plain_badnets,
     "blended": plain_blended,

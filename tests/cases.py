@@ -3,6 +3,7 @@
 from typing import Any
 
 ATTACKS: dict[str, dict[str, Any]] = {
+    "adaptive_blend": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.06, "pieces": 3, "alpha": 0.25},
     "ageb": {"target": 1, "poison_rate": 0.15, "tau": 0.6, "shape": "cross", "iterations": 2, "alpha": 0.25},
     "badnets": {"target": 3, "poison_rate": 0.08, "size": 2, "margin": 1, "value": 0.9},
     "blended": {"target": 3, "poison_rate": 0.08, "alpha": 0.3},
