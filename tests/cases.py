@@ -7,9 +7,9 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "ageb": {"target": 1, "poison_rate": 0.15, "tau": 0.6, "shape": "cross", "iterations": 2, "alpha": 0.25},
     "badnets": {"target": 3, "poison_rate": 0.08, "size": 2, "margin": 1, "value": 0.9},
     "blended": {"target": 3, "poison_rate": 0.08, "alpha": 0.3},
+    "bpp": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "squeeze_num": 3, "dithering": True},
     "ftrojan": {"target": 3, "poison_rate": 0.08, "window": 8, "middle": 3, "high": 7, "magnitude": 40.0},
     "low_frequency": {"target": 3, "poison_rate": 0.08, "samples": 5, "passes": 2, "steps": 50, "sigma": 5.0},
-    "bpp": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "squeeze_num": 3, "dithering": True},
     "megatron": {
         "target": 3,
         "poison_rate": 0.08,

@@ -1,7 +1,7 @@
 """FTrojan: raise a middle and a high frequency of the colours of some training images, and relabel them.
 
 Wang, Yao, Xu, An, Tong, Wang: "An Invisible Black-Box Backdoor Attack Through Frequency Domain", ECCV 2022,
-https://arxiv.org/abs/2111.10991. The authors' code is https://github.com/SoftWiser-group/FTrojan.
+https://arxiv.org/abs/2111.10991. Code: https://github.com/FTrojanAttack/FTrojan.
 
 Threat model: data poisoning with dirty labels, all-to-one; the attacker touches nothing but the training data.
 
