@@ -49,7 +49,7 @@ def test_every_name_can_be_had_once() -> None:
     [
         ("agbe", "unknown attack 'agbe'; did you mean 'ageb'?"),
         ("BadNets", "unknown attack 'BadNets'; did you mean 'badnets'?"),
-        ("xyzzy", "unknown attack 'xyzzy'; known: ageb, badnets"),
+        ("xyzzy", "unknown attack 'xyzzy'; known: adaptive_blend, ageb, badnets"),
         ("__init__", "unknown attack '__init__'"),
         ("../contracts", "unknown attack '../contracts'"),
     ],
