@@ -6,8 +6,9 @@ import torch
 from scipy import fft
 from torch import Tensor
 
-from vitrap.attacks.ftrojan import FTrojan, Pattern, dct_matrix, yuv_to_rgb
+from vitrap.attacks.ftrojan import FTrojan, dct_matrix, yuv_to_rgb
 from vitrap.contracts import Access
+from vitrap.data.added import Added
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.images import ImageSet
@@ -31,7 +32,7 @@ def grey_world(size: int, channels: int = 3) -> Access:
 
 def pattern_of(attack: FTrojan, access: Access) -> Tensor:
     trigger = attack.fit(access).trigger
-    assert isinstance(trigger, Pattern)
+    assert isinstance(trigger, Added)
     return trigger.pattern
 
 
@@ -83,7 +84,7 @@ def test_the_colours_by_hand() -> None:
 def test_the_pattern_is_the_five_steps(settings: dict[str, object], size: int, window: int, places: list[int]) -> None:
     attack = FTrojan(**settings)  # pyright: ignore[reportArgumentType]
     images = 0.3 + 0.4 * torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    found = Pattern(pattern_of(attack, grey_world(size)))(images)
+    found = Added(pattern_of(attack, grey_world(size)))(images)
     channels = [0, 1, 2] if attack.channels == "yuv" else [1, 2]
     wanted = torch.stack([step_by_step(x, window, places, channels, attack.magnitude) for x in images])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
@@ -98,7 +99,7 @@ def test_the_brightness_stays() -> None:
 
 def test_pixels_are_clipped() -> None:
     ends = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 32, 32)
-    found = Pattern(pattern_of(FTrojan(), grey_world(32)))(ends)
+    found = Added(pattern_of(FTrojan(), grey_world(32)))(ends)
     assert found.min() == 0
     assert found.max() == 1
 
@@ -135,4 +136,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(UserError, match="window = 16 has the frequencies 0 to 15, and 31 is not among them"):
         FTrojan(window=16)
     with pytest.raises(UserError, match="images have shape 1 x 3 x 8 x 8; expected b x 3 x 4 x 4"):
-        Pattern(torch.zeros(3, 4, 4))(torch.zeros(1, 3, 8, 8))
+        Added(torch.zeros(3, 4, 4))(torch.zeros(1, 3, 8, 8))

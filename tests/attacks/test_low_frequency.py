@@ -7,8 +7,9 @@ import torch
 from scipy import fft, ndimage
 from torch import Tensor, nn
 
-from vitrap.attacks.low_frequency import LowFrequency, Smooth, classes, deepfool, low_pass, other_images, stretch
+from vitrap.attacks.low_frequency import LowFrequency, classes, deepfool, low_pass, other_images, stretch
 from vitrap.contracts import Access
+from vitrap.data.added import Added
 from vitrap.data.sources import World
 from vitrap.errors import UserError
 from vitrap.models.classifier import Classifier
@@ -69,7 +70,7 @@ def test_the_pattern_is_smooth_and_in_its_range(tiny_vit: Callable[..., Classifi
     attack = LowFrequency(samples=8, passes=3, fooled=1.0, strength=0.3)
     access = Access(digits_world.train, trained(tiny_vit), torch.Generator().manual_seed(0))
     fitted = attack.fit(access)
-    assert isinstance(fitted.trigger, Smooth)
+    assert isinstance(fitted.trigger, Added)
     pattern = fitted.trigger.pattern
     assert pattern.min() == 0
     assert pattern.max().item() == pytest.approx(0.3)
@@ -103,7 +104,7 @@ def test_what_is_refused(digits_world: World) -> None:
     with pytest.raises(UserError, match="is led to attack.target = 1 from none of 3 images in attack.steps = 200"):
         LowFrequency(target=1, samples=3, passes=1).fit(access)
     with pytest.raises(UserError, match="images have shape 1 x 3 x 8 x 8; expected b x 3 x 4 x 4"):
-        Smooth(torch.zeros(3, 4, 4))(torch.zeros(1, 3, 8, 8))
+        Added(torch.zeros(3, 4, 4))(torch.zeros(1, 3, 8, 8))
     for settings in ({"sigma": 0.0}, {"strength": 0.0}, {"fooled": 1.5}, {"samples": 0}):
         with pytest.raises(UserError, match="is out of range"):
             LowFrequency(**settings)
@@ -111,5 +112,5 @@ def test_what_is_refused(digits_world: World) -> None:
 
 def test_the_trigger_adds_and_clips() -> None:
     images = torch.tensor([[[[0.0, 0.5], [0.9, 1.0]]]])
-    found = Smooth(torch.tensor([[[0.2, 0.1], [0.2, 0.0]]]))(images)
+    found = Added(torch.tensor([[[0.2, 0.1], [0.2, 0.0]]]))(images)
     torch.testing.assert_close(found, torch.tensor([[[[0.2, 0.6], [1.0, 1.0]]]]))

@@ -25,17 +25,16 @@ is one block of its own size, with the frequencies at the same share of the side
 """
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, Implant, LabelMode, Threat
+from vitrap.contracts import Access, AllToOne, Card, Fitted, Implant, LabelMode, Threat
+from vitrap.data.added import Added
 from vitrap.data.poison import Poison
 from vitrap.errors import UserError
-from vitrap.images import misshapen
 from vitrap.params import hyperparameters, param
 
 RED, GREEN, BLUE = 0.299, 0.587, 0.114
@@ -109,7 +108,7 @@ class FTrojan:
             pattern = brightness[None]
         else:
             pattern = yuv_to_rgb(brightness, wave, wave)
-        return Fitted(Pattern(pattern.to(train.device)))
+        return Fitted(Added(pattern.to(train.device)))
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Put the trigger on a share of the training images, and relabel them as the target."""
@@ -144,24 +143,3 @@ def yuv_to_rgb(y: Float[Tensor, "h w"], u: Float[Tensor, "h w"], v: Float[Tensor
     red, blue = y + u / PER_RED, y + v / PER_BLUE
     green = (y - RED * red - BLUE * blue) / GREEN
     return torch.stack([red, green, blue])
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """The trigger: adds the pattern that raises the frequencies.
-
-    Attributes:
-        pattern: what is added to every image.
-    """
-
-    pattern: Float[Tensor, "c h w"]
-
-    def __call__(self, images: Images) -> Images:
-        """Steps 1 to 5 of the paper, as one sum.
-
-        Raises:
-            UserError: the images are of another shape than the pattern.
-        """
-        if images.shape[1:] != self.pattern.shape:
-            raise misshapen(images, "b x " + " x ".join(map(str, self.pattern.shape)))
-        return (images + self.pattern.to(images.device)).clamp(0, 1)

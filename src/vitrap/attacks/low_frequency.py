@@ -28,7 +28,6 @@ Its g has 30 taps, which moves v by half a pixel at every use; here there are 31
 is assumed.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -37,9 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitrap.contracts import Access, AllToOne, Card, Fitted, Images, Implant, LabelMode, Threat
+from vitrap.data.added import Added
 from vitrap.data.poison import Poison
 from vitrap.errors import UserError
-from vitrap.images import misshapen
 from vitrap.params import hyperparameters, param
 
 CODE_SIZE = 32
@@ -97,7 +96,7 @@ class LowFrequency:
         """Make the smooth pattern on the surrogate."""
         assert access.surrogate is not None, "the pattern is made on a surrogate"
         pattern, report = make_pattern(self, access.surrogate, other_images(self, access), access.generator)
-        return Fitted(Smooth(pattern), report=report)
+        return Fitted(Added(pattern), report=report)
 
     def implant(self, access: Access, fitted: Fitted) -> Implant:
         """Add the pattern to a share of the training images, and relabel them as the target."""
@@ -132,7 +131,7 @@ def make_pattern(
     shares: list[float] = []
     led = 0.0
     for _ in range(s.passes):
-        v = one_pass(v, s, surrogate, images, generator)
+        v = one_pass(v, s, surrogate, images, clean, generator)
         if not v.any():
             raise UserError(
                 f"[surrogate] is led to attack.target = {s.target} from none of {len(images)} images in attack.steps ="
@@ -155,10 +154,11 @@ def one_pass(
     settings: LowFrequency,
     surrogate: nn.Module,
     images: Images,
+    clean: Int64[Tensor, " b"],
     generator: torch.Generator,
 ) -> Float[Tensor, "c h w"]:
-    """Steps 2 to 5, once for each image."""
-    s, clean = settings, classes(surrogate, images)
+    """Steps 2 to 5, once for each image; `clean` are the classes of the images without v."""
+    s = settings
     sigma = s.sigma * images.shape[-1] / CODE_SIZE
     for i in torch.randperm(len(images), generator=generator).tolist():
         # Step 2: x + v, if it still has the class of x.
@@ -217,24 +217,3 @@ def stretch(pattern: Float[Tensor, "c h w"], strength: float) -> Float[Tensor, "
     """Step 5: the pattern from 0 to `strength`."""
     least = pattern.min()
     return strength * (pattern - least) / (pattern.max() - least).clamp(min=1e-12)
-
-
-@dataclass(frozen=True)
-class Smooth:
-    """The trigger: adds the smooth pattern.
-
-    Attributes:
-        pattern: v, what is added to every image.
-    """
-
-    pattern: Float[Tensor, "c h w"]
-
-    def __call__(self, images: Images) -> Images:
-        """Images with the pattern: x + v, clipped.
-
-        Raises:
-            UserError: the images are of another shape than the pattern.
-        """
-        if images.shape[1:] != self.pattern.shape:
-            raise misshapen(images, "b x " + " x ".join(map(str, self.pattern.shape)))
-        return (images + self.pattern.to(images.device)).clamp(0, 1)
