@@ -48,6 +48,18 @@ xlabel = "poison rate"
 ylabel = "ASR, %"
 percent = ["attack.poison_rate"]
 """
+CURVES = """
+[[figure]]
+kind = "curves"
+file = "a.png"
+title = "Curves"
+x = "stealth.psnr_db"
+y = "asr"
+series = "attack.threat"
+xlabel = "PSNR, dB"
+ylabel = "ASR, %"
+bold = ["data"]
+"""
 DEFENDED = HEAD.replace("[data]", '[[defences]]\nname = "strip"\n[[defences]]\nname = "fine_tune"\n[data]')
 TWO = '[grid]\nseed = [0, 1]\n"attack.poison_rate" = [0.1, 0.2]\n'
 
@@ -76,7 +88,7 @@ def data(one: Study) -> list[dict[str, Any]]:
     return figure_data(figure, one.entries)
 
 
-@pytest.mark.parametrize("figure", [SCATTER, LINES])
+@pytest.mark.parametrize("figure", [SCATTER, LINES, CURVES])
 def test_only_a_heat_map_has_blocks(tmp_path: Path, figure: str) -> None:
     with pytest.raises(UserError, match=r"unknown key 'figure\[0\]\.blocks'"):
         opened(tmp_path, at((0.5,)), f"{figure}blocks = []\n")
@@ -89,7 +101,14 @@ def test_marks_are_runs_with_their_intervals_and_a_missing_run_has_none(tmp_path
     assert [point["y"] for point in others] == [None, None, None]
 
 
-@pytest.mark.parametrize("figure", [HEAT, SCATTER, LINES], ids=["heat", "scatter", "lines"])
+def test_the_points_of_a_curve_are_runs_under_what_the_attacker_controls(tmp_path: Path) -> None:
+    assert data(opened(tmp_path, at((0.5,)), CURVES))[0] == {"x": 25.0, "y": [0.5, 0.48, 0.52], "attack.threat": "data"}
+
+
+FIGURES = {"heat": HEAT, "scatter": SCATTER, "lines": LINES, "curves": CURVES}
+
+
+@pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
 @pytest.mark.parametrize("there", [0, 1, 2])
 def test_a_picture_is_current_until_its_figures_or_its_lines_change(tmp_path: Path, figure: str, there: int) -> None:
     found = [record(seed=i, number=i, asr=0.5 + i / 10, defences=[screen(), repair()]) for i in range(there)]
@@ -129,6 +148,7 @@ def test_a_new_folder_is_made_for_a_picture(tmp_path: Path) -> None:
             "'attack.name' = 'badnets' has no place on a logarithmic axis",
         ),
         (LINES.replace('y = "asr"', 'y = "stealth.psnr_db"'), "'stealth.psnr_db' is no rate"),
+        (CURVES.replace('y = "asr"', 'y = "stealth.ssim"'), "'stealth.ssim' is no rate"),
         (HEAT.replace('measure = "der"', 'measure = "dre"'), "unknown measure 'dre'"),
         (HEAT.replace('columns = "attack.poison_rate"', 'columns = "seed"'), "differ by 'attack.poison_rate'"),
         (SCATTER.replace("xlabel", "xlable"), "did you mean 'figure[0].xlabel'?"),

@@ -1,4 +1,4 @@
-"""Draws the figures of a sweep: heat map, scatter, lines.
+"""Draws the figures of a sweep: heat map, scatter, lines, curves.
 
 The metadata of each PNG have a digest of what was drawn, so that a figure can be checked without drawing it again.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -30,13 +31,15 @@ from vitrap.report.study.entries import (
     label,
     measure,
 )
-from vitrap.report.study.layout import FigureSpec, HeatSpec, LinesSpec, ScatterSpec
+from vitrap.report.study.layout import CurvesSpec, FigureSpec, HeatSpec, LinesSpec, ScatterSpec
 from vitrap.report.tables import counts
 
 DIGEST = "vitrap"
 """The key of the PNG's metadata under which the digest stands."""
 MARKS = "os^Dv*"
 """Shapes of the marks of a scatter, one for each series."""
+HUES = colormaps["tab20"]
+"""Colours of curves, one for each series."""
 OWN_TEXTS = ("title", "scale", "xlabel", "ylabel")
 LONG = 200
 """Greatest number of characters of a label."""
@@ -59,6 +62,8 @@ def draw(figure: FigureSpec, found: Sequence[Entry]) -> bytes:
             _heat(axis, labelled, shown)
         elif isinstance(labelled, ScatterSpec):
             _scatter(axis, labelled, shown)
+        elif isinstance(labelled, CurvesSpec):
+            _curves(axis, labelled, shown)
         else:
             _lines(axis, labelled, shown)
         drawing.savefig(content, format="png", metadata={"Software": "vitrap", DIGEST: digest(figure, data)})
@@ -94,17 +99,25 @@ def figure_data(figure: FigureSpec, found: Sequence[Entry]) -> Data:
     """
     if isinstance(figure, HeatSpec):
         return _heat_data(figure, found)
-    return _scatter_data(figure, found) if isinstance(figure, ScatterSpec) else _lines_data(figure, found)
+    if isinstance(figure, LinesSpec):
+        return _lines_data(figure, found)
+    if isinstance(figure, CurvesSpec):
+        return _places(figure, found, (figure.series,), ())
+    return _places(figure, found, (figure.series, figure.note), figure.percent)
 
 
-def _scatter_data(figure: ScatterSpec, found: Sequence[Entry]) -> Data:
-    """For each run its "x", its "y" with the interval, and the labels of its series and its note, by their keys."""
-    keys = (figure.series, figure.note)
+def _places(
+    figure: ScatterSpec | CurvesSpec, found: Sequence[Entry], keys: Sequence[str], percent: Sequence[str]
+) -> Data:
+    """For each run its "x", its "y" with the interval, and the labels of some settings, by their keys."""
+    chosen = choose(found, keys, (figure.x, figure.y), figure.where)
+    if isinstance(figure, CurvesSpec):
+        _check_rates(figure.y, chosen)
     data = []
-    for entry in choose(found, keys, (figure.x, figure.y), figure.where):
+    for entry in chosen:
         x = measure(entry, figure.x)
         place: dict[str, Any] = {"x": _rounded(x.value) if x else None, "y": _with_interval(measure(entry, figure.y))}
-        data.append(place | _labels(entry, keys, figure.percent))
+        data.append(place | _labels(entry, keys, percent))
     return data
 
 
@@ -136,11 +149,15 @@ def _check_lines(figure: LinesSpec, chosen: Sequence[Entry]) -> None:
     for seeds in grouped((tuple(label(entry.settings.get(key)) for key in keys), entry) for entry in chosen).values():
         check_alike(seeds)
         x = seeds[0].settings.get(figure.x)
-        y = [v for entry in seeds if (v := measure(entry, figure.y))]
         if not isinstance(x, int | float) or x <= 0:
             raise UserError(f"{figure.x!r} = {x!r} has no place on a logarithmic axis; choose another x, or a where")
-        if any(value.n is None for value in y):
-            raise UserError(f"{figure.y!r} is no rate; a figure of lines shows rates, in %")
+        _check_rates(figure.y, seeds)
+
+
+def _check_rates(name: str, found: Sequence[Entry]) -> None:
+    """Refuse to show in % what is no rate."""
+    if any(value.n is None for entry in found if (value := measure(entry, name))):
+        raise UserError(f"{name!r} is no rate; a figure of lines or curves shows rates, in %")
 
 
 def _heat_data(figure: HeatSpec, found: Sequence[Entry]) -> Data:
@@ -175,7 +192,9 @@ def _rounded(value: float | None) -> float | None:
 def _size(figure: FigureSpec, data: Data) -> tuple[float, float]:
     """Width and height in inches; a heat map grows with its rows."""
     rows = len({(cell["row"], cell["measure"]) for cell in data}) if isinstance(figure, HeatSpec) else 0
-    return (8.2, 0.42 * rows + 1.5) if isinstance(figure, HeatSpec) else (7.0, 3.8)
+    if isinstance(figure, HeatSpec):
+        return (8.2, 0.42 * rows + 1.5)
+    return (9.0, 5.0) if isinstance(figure, CurvesSpec) else (7.0, 3.8)
 
 
 def _heat(axis: Axes, figure: HeatSpec, data: Data) -> None:
@@ -268,6 +287,27 @@ def _lines(axis: Axes, figure: LinesSpec, data: Data) -> None:
     axis.minorticks_off()
     if there:
         axis.legend(fontsize=8)
+
+
+def _curves(axis: Axes, figure: CurvesSpec, data: Data) -> None:
+    """Draw curves: for each series a mark for each run, and a line through them from the least x to the greatest."""
+    there = [point for point in data if point["y"] and point["x"] is not None]
+    for i, name in enumerate(dict.fromkeys(point[figure.series] for point in there)):
+        points = sorted((point for point in there if point[figure.series] == name), key=lambda point: point["x"])
+        bold = name in figure.bold
+        axis.plot(
+            [point["x"] for point in points],
+            [100 * point["y"][0] for point in points],
+            marker=MARKS[i % len(MARKS)],
+            markersize=7 if bold else 4,
+            linewidth=3 if bold else 1,
+            zorder=3 if bold else 2,
+            color=HUES(i % HUES.N),
+            label=name,
+        )
+    axis.set(xlabel=figure.xlabel, ylabel=_with_missing(figure.ylabel, data, there), ylim=(-3, 103))
+    if there:
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _with_missing(text: str, data: Data, there: Data) -> str:

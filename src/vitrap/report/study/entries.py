@@ -119,6 +119,7 @@ def _of_point(
 ) -> Iterator[Entry]:
     """The entry of a run, and those of its defences."""
     shared = {**point.settings, **dict(leaves(point.spec.table()))}
+    shared |= {f"attack.{name}": getattr(point.spec.attack, name) for name in ("threat", "labels")}
     shared.pop(DEFENCES, None)
     missing = "failed" if failed else "not run"
     if record is None:

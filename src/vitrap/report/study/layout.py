@@ -165,8 +165,35 @@ class LinesSpec:
     where: Mapping[str, Any] = field(default_factory=dict)
 
 
-FigureSpec = HeatSpec | ScatterSpec | LinesSpec
-FIGURES = {"heat": HeatSpec, "scatter": ScatterSpec, "lines": LinesSpec}
+@dataclass(frozen=True)
+class CurvesSpec:
+    """What a figure of curves shows: a measure over another, with a line through the runs of each series.
+
+    Attributes:
+        file: the picture's file.
+        title: its title.
+        x: a measure.
+        y: a rate, shown in %.
+        series: the key whose values have lines of their own.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
+        bold: the series that are drawn boldly.
+        where: values that keys must have.
+    """
+
+    file: str
+    title: str
+    x: str
+    y: str
+    series: str
+    xlabel: str
+    ylabel: str
+    bold: tuple[str, ...] = ()
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+FigureSpec = HeatSpec | ScatterSpec | LinesSpec | CurvesSpec
+FIGURES = {"heat": HeatSpec, "scatter": ScatterSpec, "lines": LinesSpec, "curves": CurvesSpec}
 
 
 @dataclass(frozen=True)
