@@ -103,6 +103,10 @@ SHOWN = {
     ),
     "grey with a profile of colours": (saved(Image.fromarray(RAMP), "TIFF", icc_profile=profile()), grey(RAMP)),
     "sRGB's gamma": (png(8, 0, b"\0\x07" * 1, 1, (b"gAMA", struct.pack(">I", 45455))), grey(np.array([[7]], np.uint8))),
+    "sRGB's coding points": (
+        png(8, 0, b"\0\x07", 1, (b"cICP", bytes((1, 13, 0, 1)))),
+        grey(np.array([[7]], np.uint8)),
+    ),
     "gamma overruled": (
         png(8, 0, b"\0\x07", 1, (b"gAMA", struct.pack(">I", 100000)), (b"sRGB", b"\0")),
         grey(np.array([[7]], np.uint8)),
@@ -201,6 +205,7 @@ DOUBTFUL = {
     "16 bits, white is 0": white_is_0(WIDE),
     "gamma": png(8, 0, b"\0\x07", 1, (b"gAMA", struct.pack(">I", 100000))),
     "primaries": png(8, 0, b"\0\x07", 1, (b"cHRM", struct.pack(">8I", 31270, 32900, 73470, 26530, 0, 100000, 0, 0))),
+    "coding points": png(8, 0, b"\0\x07", 1, (b"cICP", bytes((12, 13, 0, 1)))),
     "a transparent grey": saved(Image.fromarray(RAMP), "PNG", transparency=16),
     "a transparent grey of 4 bits": png(4, 0, b"\0\x0f\0\x0f", 2, (b"tRNS", b"\0\x0f")),
     "a transparent colour of 16 bits": png(16, 2, b"\0" + b"\2\1" * 3, 1, (b"tRNS", b"\2\1" * 3)),

@@ -6,16 +6,18 @@ PostScript, say). A pipe or a device in place of a file is refused before it is 
 What decides how a picture looks:
 
 - orientation: the picture is turned upright, as its EXIF or XMP says;
-- several pictures in a file (an animation, pages): the first one;
+- several pictures in a file (an animation, pages): the first one, also where an animation does not show it;
 - transparency: the picture is laid over white;
 - 16 bits a channel: the high byte of each value;
-- a colour profile (ICC): the colours are converted to sRGB; CMYK without one, by Pillow's plain formula.
+- a colour profile (ICC): the colours are converted to sRGB; CMYK without one, by Pillow's plain formula;
+- a colour space that EXIF names without a profile is passed over, as web browsers do.
 
 Refused, since it leaves open what is black, white or transparent: values of 32 bits, fractions and signed ones (modes I
-and F), 12 bits, the mode LAB, a PNG's gamma or primaries other than those of sRGB, a grey value or a 16-bit colour that
-stands for "transparent", and a colour profile that is broken or made for another mode.
+and F), 12 bits, the mode LAB, a PNG's gamma, primaries or coding points (cICP) other than those of sRGB, a grey value
+or a 16-bit colour that stands for "transparent", and a colour profile that is broken or made for another mode.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
 from vitrap.errors import UserError
+from vitrap.files import open_file
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are read, by Pillow's names."""
@@ -44,6 +47,8 @@ EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of grey with 16 bits."""
 GAMMA = 1 / 2.2
+SRGB_CODES = bytes((1, 13, 0, 1))
+"""sRGB in PNG's chunk cICP: primaries, transfer, matrix and full range by the numbers of ITU-T H.273."""
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """sRGB's white, red, green and blue, as x and y each, in the order of PNG."""
 
@@ -80,7 +85,7 @@ def read_picture(path: Path) -> Image.Image:
         UserError: it cannot be read, or leaves open how it looks; the message names the file and Pillow's mode.
     """
     with open_picture(path) as file:
-        if doubt := _doubt(file):
+        if doubt := _doubt(file) or _doubt_of_codes(path, file):
             raise UserError(f"{path} is a picture of mode {file.mode} that {doubt}; save it in 8 bits and sRGB")
         image = ImageOps.exif_transpose(file)
         if _has_sixteen_bits(file):
@@ -111,6 +116,20 @@ def _doubt(image: Image.Image) -> str:
         return "lets one of its values stand for transparent"
     if not {"icc_profile", "srgb"} & image.info.keys() and not _is_srgb(image):
         return "has another gamma or other primaries than sRGB"
+    return ""
+
+
+def _doubt_of_codes(path: Path, image: Image.Image) -> str:
+    """The same of a PNG's coding points, which Pillow passes over."""
+    if image.format != "PNG":
+        return ""
+    with open_file(path) as file:
+        file.seek(8)  # the signature
+        # Each chunk has its length, its kind, its content and four bytes of a checksum; pixels begin with IDAT.
+        while len(head := file.read(8)) == 8 and (kind := head[4:]) != b"IDAT":
+            if kind == b"cICP":
+                return "" if file.read(4) == SRGB_CODES else "has coding points (cICP) other than those of sRGB"
+            file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
     return ""
 
 
