@@ -54,3 +54,11 @@ def test_a_rate_that_is_missing_is_a_damaged_record(name: str, rates: dict[str, 
     broken = {**screen(), "tpr_at_fpr": {"0.05": rate(0.5), "0.10": rate(0.5)}, name: rates}
     with pytest.raises(ValueError, match="is damaged .* has no rate for"):
         to_record(record(defences=[broken]))
+
+
+@pytest.mark.parametrize("name", ["tied_at_fpr", "fpr_on_test", "fpr_on_clean_model"])
+def test_a_rate_for_another_false_positive_rate_is_not_dropped_without_a_word(name: str) -> None:
+    row = screen()
+    broken = {**row, name: {**row["tpr_at_fpr"], "0.2": rate(0.5)}}
+    with pytest.raises(ValueError, match=f"is damaged .*{name} has a rate for '0.2', and tpr_at_fpr has none"):
+        to_record(record(defences=[broken]))

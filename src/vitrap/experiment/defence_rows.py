@@ -81,7 +81,7 @@ class ScreenRow:
         """Leave out the rates at thresholds that the held-out images cannot resolve, of older rows as well.
 
         Raises:
-            ValueError: a key is no false positive rate, or a rate is missing.
+            ValueError: a key is no false positive rate, or tables have rates for different ones.
         """
         why = {fpr: reason for fpr in self.tpr_at_fpr if (reason := _unresolved(fpr, self.n_threshold))}
         object.__setattr__(self, "unresolved", why)
@@ -89,6 +89,8 @@ class ScreenRow:
             table = getattr(self, name)
             if name == "tied_at_fpr" and not table:  # an older row
                 continue
+            if extra := sorted(table.keys() - self.tpr_at_fpr.keys()):
+                raise ValueError(f"{name} has a rate for {extra[0]!r}, and tpr_at_fpr has none")
             rates = {fpr: None if fpr in why else table.get(fpr) for fpr in self.tpr_at_fpr}
             if missing := [fpr for fpr, rate in rates.items() if rate is None and fpr not in why]:
                 raise ValueError(f"{name} has no rate for {missing[0]!r}")
