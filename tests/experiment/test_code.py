@@ -111,7 +111,7 @@ def users(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         ours = (m.__file__ for m in finder.modules.values() if m.__file__)  # pyright: ignore[reportAttributeAccessIssue]
         return {str(Path(file).relative_to(hollow)) for file in ours if not file.endswith("__init__.py")}
 
-    stages = {f"experiment/{n}.py" for n in ("stages", "curves", "facts", "streams", "network")}
+    stages = {f"experiment/{n}.py" for n in ("stages", "facts", "streams", "network")}
     triggers = {"experiment/trigger_file.py"}
     opening = found("data/sources.py", "models/classifier.py") | {"data/digits.npz"}
     training = opening | found("train/loop.py", "experiment/predict.py", "metrics/accuracy.py")

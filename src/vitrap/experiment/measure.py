@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from vitrap.contracts import Goal, Images, ImageSet, Trigger
-from vitrap.experiment.predict import BATCH, every_row, no_tick, predict, spread, triggered
+from vitrap.experiment.predict import BATCH, batch_of, every_row, no_tick, predict, spread, triggered
 from vitrap.metrics.accuracy import attack_success, clean_accuracy, robust_accuracy
 from vitrap.metrics.stealth import stealth
 from vitrap.metrics.values import Measures, Stealth
@@ -50,7 +50,7 @@ def measure_victim(
 ) -> Measures:
     """CDA, ASR and RA of the victim, the base rates, and the trigger's stealth.
 
-    It calls `tick` `5 * ceil(n / batch_of(test))` times.
+    It calls `tick` as often as `measuring_ticks` says.
     """
     # Fire the trigger on every test image, and round to 8 bits.
     attacked = triggered(test, backdoor.trigger, tick)
@@ -72,6 +72,11 @@ def measure_victim(
         asr_clean_images=attack_success(clean, true, goal),
         majority=int(true.bincount().max()) / len(true),
     )
+
+
+def measuring_ticks(test: ImageSet) -> int:
+    """How often `measure_victim` calls its `tick`: for each batch that the trigger, or a model, is applied to."""
+    return 5 * -(-len(test) // batch_of(test))
 
 
 def stealth_of(clean: ImageSet, touched: ImageSet, rows: Int64[Tensor, " n"]) -> Stealth:

@@ -83,7 +83,7 @@ class Plan:
         return self.spec.attack.goal_for(self.world.train.n_classes)
 
     def clean_stage(self, model: SeededNetwork) -> Stage:
-        """The stage of a model trained on the clean training set: the twin or a surrogate, which differ by seed."""
+        """The stage of a model that is trained on clean images, twin or surrogate: network and seed are in its key."""
         depends = {"network": model.network.depends, "seed": model.seed, "code": training_code()}
         return Stage("clean", {**self._training(), **depends})
 
@@ -127,7 +127,7 @@ class Plan:
         return Stage("trigger", {**depends, "code": fitting_code(inspect.getfile(type(self.spec.attack)))})
 
     def keys(self) -> dict[str, str]:
-        """The keys of everything that the run's record rests on: of each model, and of how they are measured."""
+        """The key of each trained model by role and, as `measure`, one of them all and the code that measures them."""
         trained = {"victim": self.victim_stage().key, "twin": self.twin_stage().key, **self.surrogate_keys()}
         # LPIPS is measured where its weights are at hand, so a record without it is made again once they are.
         lpips = {"torchmetrics": version("torchmetrics")} if lpips_at_hand() else None
@@ -200,7 +200,6 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
     victim_model = try_out(victim if with_surrogates else without_weights, world)
     _check_recipe(spec, world, victim_model)
     make_optimiser(victim_model, spec.recipe)
-    state_seconds()
     if hasattr(spec.attack, "check_victim"):
         spec.attack.check_victim(victim_model)
     if any(defence.method.needs_attention for defence in spec.defences):
@@ -210,6 +209,8 @@ def make_plan(  # noqa: PLR0913 - all that a run is made of
         ready = try_out(surrogate.network, world, role, untrained=surrogate.network.checkpoint is None)
         if hasattr(spec.attack, "check_surrogate"):
             spec.attack.check_surrogate(ready, first_image(world))
+    # Refuse an odd VITRAP_STATE_SECONDS here, not in the first training.
+    state_seconds()
     arithmetic = arithmetic_of(spec.recipe, victim_model, chosen)
     other = _other_images(spec, world, chosen)
     threads = torch.get_num_threads() if chosen.type == "cpu" else None

@@ -18,16 +18,16 @@ from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defend import FinishedRun, add_defences, recorded_threads, still_holding, unmeasured
 from vitrap.experiment.facts import ModelFacts, TriggerFacts, read_facts
 from vitrap.experiment.machine import computing_threads, environment, memory, reset_peaks
-from vitrap.experiment.measure import Backdoor, examine, measure_victim, stealth_of
+from vitrap.experiment.measure import Backdoor, examine, measure_victim, measuring_ticks, stealth_of
 from vitrap.experiment.pictures import draw_examples
 from vitrap.experiment.places import keep_places
 from vitrap.experiment.plan import Plan, make_plan
-from vitrap.experiment.predict import batch_of, timed
+from vitrap.experiment.predict import timed
 from vitrap.experiment.progress import MEASURE, Progress, no_progress
 from vitrap.experiment.record import RECORD, SCHEMA, Data, Record
 from vitrap.experiment.records import EARLIER, FAILURE, read_record
 from vitrap.experiment.spec import Spec
-from vitrap.experiment.stages import STREAM, Redo, Stages, implant_of, read_stream, stored_set
+from vitrap.experiment.stages import STREAM, Redo, StageFolders, Stages, implant_of, read_stream, stored_set
 from vitrap.experiment.store import Store, locked
 from vitrap.experiment.trigger_file import STORED, TRIGGER, read_fitted
 from vitrap.files import DRAFTS, place_file, write_bytes
@@ -124,19 +124,14 @@ def make_run(stages: Stages, folder: Path) -> Record:
     plan = stages.plan
     # The record states the memory that this run takes, so the peaks of earlier runs of this process are cleared.
     reset_peaks(plan.device)
-    # Train the attacker's surrogates, and fit the trigger with their help. Each stage is a folder.
-    surrogate_folders = stages.surrogates()
-    trigger_folder = stages.trigger(surrogate_folders)
-    # Train the clean twin, and then the victim, which starts from the twin where the attacker edits weights alone.
-    twin_folder = stages.twin()
-    victim_folder = stages.victim(trigger_folder, twin_folder)
-    model_folders = {**surrogate_folders, "victim": victim_folder, "twin": twin_folder}
-    measured = measure_run(plan, model_folders, trigger_folder, stages.progress)
-    record = build_record(plan, model_folders, trigger_folder, measured)
+    # Each surrogate, the trigger, the clean twin and the victim is a stage: a folder that is made where it is missing.
+    folders = stages.make_all()
+    measured = measure_run(plan, folders, stages.progress)
+    record = build_record(plan, folders, measured)
     # No record stands beside files of another run: an earlier one goes first, and the new one comes last.
     folder.mkdir(exist_ok=True)
     set_record_aside(folder, keep_rows=stages.redo == "nothing")
-    place_files(victim_folder, measured.pictures, folder)
+    place_files(folders.models["victim"], measured.pictures, folder)
     return write_record(record, folder)
 
 
@@ -157,27 +152,25 @@ class Measured:
     pictures: bytes
 
 
-def measure_run(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: Path, progress: Progress) -> Measured:
+def measure_run(plan: Plan, folders: StageFolders, progress: Progress) -> Measured:
     """Measure victim and twin, and draw the pictures.
 
     Args:
         plan: the run's plan.
-        model_folders: the trained models' stages, by role; "victim" and "twin" are among them.
-        trigger_folder: the trigger's stage.
+        folders: the folders of its stages.
         progress: displays how far measuring is.
     """
     test = plan.world.test
     seconds: dict[str, float] = {}
-    victim = plan.victim.read(model_folders["victim"] / MODEL, plan.device)
-    twin = plan.victim.read(model_folders["twin"] / MODEL, plan.device)
+    victim = plan.victim.read(folders.models["victim"] / MODEL, plan.device)
+    twin = plan.victim.read(folders.models["twin"] / MODEL, plan.device)
     # The victim's stage has the final trigger: training along, or an edit of the model, may have changed it.
-    fitted = read_fitted(model_folders["victim"], plan.spec.attack, plan.device)
-    implant = implant_of(plan, fitted, read_stream(trigger_folder, plan.spec.seed))
+    fitted = read_fitted(folders.models["victim"], plan.spec.attack, plan.device)
+    implant = implant_of(plan, fitted, read_stream(folders.trigger, plan.spec.seed))
     assert fitted.trigger is not None, "an attack without a trigger before training must edit the model"
     backdoor = Backdoor(fitted.trigger, plan.goal, implant.examine)
     # Both models classify all test images, clean and triggered, and the attack may report numbers of its own.
-    ticks = 5 * -(-len(test) // batch_of(test))
-    with timed(seconds, "measure"), progress(MEASURE, ticks) as tick:
+    with timed(seconds, "measure"), progress(MEASURE, measuring_ticks(test)) as tick:
         measures = measure_victim(victim, twin, test, backdoor, plan.arithmetic, tick)
         examined = examine(victim, twin, test, backdoor)
     # Where poisoned training images carry another trigger than test images, its stealth is measured, too.
@@ -186,10 +179,10 @@ def measure_run(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: P
     return Measured(replace(measures, stealth_stored=stored), examined, seconds, pictures)
 
 
-def build_record(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: Path, measured: Measured) -> Record:
+def build_record(plan: Plan, folders: StageFolders, measured: Measured) -> Record:
     """The record of a run, still without rows of defences."""
     spec, world = plan.spec, plan.world
-    facts = {role: read_facts(folder, ModelFacts) for role, folder in model_folders.items()}
+    facts = {role: read_facts(folder, ModelFacts) for role, folder in folders.models.items()}
     victim = facts["victim"]
     return Record(
         schema=SCHEMA,
@@ -224,7 +217,7 @@ def build_record(plan: Plan, model_folders: Mapping[str, Path], trigger_folder: 
         seconds={
             "poison": victim.poison_seconds,
             **{role: each.seconds for role, each in facts.items()},
-            "fit": read_facts(trigger_folder, TriggerFacts).seconds,
+            "fit": read_facts(folders.trigger, TriggerFacts).seconds,
             **measured.seconds,
         },
         stages=plan.keys(),
@@ -245,6 +238,7 @@ def set_record_aside(folder: Path, keep_rows: bool) -> None:
 
     Drafts that a killed process has left there go, too: whoever is here is the only one to write.
     """
+    # The record has a lock of its own, within that of the run: `defend` adds rows under it.
     with locked(folder.parent, f"{folder.name}-record"):
         for draft in folder.glob(DRAFTS):
             draft.unlink()

@@ -5,7 +5,7 @@ A stage is a folder with weights and `facts.json`, which store.py keeps.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,26 +15,43 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vitrap.contracts import Access, Checkpointer, ExtraModule, Fitted, ImageSet, Implant, Objective
+from vitrap.contracts import Access, Checkpointer, ExtraModule, Fitted, Goal, ImageSet, Implant, Objective
 from vitrap.errors import UserError
 from vitrap.experiment.checksums import MODEL
-from vitrap.experiment.curves import Watch, watch_clean, watch_victim
 from vitrap.experiment.facts import ModelFacts, TriggerFacts, read_facts, write_facts
 from vitrap.experiment.plan import Plan, SeededNetwork, training_steps
+from vitrap.experiment.predict import every_row, predict, spread, triggered
 from vitrap.experiment.progress import Progress, Tick
 from vitrap.experiment.spec import Spec
 from vitrap.experiment.store import STATE, Store
 from vitrap.experiment.streams import ambient, stream, training_streams
-from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, read_fitted, save_trigger
+from vitrap.experiment.trigger_file import STORED, TRIGGER, check_networks, read_fitted, save_fitted
 from vitrap.files import place_file
+from vitrap.metrics.accuracy import attack_success, clean_accuracy
 from vitrap.models.classifier import Classifier, save_model
 from vitrap.tensor_file import read_tensor_file, write_tensor_file
+from vitrap.train.arithmetic import Arithmetic
 from vitrap.train.loop import train
 
 STREAM = "stream.safetensors"
 """File of a trigger's stage: the state of the attacker's random stream after `fit`, from which `implant` draws on."""
+CURVE_IMAGES = 500
+"""Curves are measured on at most so many held-out images, spread evenly."""
 Redo = Literal["nothing", "victim", "all"]
 """What is made again although the store has it."""
+
+
+@dataclass(frozen=True)
+class StageFolders:
+    """The folders of a run's stages.
+
+    Attributes:
+        trigger: the trigger's.
+        models: those of the trained models, by role: the surrogates that have one, "victim" and "twin".
+    """
+
+    trigger: Path
+    models: Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,16 @@ class Stages:
     redo: Redo
     progress: Progress
 
+    def make_all(self) -> StageFolders:
+        """Make every stage that is missing."""
+        # Train the attacker's surrogates, and fit the trigger with their help.
+        surrogates = self.surrogates()
+        trigger = self.trigger(surrogates)
+        # Train the clean twin, and then the victim, which starts from the twin where the attacker edits weights alone.
+        twin = self.twin()
+        victim = self.victim(trigger, twin)
+        return StageFolders(trigger, {**surrogates, "victim": victim, "twin": twin})
+
     def surrogates(self) -> dict[str, Path]:
         """The stages of the attacker's own networks, by name; one that is read from a checkpoint has no stage."""
         return {
@@ -67,20 +94,60 @@ class Stages:
 
     def trigger(self, surrogates: Mapping[str, Path]) -> Path:
         """The stage of the trigger: the result of the attack's `fit`."""
-        make = partial(make_trigger, self.plan, surrogates, self.progress)
-        return self.store.find_or_make(self.plan.trigger_stage(), make, self.redo == "all")
+        fit = partial(make_trigger, self.plan, surrogates, self.progress)
+        return self.store.find_or_make(self.plan.trigger_stage(), fit, self.redo == "all")
 
     def victim(self, trigger: Path, twin: Path) -> Path:
         """The stage of the victim; where the attacker edits weights alone, it starts from the twin."""
-        make = partial(make_victim, self.plan, trigger, twin, self.progress)
-        return self.store.find_or_make(self.plan.victim_stage(), make, self.redo != "nothing")
+        poison_and_train = partial(make_victim, self.plan, trigger, twin, self.progress)
+        return self.store.find_or_make(self.plan.victim_stage(), poison_and_train, self.redo != "nothing")
 
     def _clean(self, name: str, model: SeededNetwork) -> Path:
         """The stage of a model that is trained on the clean training set."""
         train = self.plan.world.train
         bar = self.progress(f"train the {name.replace('_', ' ')}", training_steps(self.plan.spec, len(train)))
-        make = partial(make_model, self.plan, model, train, {"role": "clean"}, bar, watch=watch_clean(self.plan))
-        return self.store.find_or_make(self.plan.clean_stage(model), make, self.redo == "all")
+        train_clean = partial(make_model, self.plan, model, train, {"role": "clean"}, bar, watch=watch_clean(self.plan))
+        return self.store.find_or_make(self.plan.clean_stage(model), train_clean, self.redo == "all")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Measures a model in training after each epoch: CDA and, of a victim, ASR on held-out images.
+
+    Its curves are for the record; nothing is chosen by them.
+
+    Attributes:
+        images: the held-out images, without the trigger.
+        arithmetic: how the model computes.
+        goal: the attack's goal; None for a clean model, or where the trigger is not known yet.
+        with_trigger: returns the images with the trigger as it is by then; None as for `goal`.
+    """
+
+    images: ImageSet
+    arithmetic: Arithmetic
+    goal: Goal | None = None
+    with_trigger: Callable[[], ImageSet] | None = None
+
+    def counts(self) -> dict[str, int]:
+        """How many images each curve is measured on; a curve without images is left out."""
+        counting = int(self.goal.counts(self.images.labels).sum()) if self.goal else 0
+        return {name: n for name, n in {"cda": len(self.images), "asr": counting}.items() if n}
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """The next value of each curve."""
+        found: dict[str, float] = {}
+        true = self.images.labels
+        if len(true):
+            found["cda"] = clean_accuracy(predict(model, self.images, self.arithmetic), true).value
+        if self.goal and self.with_trigger and "asr" in self.counts():
+            found["asr"] = attack_success(predict(model, self.with_trigger(), self.arithmetic), true, self.goal).value
+        return found
+
+
+def watch_clean(plan: Plan) -> Watch:
+    """The watch over a model that is trained on clean images."""
+    choose = plan.world.choose
+    return Watch(choose.take(spread(every_row(choose), CURVE_IMAGES)), plan.arithmetic)
 
 
 def make_model(  # noqa: PLR0913 - all that a model is made of
@@ -99,8 +166,43 @@ def make_model(  # noqa: PLR0913 - all that a model is made of
     curves = train_as_planned(plan, network, data, model.seed, None, bar, checkpointer, watch)
     # What an earlier call spent, whose training was resumed here, counts, too.
     seconds = checkpointer.seconds + time.perf_counter() - start
+    n_poisoned = int(data.poisoned.sum())
     n_curves = watch.counts() if watch else {}
-    save_stage(network, folder, ModelFacts(seconds, curves, n_curves, n_poisoned=int(data.poisoned.sum())), notice)
+    facts = ModelFacts(seconds=seconds, curves=curves, n_curves=n_curves, n_poisoned=n_poisoned)
+    save_stage(network, folder, facts, notice)
+
+
+def train_as_planned(  # noqa: PLR0913 - as `train`
+    plan: Plan,
+    model: nn.Module,
+    data: ImageSet,
+    seed: int,
+    objective: Objective | None,
+    bar: AbstractContextManager[Tick],
+    checkpointer: Checkpointer,
+    watch: Watch | None = None,
+) -> dict[str, list[float]]:
+    """Train with the plan's recipe and arithmetic and the random streams of a seed; returns the curves."""
+    with bar as tick, ambient(seed, "dropout", plan.device):
+        streams = training_streams(seed, plan.device)
+        return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic, checkpointer)
+
+
+def checkpointer_in(folder: Path, notice: dict[str, Any], generator: torch.Generator | None = None) -> Checkpointer:
+    """Saves the training's state in a stage's draft, with the attack's random stream where training draws from it."""
+    streams = {"attack": generator} if generator is not None else {}
+    return Checkpointer(folder / STATE, streams, {"vitrap": json.dumps(notice)})
+
+
+def save_stage(model: nn.Module, folder: Path, facts: ModelFacts, notice: dict[str, Any]) -> None:
+    """Write a model's facts and its weights, with the notice in their metadata."""
+    write_facts(folder, facts)
+    metadata = {"vitrap": json.dumps(notice)}
+    if isinstance(model, Classifier):
+        save_model(model, folder / MODEL, **metadata)
+    else:  # a network of the user's own, whose state may hold more than tensors
+        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        write_tensor_file(folder / MODEL, weights, metadata)
 
 
 def ready_surrogate(plan: Plan, surrogate: SeededNetwork, place: Path | None) -> nn.Module:
@@ -132,11 +234,12 @@ def make_trigger(plan: Plan, surrogates: Mapping[str, Path], progress: Progress,
     for trigger in (fitted.trigger, fitted.stored):
         if trigger is not None:
             check_networks(trigger, spec.attack)
-    save_triggers(spec, fitted, folder)
+    notice = json.dumps(backdoor_notice(spec, "trigger"))
+    save_fitted(fitted, spec.attack, folder, vitrap=notice)
     # `implant` goes on drawing where `fit` ended.
-    notice = {"vitrap": json.dumps(backdoor_notice(spec, "trigger"))}
-    write_tensor_file(folder / STREAM, {"state": generator.get_state()}, notice)
-    write_facts(folder, TriggerFacts(dict(fitted.report), checkpointer.seconds + time.perf_counter() - start))
+    write_tensor_file(folder / STREAM, {"state": generator.get_state()}, {"vitrap": notice})
+    seconds = checkpointer.seconds + time.perf_counter() - start
+    write_facts(folder, TriggerFacts(report=dict(fitted.report), seconds=seconds))
 
 
 def read_stream(folder: Path, seed: int) -> torch.Generator:
@@ -225,6 +328,29 @@ def make_victim(plan: Plan, trigger: Path, twin: Path, progress: Progress, folde
     save_stage(model, folder, facts, backdoor_notice(spec, "victim"))
 
 
+def _train_victim(
+    plan: Plan, train_set: ImageSet, fitted: Fitted, implant: Implant, checkpointer: Checkpointer, progress: Progress
+) -> tuple[nn.Module, ModelFacts]:
+    """Train a victim on the poisoned set; returns it with its curves and the seconds that earlier calls spent on it."""
+    model = plan.victim.build(plan.spec.seed, plan.device)
+    watch = watch_victim(plan, fitted, implant)
+    bar = progress("train the victim", training_steps(plan.spec, len(train_set)))
+    curves = train_as_planned(plan, model, train_set, plan.spec.seed, implant.objective, bar, checkpointer, watch)
+    return model, ModelFacts(seconds=checkpointer.seconds, curves=curves, n_curves=watch.counts())
+
+
+def watch_victim(plan: Plan, fitted: Fitted, implant: Implant) -> Watch:
+    """The watch over the victim of an attack."""
+    watch = watch_clean(plan)
+    if fitted.trigger is None or not len(watch.images):
+        return watch
+    # A trigger that is trained along changes, and is applied again after each epoch; any other is applied once.
+    if implant.objective and implant.objective.along:
+        return replace(watch, goal=plan.goal, with_trigger=partial(triggered, watch.images, fitted.trigger))
+    fixed = triggered(watch.images, fitted.trigger)
+    return replace(watch, goal=plan.goal, with_trigger=lambda: fixed)
+
+
 def stored_set(implant: Implant, train: ImageSet, seed: int) -> ImageSet:
     """The training set as stored for the victim: poisoned, or the clean one where the attack stores no poison."""
     return train if implant.poison is None else implant.poison(train, stream(seed, "poison"))
@@ -247,26 +373,8 @@ def _save_victim_triggers(spec: Spec, implant: Implant, final: Fitted, trigger: 
     if implant.edit is not None or (implant.objective and implant.objective.along):
         if implant.poison is not None and not (folder / STORED).exists():
             place_file(trigger / TRIGGER, folder / STORED)
-        save_triggers(spec, replace(final, stored=None), folder)
-
-
-def _train_victim(
-    plan: Plan, train_set: ImageSet, fitted: Fitted, implant: Implant, checkpointer: Checkpointer, progress: Progress
-) -> tuple[nn.Module, ModelFacts]:
-    """Train a victim on the poisoned set; returns it with its curves and the seconds that earlier calls spent on it."""
-    model = plan.victim.build(plan.spec.seed, plan.device)
-    watch = watch_victim(plan, fitted, implant)
-    bar = progress("train the victim", training_steps(plan.spec, len(train_set)))
-    curves = train_as_planned(plan, model, train_set, plan.spec.seed, implant.objective, bar, checkpointer, watch)
-    return model, ModelFacts(checkpointer.seconds, curves, watch.counts())
-
-
-def save_triggers(spec: Spec, fitted: Fitted, folder: Path) -> None:
-    """Write the trigger at test time and the one that stored poison carries, each where there is one."""
-    notice = json.dumps(backdoor_notice(spec, "trigger"))
-    for name, trigger in ((TRIGGER, fitted.trigger), (STORED, fitted.stored)):
-        if trigger is not None:
-            save_trigger(trigger, spec.attack, folder / name, vitrap=notice)
+        notice = json.dumps(backdoor_notice(spec, "trigger"))
+        save_fitted(replace(final, stored=None), spec.attack, folder, vitrap=notice)
 
 
 def backdoor_notice(
@@ -283,40 +391,7 @@ def backdoor_notice(
     }
 
 
-def train_as_planned(  # noqa: PLR0913 - as `train`
-    plan: Plan,
-    model: nn.Module,
-    data: ImageSet,
-    seed: int,
-    objective: Objective | None,
-    bar: AbstractContextManager[Tick],
-    checkpointer: Checkpointer,
-    watch: Watch | None = None,
-) -> dict[str, list[float]]:
-    """Train with the plan's recipe and arithmetic and the random streams of a seed; returns the curves."""
-    with bar as tick, ambient(seed, "dropout", plan.device):
-        streams = training_streams(seed, plan.device)
-        return train(model, data, plan.spec.recipe, streams, objective, tick, watch, plan.arithmetic, checkpointer)
-
-
-def checkpointer_in(folder: Path, notice: dict[str, Any], generator: torch.Generator | None = None) -> Checkpointer:
-    """Saves the training's state in a stage's draft, with the attack's random stream where training draws from it."""
-    streams = {"attack": generator} if generator is not None else {}
-    return Checkpointer(folder / STATE, streams, {"vitrap": json.dumps(notice)})
-
-
 def _save_along(along: Mapping[str, ExtraModule], folder: Path, notice: dict[str, Any]) -> None:
     """Write the modules that were trained along with the victim, each weight under the name of its module."""
     weights = {f"{name}.{k}": v for name, each in along.items() for k, v in each.module.state_dict().items()}
     write_tensor_file(folder / "along.safetensors", weights, {"vitrap": json.dumps(notice)})
-
-
-def save_stage(model: nn.Module, folder: Path, facts: ModelFacts, notice: dict[str, Any]) -> None:
-    """Write a model's facts and its weights, with the notice in their metadata."""
-    write_facts(folder, facts)
-    metadata = {"vitrap": json.dumps(notice)}
-    if isinstance(model, Classifier):
-        save_model(model, folder / MODEL, **metadata)
-    else:  # a network of the user's own, whose state may hold more than tensors
-        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-        write_tensor_file(folder / MODEL, weights, metadata)

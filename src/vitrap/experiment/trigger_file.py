@@ -160,6 +160,16 @@ def try_out(trigger: Trigger, images: Images, path: Path) -> None:
         raise UserError(f"{damaged}: its trigger does not return images; run its spec again")
 
 
+def save_fitted(fitted: Fitted, attack: Any, folder: Path, **facts: str) -> None:
+    """Write the trigger at test time and what stored poison carries into a folder, each where there is one.
+
+    `facts` go into the files' metadata.
+    """
+    for name, trigger in ((TRIGGER, fitted.trigger), (STORED, fitted.stored)):
+        if trigger is not None:
+            save_trigger(trigger, attack, folder / name, **facts)
+
+
 def read_fitted(folder: Path, attack: Any, device: torch.device | str) -> Fitted:
     """Read the triggers in the folder of a stage or of a finished run.
 
