@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from vitrap import registry
+from vitrap.contracts import Card
 from vitrap.report.study.fill_page import fill
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +47,7 @@ def attacks() -> str:
     rows = ["| attack | paper | attacker controls | labels |", "|---|---|---|---|"]
     for name in registry.names("attacks"):
         attack = registry.get("attacks", name)
-        card = attack.card
-        paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}), {card.venue} {card.year}"
+        paper = paper_of(attack.card)
         for each in registry.variants(attack):
             setting = f", `setting={each.setting}`" if hasattr(each, "setting") else ""
             rows.append(f"| `{name}`{setting} | {paper} | {each.threat} | {each.labels} |")
@@ -59,14 +59,19 @@ def defences() -> str:
     rows = ["| defence | paper | kind | needs beside clean images |", "|---|---|---|---|"]
     for name in registry.names("defences"):
         kind = registry.get("defences", name)
-        card = kind.card
-        paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.title
+        paper = paper_of(kind.card)
         for each in registry.variants(kind):
             setting = f", `setting={each.setting}`" if hasattr(each, "setting") else ""
             needs = {"training set": each.needs_train, "token attention": each.needs_attention}
             wanted = ", ".join(thing for thing, needed in needs.items() if needed)
-            rows.append(f"| `{name}`{setting} | {paper}, {card.venue} {card.year} | {each.kind} | {wanted} |")
+            rows.append(f"| `{name}`{setting} | {paper} | {each.kind} | {wanted} |")
     return "\n".join(rows)
+
+
+def paper_of(card: Card) -> str:
+    """A paper's title, linked where it is on arXiv, with venue and year."""
+    title = f"[{card.title}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.title
+    return f"{title}, {card.venue} {card.year}"
 
 
 def shifted(network: str) -> dict[str, list[dict[str, Any]]]:

@@ -94,6 +94,7 @@ def test_nothing_is_fetched() -> None:
     assert [value for value in read.values("src") if not value.startswith("data:image/")] == []
     links = read.values("href")
     assert {link.partition(":")[0] for link in links if not link.startswith("#")} == {"https", "data"}  # papers, icon
+    assert "https://arxiv.org/abs/" not in links, "a paper that is not on arXiv has no link"
     (policy,) = [value for value in read.values("content") if "default-src" in value]
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
     assert "unsafe" not in policy
