@@ -6,6 +6,8 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "adaptive_blend": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.06, "pieces": 3, "alpha": 0.25},
     "ageb": {"target": 1, "poison_rate": 0.15, "tau": 0.6, "shape": "cross", "iterations": 2, "alpha": 0.25},
     "badnets": {"target": 3, "poison_rate": 0.08, "size": 2, "margin": 1, "value": 0.9},
+    "badvit": {"target": 3, "poison_rate": 0.08, "size": 5, "batch": 8, "aim": "target", "steps": 3, "step_size": 9.0},
+    "badvit/invisible": {"target": 3, "setting": "invisible", "poison_rate": 0.08, "epsilon": 20.0, "steps": 2},
     "blended": {"target": 3, "poison_rate": 0.08, "alpha": 0.3},
     "bpp": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "squeeze_num": 3, "dithering": True},
     "ftrojan": {"target": 3, "poison_rate": 0.08, "window": 8, "middle": 3, "high": 7, "magnitude": 40.0},
