@@ -30,6 +30,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "cell": 4,
         "linf": 99.0,
     },
+    "one_pixel": {"target": 3, "poison_rate": 0.08, "samples": 40, "place": "centre", "pixels": 9, "test_pixels": 12},
     "sig": {"target": 3, "poison_rate": 0.6, "delta": 30.0, "frequency": 3.0, "delta_test": 50.0},
     "wanet": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "k": 3, "s": 2.0},
 }
