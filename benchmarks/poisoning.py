@@ -218,4 +218,3 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
 """Plain versions of attacks' triggers, from the settings and the surrogate."""
 OPTIMISED = frozenset({"badvit", "hidden_trigger", "label_consistent", "low_frequency", "one_pixel"})
 """Attacks whose trigger is made on images. They have no plain version; a record has the seconds."""
-"""Attacks whose trigger is made on images. They have no plain version; a record has the seconds."""
