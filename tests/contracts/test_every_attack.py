@@ -66,7 +66,7 @@ class Made:
     trigger: Trigger
     stored: Trigger | None
     report: Mapping[str, float]
-    poison: Callable[[ImageSet, torch.Generator], ImageSet]
+    poison: Callable[[ImageSet, torch.Generator], ImageSet] | None
     objective: Objective | None
     edit: Any
     examine: Any
@@ -84,7 +84,8 @@ class Bench:
     victim: Callable[[], Classifier]
 
     def poisoned(self, seed: int = 0) -> ImageSet:
-        return self.fit().poison(self.train, generator(seed))
+        poison = self.fit().poison
+        return self.train if poison is None else poison(self.train, generator(seed))
 
 
 Rule = Callable[[Bench], None]
@@ -169,6 +170,9 @@ def poison_leaves_torchs_random_state(bench: Bench) -> None:
 
 
 def poison_rate_is_met_within_one_image(bench: Bench) -> None:
+    if bench.attack.threat == "weights":
+        assert bench.fit().poison is None, "an attacker of weights poisons nothing"
+        return
     goal = bench.fit().goal
     may = goal.may_poison(bench.train.labels, bench.attack.labels)
     base = len(bench.train) if bench.attack.labels == "dirty" else int(may.sum())
@@ -196,7 +200,8 @@ def poison_replaces_and_leaves_the_rest(bench: Bench) -> None:
     assert torch.equal(poisoned.index, bench.train.index)
     clean = ~(poisoned.poisoned | poisoned.covers)
     assert torch.equal(poisoned.images(everything[clean]), bench.train.images(everything[clean]))
-    assert (poisoned.images(everything[~clean]) != bench.train.images(everything[~clean])).any()
+    if bench.attack.threat != "weights":
+        assert (poisoned.images(everything[~clean]) != bench.train.images(everything[~clean])).any()
     for name, value in vars(before).items():
         now = getattr(bench.train, name)
         assert torch.equal(now, value) if isinstance(value, Tensor) else now == value, f"{name} was changed in place"
@@ -247,6 +252,19 @@ def edit_leaves_its_argument(bench: Bench) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model was changed in place"
     with torch.no_grad():
         assert edited(bench.images).shape == (len(bench.images), N_CLASSES)
+
+
+def same_generator_same_edit(bench: Bench) -> None:
+    edit = bench.fit().edit
+    if edit is None:
+        return
+    state = torch.get_rng_state()
+    one, other = (edit(bench.victim(), generator(3)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state), "it draws from torch's own state"
+    again = other.model.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in one.model.state_dict().items())
+    assert torch.equal(one.trigger(bench.images), other.trigger(bench.images))
+    assert one.report == other.report
 
 
 def surrogate_stays(bench: Bench) -> None:
@@ -372,6 +390,10 @@ def edit_nothing(model: nn.Module, g: torch.Generator) -> Edited:
     return Edited(model, torch.clone)
 
 
+def edit_by_chance(model: nn.Module, g: torch.Generator) -> Edited:
+    return Edited(model, torch.clone, {"drawn": torch.rand(()).item()})
+
+
 def veiled(x: Tensor) -> Tensor:
     return 1 - x
 
@@ -464,6 +486,7 @@ BROKEN: list[tuple[Rule, Broken]] = [
     (every_loss_term_moves_a_parameter, changed(objective=Objective(flat_terms))),
     (edit_leaves_its_argument, changed(edit=edit_in_place)),
     (edit_leaves_its_argument, changed(edit=edit_nothing)),
+    (same_generator_same_edit, changed(edit=edit_by_chance)),
     (surrogate_stays, thaw),
     (views_and_report_can_be_shown, changed(trigger=Pictured(lambda x: {"mask": 2 + x[:, 0]}))),
     (views_and_report_can_be_shown, changed(trigger=Pictured(lambda x: {"mask": x[:, 0, :4]}))),
@@ -490,11 +513,15 @@ def bench_of(tiny_vit: Callable[..., Classifier], digits_world: World) -> Callab
             access = Access(train, surrogate if attack.needs_surrogate else None, generator(5))
             fitted = attack.fit(access)
             implant = attack.implant(replace(access, surrogate=None), fitted)
+            trigger, report = fitted.trigger, fitted.report
+            if attack.threat == "weights":  # the trigger is known once the weights are edited
+                edited = implant.edit(tiny_vit(), generator())
+                trigger, report = edited.trigger, edited.report
             return Made(
                 attack.goal_for(N_CLASSES),
-                fitted.trigger,
+                trigger,
                 fitted.stored,
-                fitted.report,
+                report,
                 implant.poison,
                 implant.objective,
                 implant.edit,
@@ -581,9 +608,11 @@ def test_every_parameter_says_what_it_is_and_allows_its_default(name: str) -> No
         assert about.doc
         assert about.source in SOURCES
         assert about.allows(f.default)
-        assert about.range() or isinstance(f.default, bool), f"{f.name} needs low, high, odd, choices or a Literal type"
+        limited = about.range() or about.data or isinstance(f.default, bool)
+        assert limited, f"{f.name} needs low, high, odd, choices or a Literal type"
     names = [f.name for f in fields(kind_of(name)())]
-    assert names[:2] == ["target", "poison_rate"]
+    assert names[0] == "target"
+    assert (names[1] == "poison_rate") == (kind_of(name)().threat != "weights")
 
 
 def beyond(about: Param) -> list[Any]:
@@ -628,7 +657,7 @@ def other_value(f: Any, value: Any) -> Any:
         return not value
     if isinstance(value, tuple):
         return (*value, *value)
-    candidates = [*about.choices, *(["another.png"] if about.file else [])]
+    candidates = [*about.choices, *(["another.png"] if about.file else []), *(["digits"] if about.data else [])]
     if not candidates:
         value = 0 if value is None else value
         candidates = [value + 2, value / 2, value * 3, 0.1] if isinstance(value, float) else [value + 2]
