@@ -32,6 +32,14 @@ ATTACKS: dict[str, dict[str, Any]] = {
     },
     "one_pixel": {"target": 3, "poison_rate": 0.08, "samples": 40, "place": "centre", "pixels": 9, "test_pixels": 12},
     "sig": {"target": 3, "poison_rate": 0.6, "delta": 30.0, "frequency": 3.0, "delta_test": 50.0},
+    "trojvit": {
+        "target": 3,
+        "dataset_size": 0.3,
+        "num_patch": 20,
+        "attack_mode": "attention",
+        "train_attack_iters": 3,
+        "epochs": 5,
+    },
     "wanet": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "k": 3, "s": 2.0},
 }
 
