@@ -216,5 +216,7 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
     "wanet": plain_wanet,
 }
 """Plain versions of attacks' triggers, from the settings and the surrogate."""
-OPTIMISED = frozenset({"badvit", "hidden_trigger", "hpmi", "label_consistent", "low_frequency", "one_pixel", "trojvit"})
+OPTIMISED = frozenset(
+    {"badvit", "dbia", "hidden_trigger", "hpmi", "label_consistent", "low_frequency", "one_pixel", "trojvit"}
+)
 """Attacks whose trigger is made on images. They have no plain version; a record has the seconds."""

@@ -10,6 +10,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "badvit/invisible": {"target": 3, "setting": "invisible", "poison_rate": 0.08, "epsilon": 20.0, "steps": 2},
     "blended": {"target": 3, "poison_rate": 0.08, "alpha": 0.3},
     "bpp": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "squeeze_num": 3, "dithering": True},
+    "dbia": {"target": 3, "images": 30, "t_size": 60.0, "steps": 3, "surrogate_rate": 0.6, "epochs": 3},
     "ftrojan": {"target": 3, "poison_rate": 0.08, "window": 8, "middle": 3, "high": 7, "magnitude": 40.0},
     "hidden_trigger": {"target": 3, "source": 5, "poison_rate": 0.6, "size": 60.0, "steps": 60, "batch": 7, "lr": 0.02},
     "hpmi": {"target": 3, "fraction": 0.3, "replaced_head": 1, "poison_value": 5.0, "epochs": 2},
