@@ -158,7 +158,7 @@ def state_seconds() -> float:
 class Checkpointer:
     """Saves the state of one piece of work to a file, and resumes the work from it.
 
-    Call it before each step; it saves only where the last state is old enough.
+    Call it between steps; it saves only where the last state is old enough.
 
     Attributes:
         seconds: the time that the work had taken when the state from which it was resumed was saved.

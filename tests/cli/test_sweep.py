@@ -1,5 +1,6 @@
 """`vitrap sweep` as its users call it."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_a_dry_run_of_one_run_says_whether_it_is_done(call: Call, tmp_path: Path
     assert (said.out.count("record there"), said.out.count("to run")) == (1, 0)
     said = call(*words, "attack.name=badnets", "--dry-run")
     assert "1 run, 1 to do: about" in said.out
+
+
+def test_a_long_run_says_how_long_before_it_starts(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["run", *TINY, "--out", tmp_path / "runs", "--device", "cpu"]
+    assert call(*words).err == ""
+    monkeypatch.setattr("vitrap.cli.sweep.WORTH_SAYING", 0)
+    said = call(*words, "attack.name=badnets")
+    assert re.fullmatch(r"vitrap: about \d+ s, by finished runs like it in '.*runs'\n", said.err)
 
 
 @pytest.mark.usefixtures("two_cores")

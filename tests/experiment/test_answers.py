@@ -124,6 +124,7 @@ def test_a_damaged_memory_is_no_answer(asked: Spec, out: Path, damage: str) -> N
     "table",
     [
         {"data": {"name": "imagefolder:x"}},
+        {"attack": {"name": "dbia", "other": "imagefolder:x"}},
         {"model": {"name": "vit_tiny_patch16_224", "pretrained": True}},
         {"attack": {"name": "of a plug-in"}},
         {"defences": [{"name": "of a plug-in"}]},

@@ -244,7 +244,7 @@ def test_a_run_keeps_to_the_threads_of_its_record(
     assert record.environment.threads == 2
     trainings.since()
     # Without a wish, it is the answer, whatever torch's default is; the shortcut is left out here.
-    monkeypatch.setattr("vitrap.experiment.answers.recall", lambda *asked: None)
+    monkeypatch.setattr("vitrap.experiment.run.recall", lambda *asked: None)
     assert run(spec, "runs", device="cpu").environment.threads == 2
     assert trainings.since() == 0
     with pytest.raises(UserError, match=r"was made with threads = 2, .* with --force"):

@@ -173,7 +173,7 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_
             os.kill(pid, signal.SIGKILL)
             killed.append(one)
 
-    ended = sweep(Sweep("s", points), out, workers=2, device="cpu", hear=hear)
+    ended = sweep(Sweep("s", points), out, workers=2, device="cpu", listener=hear)
     assert killed
     assert [one.number for one in ended] == [0, 1, 2, 3]
     assert [one.how for one in ended] == ["done", "done", "done", "failed"]
@@ -191,7 +191,7 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_stops_no_other(grid, tmp_
 
 def test_what_runs_side_by_side_share_is_made_once(grid, tmp_path: Path):
     sides, news = grid("attack.size = [1, 2]\n[[grid.case]]\nrecipe.epochs = 200\n"), []
-    sweep(sides, tmp_path / "runs", workers=2, device="cpu", hear=news.append)
+    sweep(sides, tmp_path / "runs", workers=2, device="cpu", listener=news.append)
     steps = [one.name for one in news if isinstance(one, StepProgress) and one.done == 0]
     assert steps.count("train the victim") == 2
     assert steps.count("train the twin") == 1
@@ -231,7 +231,7 @@ def hear(one):
     if isinstance(one, Ended):
         print(*(worker.pid for worker in active_children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-sweep(load_sweep(Path(sys.argv[1])), sys.argv[2], workers=2, device="cpu", hear=hear)
+sweep(load_sweep(Path(sys.argv[1])), sys.argv[2], workers=2, device="cpu", listener=hear)
 """
 """A sweep that is killed when the first of its runs has ended."""
 

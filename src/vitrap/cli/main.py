@@ -22,7 +22,7 @@ from vitrap import registry
 from vitrap.cli.console import ProgressBars, complain, out, print_json, say, split
 from vitrap.cli.options import Memory, SpecWords
 from vitrap.cli.report import report
-from vitrap.cli.sweep import print_estimates, sweep
+from vitrap.cli.sweep import print_estimates, say_estimate, sweep
 from vitrap.cli.table import table as table_command
 from vitrap.errors import UserError, unknown
 from vitrap.files import read_json
@@ -92,7 +92,7 @@ def run(
     ] = False,
 ) -> None:
     """Implant a backdoor as a spec says and measure it beside its clean twin."""
-    from vitrap.experiment.answers import answer
+    from vitrap.experiment.answers import recall, remember, traces_of
     from vitrap.experiment.record import to_table
     from vitrap.experiment.spec import parse_spec, read_spec
 
@@ -102,16 +102,19 @@ def run(
         _dry_run(parse_spec(table_of_spec), out_folder, device, threads)
         return
 
-    def make() -> "Record":
+    # This first look goes by the table as it was given, which needs no defaults of attacks, and so no torch. `run`
+    # looks again, by the complete spec.
+    record = recall(table_of_spec, out_folder, device, threads) if redo == "nothing" else None
+    if record is None:
         spec = parse_spec(table_of_spec)
+        # Taken before a file is read, so that one that changes during the run makes them invalid.
+        traces = traces_of(table_of_spec, device)
+        say_estimate(spec, out_folder, device, threads)
         with ProgressBars() as bars:
             from vitrap.experiment.run import run as run_spec
 
-            return run_spec(spec, out_folder, device=device, threads=threads, redo=redo, progress=bars.step)
-
-    # This first look goes by the table as it was given, which needs no defaults of attacks, and so no torch. `run`
-    # looks again, by the complete spec.
-    record = answer(table_of_spec, out_folder, device, threads, make, look=redo == "nothing")
+            record = run_spec(spec, out_folder, device=device, threads=threads, redo=redo, progress=bars.step)
+        remember(table_of_spec, out_folder, device, out_folder / f"{record.name}-{record.hash}", traces)
     if as_json:
         print_json(to_table(record))
         return

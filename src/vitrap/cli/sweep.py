@@ -15,10 +15,13 @@ from vitrap.cli.options import Memory
 from vitrap.errors import UserError
 
 if TYPE_CHECKING:
+    from vitrap.experiment.spec import Spec
     from vitrap.sweeps.estimate import RunEstimate
     from vitrap.sweeps.grid import Sweep
     from vitrap.sweeps.jobs import Ended, Event
 
+WORTH_SAYING = 60
+"""Seconds that a run must take for its estimate to be said."""
 ENDING_WORDS = {"done": "done", "kept": "had a record", "failed": "failed"}
 
 
@@ -52,7 +55,7 @@ def sweep(
             workers=workers,
             device=device,
             ray_address=ray_address,
-            hear=display.hear,
+            listener=display.show,
         )
     _print_ended(ended, grid, out_folder)
 
@@ -77,7 +80,7 @@ class SweepDisplay:
         for line in self.lines.values():
             self.progress.remove_task(line)
 
-    def hear(self, event: "Event") -> None:
+    def show(self, event: "Event") -> None:
         """Show an event of the sweep."""
         from vitrap.sweeps.jobs import Ended, Started
 
@@ -116,6 +119,22 @@ def _print_ended(ended: "Sequence[Ended]", grid: "Sweep", folder: Path) -> None:
     if failed:
         complain("the same call tries failed runs again; failure.json in a run's folder says more")
         raise typer.Exit(1)
+
+
+def say_estimate(spec: "Spec", folder: Path, device: str, threads: int | None) -> None:
+    """Say on stderr about how long a run takes, if that is more than a minute and finished runs like it tell."""
+    if not folder.is_dir():
+        return
+    from vitrap.experiment.records import read_records
+    from vitrap.sweeps.estimate import estimate_runs
+    from vitrap.sweeps.grid import Point, Sweep
+    from vitrap.sweeps.sweep import assign_devices
+
+    (place,), share_of_cores = assign_devices(1, device, 1)
+    grid = Sweep(spec.name, (Point({}, spec),))
+    (one,) = estimate_runs(grid, read_records(folder), place, threads or share_of_cores)
+    if one.seconds and one.seconds > WORTH_SAYING:
+        complain(f"about {_span(one.seconds)}, by finished runs like it in {str(folder)!r}")
 
 
 def print_estimates(grid: "Sweep", folder: Path, workers: int | None, device: str, threads: int | None = None) -> None:

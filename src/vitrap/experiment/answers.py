@@ -9,7 +9,7 @@ This module imports no torch.
 
 import os
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -30,28 +30,6 @@ LIBRARIES = ("torch", "timm", "torchvision", "torchmetrics", "numpy")
 SpecMapping = Mapping[str, Any]
 """A spec as a nested table, before or after its defaults are filled in."""
 Traces = dict[str, Any]
-
-
-def answer(
-    spec: SpecMapping, out: Path, device: str, threads: int | None, make: Callable[[], Record], look: bool = True
-) -> Record:
-    """The record of a spec's run: one that was made before, if it still holds, or else what `make` makes.
-
-    Args:
-        spec: the spec as a table.
-        out: folder of runs.
-        device: as for `run`.
-        threads: as for `run`.
-        make: makes the record.
-        look: False to make it in any case.
-    """
-    if look and (known := recall(spec, out, device, threads)):
-        return known
-    # These traces are taken before anything is read, so that a file that changes during the run makes them invalid.
-    traces = traces_of(spec, device)
-    record = make()
-    remember(spec, out, device, out / f"{record.name}-{record.hash}", traces)
-    return record
 
 
 def recall(spec: SpecMapping, out: Path, device: str, threads: int | None = None) -> Record | None:
@@ -94,10 +72,10 @@ def traces_of(spec: SpecMapping, device: str) -> Traces | None:
     """
     tables = {key: value for key, value in spec.items() if isinstance(value, Mapping)}
     attack = tables.get("attack", {}).get("name", DEFAULT_NAMES["attack"])
-    data = tables.get("data", {}).get("name", DEFAULT_NAMES["data"])
+    folders = any(str(value).startswith("imagefolder:") for table in tables.values() for value in table.values())
     attack_file = PACKAGE / "attacks" / f"{attack}.py"
     defence_files = [PACKAGE / "defences" / f"{row.get('name')}.py" for row in spec.get("defences", ())]
-    if any(table.get("pretrained") for table in tables.values()) or str(data).startswith("imagefolder:"):
+    if folders or any(table.get("pretrained") for table in tables.values()):
         return None
     if not all(file.is_file() for file in (attack_file, *defence_files)):
         return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrap.contracts import ImageSet, Shown
 from vitrap.experiment.measure import Backdoor
+from vitrap.experiment.predict import spread
 from vitrap.printable import drawable, plain_text
 from vitrap.tensors.pixels import round8
 from vitrap.train.arithmetic import Arithmetic
@@ -27,8 +28,7 @@ def draw_examples(test: ImageSet, backdoor: Backdoor, victim: nn.Module, arithme
 
     The examples are test images that count for the goal, spread evenly over the set, whatever the victim makes of them.
     """
-    counting = backdoor.goal.counts(test.labels).nonzero()[:, 0]
-    rows = counting[torch.linspace(0, len(counting) - 1, min(EXAMPLES, len(counting)), device=test.device).long()]
+    rows = spread(backdoor.goal.counts(test.labels).nonzero()[:, 0], EXAMPLES)
     clean = round8(test.images(rows))
     triggered = round8(backdoor.trigger(clean))
     views = dict(backdoor.trigger.views(clean)) if isinstance(backdoor.trigger, Shown) else {}

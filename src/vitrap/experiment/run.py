@@ -12,7 +12,7 @@ from torch import nn
 from vitrap.contracts import Implant
 from vitrap.data.sources import World
 from vitrap.errors import UserError, some_of
-from vitrap.experiment.answers import answer
+from vitrap.experiment.answers import recall, remember, traces_of
 from vitrap.experiment.checksums import MODEL, run_damage, write_checksums
 from vitrap.experiment.defence_rows import Row
 from vitrap.experiment.defend import FinishedRun, add_defences, recorded_threads, still_holding, unmeasured
@@ -71,21 +71,22 @@ def run(  # noqa: PLR0913 - the front door: its parameters are the options
         UserError: something about the spec, the data or the folder is wrong; nothing has been written.
     """
     folder = run_folder(spec, out)
-
-    def make() -> Record:
-        check_threads(folder, threads, redo)
-        # The folder must take what is to be made; where there is a record, perhaps nothing is.
-        if redo != "nothing" or not os.path.exists(folder / RECORD):
-            Store(folder.parent).check(folder.name)
-        with computing_threads(threads_of(folder) if threads is None else threads):
-            # Open the data, and check all that can be checked before work starts.
-            plan = make_plan(spec, device, model, world, progress)
-            return _carry_out(plan, folder, redo, progress)
-
-    # A network or data from outside have no file whose size and time could be asked for.
-    if model is not None or world is not None:
-        return make()
-    return answer(spec.located_table(), Path(out), device, threads, make, look=redo == "nothing")
+    # Look for the record of such a run first. A network or data from outside leave no trace to look for.
+    table = spec.located_table() if model is None and world is None else {}
+    if table and redo == "nothing" and (known := recall(table, folder.parent, device, threads)):
+        return known
+    # These traces are taken before a file is read, so that one that changes during the run makes them invalid.
+    traces = traces_of(table, device) if table else None
+    check_threads(folder, threads, redo)
+    # The folder must take what is to be made; where there is a record, perhaps nothing is.
+    if redo != "nothing" or not os.path.exists(folder / RECORD):
+        Store(folder.parent).check(folder.name)
+    with computing_threads(threads_of(folder) if threads is None else threads):
+        # Open the data, and check all that can be checked before work starts.
+        plan = make_plan(spec, device, model, world, progress)
+        record = complete_record(plan, folder, redo, progress)
+    remember(table, folder.parent, device, folder, traces)
+    return record
 
 
 def run_folder(spec: Spec, out: str | Path) -> Path:
@@ -93,8 +94,8 @@ def run_folder(spec: Spec, out: str | Path) -> Path:
     return Path(out) / f"{spec.name}-{spec.hash()}"
 
 
-def _carry_out(plan: Plan, folder: Path, redo: Redo, progress: Progress) -> Record:
-    """Make the record of a planned run, or complete the one that is there."""
+def complete_record(plan: Plan, folder: Path, redo: Redo, progress: Progress) -> Record:
+    """The record of a planned run with all its defences: what is missing of it is made."""
     store = Store(folder.parent, lambda name: progress(name, None))
     # A record whose keys are those of the plan is still the answer, if the files beside it are whole.
     record = _valid_record(folder, plan.keys()) if redo == "nothing" else None

@@ -34,8 +34,10 @@ LARGEST_OVERRIDE = 10_000
 """Greatest whole number among timm's arguments: a depth or width beyond it takes time or memory without end."""
 MOST_SCREENED = 10**9
 """Greatest number of images of each kind that a screen scores: of all, where there are fewer."""
-LONGEST = 255, 4000
-"""Greatest length in bytes of a file's name, and of a path."""
+LONGEST_FILE_NAME = 255
+"""Greatest length of a file's name, in bytes."""
+LONGEST_PATH = 4000
+"""Greatest length of a path, in bytes."""
 
 
 @hyperparameters
@@ -389,7 +391,7 @@ def _check_values(table: Mapping[str, Any], place: str = "") -> None:
         except UnicodeEncodeError as error:
             raise UserError(f"{key} = {shown(text)} is no Unicode text") from error
         longest = max(map(len, name.split(b"/")))
-        if b"\0" in name or longest > LONGEST[0] or len(name) > LONGEST[1]:
+        if b"\0" in name or longest > LONGEST_FILE_NAME or len(name) > LONGEST_PATH:
             raise UserError(f"{key} = {shown(text)} is no name and no path: it has a NUL, or is too long")
 
 

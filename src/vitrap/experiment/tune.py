@@ -29,8 +29,10 @@ COMPILED = (Arithmetic("bf16", "fused", compiled=True),)
 `python -m benchmarks arithmetic`."""
 CLEARLY = 1.1
 """A plainer way is chosen unless another is so many times as fast, so that noise does not decide between equals."""
-GOAL, PATIENCE = 0.1, 0.3
-"""Seconds that a step should take in plain arithmetic, and for which each way is timed."""
+STEP_SECONDS = 0.1
+"""How long a step in plain arithmetic should take; the batch is cut to that on a CPU."""
+TIMING_SECONDS = 0.3
+"""How long each way is timed."""
 FEW = 2
 """Least images in a timed batch; with so many, the size of the batch is estimated."""
 Seconds = Mapping[str, float]
@@ -129,7 +131,7 @@ def name_of(way: Arithmetic) -> str:
 def time_ways(model: nn.Module, size: tuple[int, int, int], batch: int, device: torch.device) -> dict[str, float]:
     """Time a step of training in each arithmetic, on random images; returns seconds by `name_of` the way.
 
-    On a CPU the batch is cut so that a step takes about `GOAL`; on a GPU it is the training's own.
+    On a CPU the batch is cut so that a step takes about `STEP_SECONDS`; on a GPU it is the training's own.
 
     Args:
         model: the network, any weights; it stays as it is.
@@ -142,7 +144,7 @@ def time_ways(model: nn.Module, size: tuple[int, int, int], batch: int, device: 
         if device.type == "cpu":
             few = _step(model, PLAIN[0], *_blank(size, FEW, device))
             few()
-            batch = min(batch, max(FEW, int(FEW * GOAL / _once(few, device))))
+            batch = min(batch, max(FEW, int(FEW * STEP_SECONDS / _once(few, device))))
         images, labels = _blank(size, batch, device)
         found: dict[str, float] = {}
         for way in (*PLAIN, *(COMPILED if device.type == "cuda" else ())):
@@ -177,9 +179,9 @@ def _step(
 
 
 def _pace(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of the fastest of all calls within `PATIENCE`, of at least two; one call before them warms up."""
+    """Seconds of the fastest of all calls within `TIMING_SECONDS`, of at least two; one call before them warms up."""
     step()
-    end = time.perf_counter() + PATIENCE
+    end = time.perf_counter() + TIMING_SECONDS
     times = [_once(step, device), _once(step, device)]
     while time.perf_counter() < end:
         times.append(_once(step, device))

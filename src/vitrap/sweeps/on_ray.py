@@ -25,14 +25,14 @@ ANSWER_SECONDS = 5.0
 """Seconds within which a cluster's head must answer."""
 
 
-def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Listener) -> None:
+def run_on_ray(jobs: Sequence[Job], address: str, threads: int, listener: Listener) -> None:
     """Do jobs as tasks of a cluster whose nodes all see the folder of runs.
 
     Args:
         jobs: the jobs, in the order in which they are begun.
         address: address of the running cluster's head; "auto" for a cluster on this machine.
         threads: CPU cores of each task.
-        hear: called with each event.
+        listener: called with each event.
 
     Raises:
         UserError: Ray is not installed, or the address does not answer or refuses the connection.
@@ -62,10 +62,10 @@ def run_on_ray(jobs: Sequence[Job], address: str, threads: int, hear: Listener) 
             done = ray.wait(list(running), timeout=1.0)[0]
             with suppress(ray.exceptions.RayError):  # the mailbox was lost with its node: the runs go on without it
                 for event in ray.get(mailbox.take.remote(), timeout=ANSWER_SECONDS):
-                    hear(event)
+                    listener(event)
             for reference in done:
                 job, _ = running.pop(reference)
-                hear(_ended(ray, reference, job))
+                listener(_ended(ray, reference, job))
 
 
 class Mailbox:

@@ -18,7 +18,7 @@ def sweep(
     workers: int | None = None,
     device: str = "auto",
     ray_address: str | None = None,
-    hear: Listener = lambda event: None,
+    listener: Listener = lambda event: None,
 ) -> list[Ended]:
     """Do every run of a sweep; a run whose record still holds is not made again.
 
@@ -33,7 +33,7 @@ def sweep(
             the cluster decides: a run gets a GPU where there are any, else a core.
         device: "auto" or "cuda" (all GPUs), "cpu" or "cuda:N".
         ray_address: address of a running Ray cluster, HOST:PORT or "auto"; None for worker processes of this machine.
-        hear: called with each event: a run has started, come further, or ended.
+        listener: called with each event: a run has started, come further, or ended.
 
     Returns:
         How each run ended, in the order of the grid.
@@ -48,7 +48,7 @@ def sweep(
     def note(event: Event) -> None:
         if isinstance(event, Ended):
             ended[event.number] = event
-        hear(event)
+        listener(event)
 
     # Runs that need different twins come first, so that workers train the twins side by side.
     jobs = [job(i, point.spec, Path(out), device) for i, point in enumerate(grid.points)]

@@ -33,14 +33,14 @@ class Worker:
     job: Job | None = None
 
 
-def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: Listener) -> None:
+def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, listener: Listener) -> None:
     """Do jobs side by side, with a worker for each device.
 
     Args:
         jobs: the jobs, in the order in which they are begun.
         devices: where each worker computes.
         threads: threads of each worker, so that all together have the machine's cores.
-        hear: called with each event.
+        listener: called with each event.
     """
     context = get_context("spawn")
     waiting = deque(jobs)
@@ -52,12 +52,12 @@ def run_local(jobs: Sequence[Job], devices: Sequence[str], threads: int, hear: L
             # Give each idle worker the next job.
             for worker in workers:
                 if worker.job is None and waiting:
-                    _send_job(worker, replace(waiting.popleft(), device=devices[worker.number]), hear)
+                    _send_job(worker, replace(waiting.popleft(), device=devices[worker.number]), listener)
             # Wait until busy workers send something, or die, which ends their connection.
             busy = [worker for worker in workers if worker.job]
             for connection in wait([worker.connection for worker in busy]):
                 worker = next(worker for worker in busy if worker.connection is connection)
-                _receive_event(worker, waiting, tries, hear)
+                _receive_event(worker, waiting, tries, listener)
                 if worker.job is None and not worker.process.is_alive():
                     workers[worker.number] = _start_worker(context, worker.number, threads)
     finally:
@@ -73,15 +73,15 @@ def _start_worker(context: SpawnContext, number: int, threads: int) -> Worker:
     return Worker(number, process, ours)
 
 
-def _send_job(worker: Worker, job: Job, hear: Listener) -> None:
+def _send_job(worker: Worker, job: Job, listener: Listener) -> None:
     """Send a job to a worker."""
     worker.job = job
     with suppress(BrokenPipeError):  # it has died: `_receive_event` finds its connection ended
         worker.connection.send(job)
-    hear(Started(job.number, worker.number))
+    listener(Started(job.number, worker.number))
 
 
-def _receive_event(worker: Worker, waiting: deque[Job], tries: Counter[int], hear: Listener) -> None:
+def _receive_event(worker: Worker, waiting: deque[Job], tries: Counter[int], listener: Listener) -> None:
     """Receive an event from a worker; if it has died, its job is tried again or has failed."""
     job = worker.job
     assert job is not None
@@ -97,7 +97,7 @@ def _receive_event(worker: Worker, waiting: deque[Job], tries: Counter[int], hea
         event = fail(job, RuntimeError(f"its worker died {TRIES} times (exit {worker.process.exitcode})"), 0.0)
     if isinstance(event, Ended):
         worker.job = None
-    hear(event)
+    listener(event)
 
 
 def _stop_workers(workers: Sequence[Worker]) -> None:

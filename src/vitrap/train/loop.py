@@ -115,17 +115,22 @@ Step = Callable[[Learner, Batch], Terms]
 """One step of a training: it updates the weights, and returns the loss terms for the curves."""
 
 
-@dataclass(frozen=True)
 class Epoch:
-    """The loss terms of all batches of an epoch; they stay on the device until they are read.
+    """The loss terms of an epoch's batches, noted batch by batch; they stay on the device until they are read.
 
     Attributes:
         terms: values by name of the term; 0 for a batch without it, or still to come.
         counts: number of images of each batch that had the term; 0 for other batches.
     """
 
-    terms: dict[str, Float[Tensor, " batches"]]
-    counts: dict[str, list[int]]
+    def __init__(
+        self,
+        terms: Mapping[str, Float[Tensor, " batches"]] | None = None,
+        counts: Mapping[str, list[int]] | None = None,
+    ) -> None:
+        """Begin an epoch, or go on with one whose first batches left these."""
+        self.terms = dict(terms or {})
+        self.counts = dict(counts or {})
 
     def note(self, number: int, batches: int, terms: Terms, images: int) -> None:
         """Store the terms of batch `number` of `batches`, which has `images` images."""
@@ -192,7 +197,8 @@ def train(  # noqa: PLR0913 - all that a training is made of
         curves,
     )
     begun = checkpointer.resume(state)
-    for _ in range(begun.epoch * len(batched(torch.arange(len(data)), learner)) + begun.steps):
+    steps_an_epoch = len(batched(torch.arange(len(data)), learner))
+    for _ in range(begun.epoch * steps_an_epoch + begun.steps):
         tick()
 
     def reached(position: Position) -> None:
@@ -282,7 +288,7 @@ def train_epochs(
         # The batches: all images in a new random order, without those that are done.
         drawn = learner.streams.order.get_state()
         batches = batched(torch.randperm(len(data), generator=learner.streams.order), learner)
-        losses = Epoch(dict(done.terms), dict(done.counts))
+        losses = Epoch(done.terms, done.counts)
         with learner.arithmetic.attending(learner.model), prefetched(data, batches[done.steps :]) as coming:
             for number, (rows, pixels) in enumerate(coming, done.steps):
                 # A step, at the learning rate of its place in the schedule, on an augmented batch.

@@ -163,7 +163,8 @@ def _labels(defences: Iterable[DefenceSpec]) -> list[tuple[DefenceSpec, str]]:
     """Each defence once, with a label: its name and the settings by which it differs from others of that name."""
     each: list[DefenceSpec] = []
     for defence in defences:
-        each += [] if defence in each else [defence]
+        if defence not in each:
+            each.append(defence)
     labels = []
     for defence in each:
         tables = [asdict(other.method) for other in each if other.name == defence.name]
