@@ -71,6 +71,18 @@ class Made:
     edit: Any
     examine: Any
 
+    def poisoned(self, train: ImageSet, seed: int = 0) -> ImageSet:
+        """The poisoned set; where poison is made for each batch anew, as it is in one batch of the whole set."""
+        if self.poison is not None:
+            return self.poison(train, generator(seed))
+        if self.objective is None or self.objective.prepare is None:
+            return train
+        with torch.no_grad():
+            made = self.objective.prepare(train.batch(torch.arange(len(train))), generator(seed))
+        poison, covers = made.poison_at, made.cover_at
+        poisoned = train.stamp(poison, to_bytes(made.images[poison]), made.labels[poison])
+        return poisoned.stamp(covers, to_bytes(made.images[covers]), made.labels[covers], cover=True)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -84,8 +96,7 @@ class Bench:
     victim: Callable[[], Classifier]
 
     def poisoned(self, seed: int = 0) -> ImageSet:
-        poison = self.fit().poison
-        return self.train if poison is None else poison(self.train, generator(seed))
+        return self.fit().poisoned(self.train, seed)
 
 
 Rule = Callable[[Bench], None]
@@ -228,17 +239,21 @@ def every_loss_term_moves_a_parameter(bench: Bench) -> None:
     implant = bench.fit()
     if implant.objective is None:
         return
-    poisoned, model = implant.poison(bench.train, generator()), bench.victim()
+    poisoned, model = implant.poisoned(bench.train), bench.victim()
     rows = torch.cat([poisoned.poisoned.nonzero().squeeze(1)[:8], (~poisoned.poisoned).nonzero().squeeze(1)[:8]])
     names = list(implant.objective.terms(model, poisoned.batch(rows), functional.cross_entropy))
     assert names
     assert set(implant.objective.weights) <= set(names)
+    # What learns is the victim, and what is trained along with it.
+    along = nn.ModuleList([one.module for one in implant.objective.along.values()]).requires_grad_(True)
+    learning = [*model.parameters(), *along.parameters()]
     for name in names:
-        model.zero_grad(set_to_none=True)
+        for weight in learning:
+            weight.grad = None
         term = implant.objective.terms(model, poisoned.batch(rows), functional.cross_entropy)[name]
         assert term.requires_grad, f"{name} has no gradient at all"
         term.backward()
-        assert any(w.grad is not None and w.grad.abs().max() > 0 for w in model.parameters()), f"{name} moves nothing"
+        assert any(w.grad is not None and w.grad.abs().max() > 0 for w in learning), f"{name} moves nothing"
 
 
 def edit_leaves_its_argument(bench: Bench) -> None:
