@@ -217,6 +217,16 @@ PLAIN: dict[str, Callable[[Any, Any], Stamp]] = {
 }
 """Plain versions of attacks' triggers, from the settings and the surrogate."""
 OPTIMISED = frozenset(
-    {"badvit", "dbia", "hidden_trigger", "hpmi", "label_consistent", "low_frequency", "one_pixel", "trojvit"}
+    {
+        "badvit",
+        "dbia",
+        "hidden_trigger",
+        "hpmi",
+        "input_aware",
+        "label_consistent",
+        "low_frequency",
+        "one_pixel",
+        "trojvit",
+    }
 )
 """Attacks whose trigger is made on images. They have no plain version; a record has the seconds."""
