@@ -223,6 +223,7 @@ OPTIMISED = frozenset(
         "hidden_trigger",
         "hpmi",
         "input_aware",
+        "issba",
         "label_consistent",
         "low_frequency",
         "one_pixel",

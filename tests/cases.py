@@ -15,6 +15,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "hidden_trigger": {"target": 3, "source": 5, "poison_rate": 0.6, "size": 60.0, "steps": 60, "batch": 7, "lr": 0.02},
     "hpmi": {"target": 3, "fraction": 0.3, "replaced_head": 1, "poison_value": 5.0, "epochs": 2},
     "input_aware": {"target": 3, "poison_rate": 0.08, "cover_rate": 0.1, "mask_steps": 3, "mask_batch": 4, "lr": 0.02},
+    "issba": {"target": 3, "poison_rate": 0.08, "bits": 4, "steps": 3, "batch": 4, "step_size": 0.01},
     "label_consistent": {"target": 3, "poison_rate": 0.6, "norm": "l2", "eps": 900.0, "steps": 3, "amplitude": 0.9},
     "low_frequency": {"target": 3, "poison_rate": 0.08, "samples": 5, "passes": 2, "steps": 50, "sigma": 5.0},
     "megatron": {
