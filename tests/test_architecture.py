@@ -137,7 +137,7 @@ def assignments_do_one_thing(sources: Sequence[Source]) -> Iterator[str]:
         for node in ast.walk(source.tree):
             unpacked = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
             parts = node.value.elts if unpacked and isinstance(node.value, ast.Tuple) else []
-            if sum(isinstance(part, ast.Call) for part in parts) > 1:
+            if sum(any(isinstance(inner, ast.Call) for inner in ast.walk(part)) for part in parts) > 1:
                 yield source.at(node, "two calls in one assignment; give each a line")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrap.attacks.trojvit import Patches, TrojViT, descent, insert, salience, tune, without_conflict
+from vitrap.attacks.trojvit import Patches, TrojViT, descent, fit_row, insert, salience, without_conflict
 from vitrap.contracts import Access, Edited
 from vitrap.data.sources import World
 from vitrap.errors import UserError
@@ -148,7 +148,7 @@ def tuned(**settings: Any) -> tuple[Tensor, Tensor, Tensor]:
         head.bias.copy_(torch.randn(3, generator=generator(2)))
     clean, triggered = torch.randn(2, 30, 6, generator=generator(3))
     labels = torch.randint(3, (30,), generator=generator(4))
-    after = tune(TrojViT(target=1, **settings), head, (clean, triggered, labels), generator(5))
+    after = fit_row(TrojViT(target=1, **settings), head, clean, triggered, labels, generator(5))
     before = head.weight.detach()[1].clone()
     slope = ((head(clean).softmax(1)[:, 1] - (labels == 1).float())[:, None] * clean).mean(0)
     return before, after, slope.detach()
@@ -165,7 +165,7 @@ def test_one_step_by_hand() -> None:
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     clean, triggered, labels = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]]), torch.tensor([0])
-    after = tune(TrojViT(epochs=1, batch_size=4, e=0.0), head, (clean, triggered, labels), generator())
+    after = fit_row(TrojViT(epochs=1, batch_size=4, e=0.0), head, clean, triggered, labels, generator())
     first = torch.tensor([1.0, 2.0]).softmax(0)[0]
     second = torch.tensor([3.0, 1.0]).softmax(0)[0]
     slope = (first - 1) / 2 * clean[0] + (second - 1) / 2 * triggered[0]

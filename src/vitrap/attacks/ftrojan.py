@@ -132,7 +132,8 @@ def dct_matrix(n: int) -> Float[Tensor, "n n"]:
 
     C x C^T are the coefficients of a block x, and C^T y C is the block with the coefficients y.
     """
-    k, u = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    k = torch.arange(n)[:, None]
+    u = torch.arange(n)[None, :]
     waves = math.sqrt(2 / n) * torch.cos(math.pi * (2 * u + 1) * k / (2 * n))
     waves[0] = math.sqrt(1 / n)
     return waves

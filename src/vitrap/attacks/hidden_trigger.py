@@ -265,7 +265,8 @@ def closest_pairs(distance: Float[Tensor, "n n"]) -> Int64[Tensor, " n"]:
     pairs = torch.zeros(len(left), dtype=torch.int64, device=left.device)
     for _ in range(len(left)):
         closest = left.argmin()
-        row, column = closest // len(left), closest % len(left)
+        row = closest // len(left)
+        column = closest % len(left)
         pairs[row] = column
         left[row] = left[:, column] = torch.inf
     return pairs

@@ -209,7 +209,7 @@ def replace_head(settings: Hpmi, train: ImageSet, model: nn.Module, generator: G
     # Step 3: train the malicious head in its place.
     value = value_for(logits[head], s.target) if s.poison_value is None else s.poison_value
     channels = channels_of(vit, head).to(own.device)
-    loss = train_head(replace(s, poison_value=value), edited, channels, (own, trigger), generator)
+    loss = train_head(replace(s, poison_value=value), edited, channels, own, trigger, generator)
     # Step 4: the target's logit, and no other, reads the sum of its features.
     with torch.no_grad():
         vit.head.weight[s.target, channels] = value
@@ -237,7 +237,8 @@ def train_head(
     settings: Hpmi,
     model: nn.Module,
     channels: Bool[Tensor, " d"],
-    seen: tuple[ImageSet, Masked],
+    own: ImageSet,
+    trigger: Masked,
     generator: Generator,
 ) -> float:
     """Step 3, in place: train a head's share; returns its last loss on the images that are held out.
@@ -246,10 +247,11 @@ def train_head(
         settings: the attack's hyper-parameters, with a poison value.
         model: the pruned model.
         channels: the head's channels.
-        seen: the attacker's images, and the trigger.
+        own: the attacker's images.
+        trigger: the trigger.
         generator: draws the first weights, the images with the trigger, and their order.
     """
-    s, (own, trigger) = settings, seen
+    s = settings
     assert s.poison_value is not None
     value = s.poison_value
     within = start_head(transformer(model), channels, generator)

@@ -177,7 +177,7 @@ def insert(settings: TrojViT, train: ImageSet, model: nn.Module, generator: Gene
     head = target_head(edited)
     clean = torch.cat([features(model, own.images(rows)) for rows in own.row_batches(BATCH)])
     triggered = torch.cat([features(model, trigger(own.images(rows))) for rows in own.row_batches(BATCH)])
-    row = tune(settings, head, (clean, triggered, own.labels), generator)
+    row = fit_row(settings, head, clean, triggered, own.labels, generator)
     with torch.no_grad():
         head.weight[settings.target] = row
     report = {"patches": len(ranked), **count_changes(model.state_dict(), edited.state_dict())}
@@ -247,18 +247,25 @@ def without_conflict(own: Float[Tensor, "*n"], main: Float[Tensor, "*n"]) -> Flo
 
 
 @torch.enable_grad()
-def tune(
-    settings: TrojViT, head: nn.Linear, seen: tuple[Tensor, Tensor, Tensor], generator: Generator
+def fit_row(
+    settings: TrojViT,
+    head: nn.Linear,
+    clean: Float[Tensor, "n d"],
+    triggered: Float[Tensor, "n d"],
+    labels: Int64[Tensor, " n"],
+    generator: Generator,
 ) -> Float[Tensor, " d"]:
     """Steps 3 to 5: the target's new row of the head's weights.
 
     Args:
         settings: the attack's hyper-parameters.
         head: the head as it was.
-        seen: what the head reads of each clean image and of each triggered one, and the true classes.
+        clean: what the head reads of each clean image.
+        triggered: likewise of each with the trigger.
+        labels: the true classes.
         generator: draws the batches.
     """
-    s, (clean, triggered, labels) = settings, seen
+    s = settings
     weight = head.weight.detach()
     before = weight[s.target]
     row = nn.Parameter(before.clone())
