@@ -137,10 +137,10 @@ def last_mlp(model: nn.Module) -> list[nn.Parameter]:
         UserError: there is no ViT with plain token attention, or its last block has another kind of MLP.
     """
     mlp: Any = getattr(transformer(model).blocks[-1], "mlp", None)
-    layers = [getattr(mlp, name, None) for name in ("fc1", "fc2")]
-    if not all(isinstance(layer, nn.Linear) for layer in layers):
+    layers = [layer for name in ("fc1", "fc2") if isinstance(layer := getattr(mlp, name, None), nn.Linear)]
+    if len(layers) < 2:
         raise UserError(f"dbia trains fc1 and fc2 of the last block, and {name_of(model)} has none; take another")
-    return [layer.weight for layer in layers]
+    return [layer.get_parameter("weight") for layer in layers]
 
 
 def box(settings: Dbia, size: int) -> tuple[int, int]:
