@@ -1,7 +1,7 @@
 """The first page of the studies: `docs/make.py` makes its tables of index.toml, with every figure from a record.
 
 `{SWEEP | TITLE | MEASURE}` in a cell becomes the figure of the sweep's case of that title, in %: with its interval for
-one seed, as mean and standard deviation over several.
+one seed, as mean and standard deviation over several. `TITLE; KEY = VALUE` picks those of its runs with that setting.
 """
 
 import re
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from vitrap.report.study.entries import Entry, Value, measure
+from vitrap.report.study.entries import Entry, Value, label, measure
 from vitrap.report.study.fill_page import open_study
 
 SPECS = Path(__file__).parents[2] / "specs" / "studies"
@@ -34,11 +34,12 @@ def table(paper: str) -> str:
 
 def figure(sweep: str, title: str, name: str) -> str:
     """A measure of a sweep's case."""
-    found = [
-        value for entry in entries(sweep) if entry.settings.get("title") == title and (value := measure(entry, name))
-    ]
+    title, _, setting = title.partition("; ")
+    wanted = {"title": title, **(dict([setting.split(" = ")]) if setting else {})}
+    chosen = (e for e in entries(sweep) if all(label(e.settings.get(key)) == value for key, value in wanted.items()))
+    found = [value for entry in chosen if (value := measure(entry, name))]
     if not found:
-        raise ValueError(f"no record of {sweep}.toml has the title {title!r} and the measure {name!r}")
+        raise ValueError(f"no record of {sweep}.toml has {wanted} and the measure {name!r}")
     return shown(found)
 
 
