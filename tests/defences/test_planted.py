@@ -48,6 +48,7 @@ def caught_by_judgement(row: Row) -> bool:
 
 PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
     "attention_block": ({"edge": 60}, caught_by_repair),  # 4 px: as large as the trigger
+    "fine_prune": ({"drop": 0.05, "optimizer": "adamw", "lr": 0.01, "epochs": 30}, caught_by_repair),
     # the clean loss of so easy a task is 0: small steps change nothing, so large ones
     "fine_tune": ({"optimizer": "adamw", "lr": 0.01, "epochs": 30}, caught_by_repair),
     "max_softmax": ({}, caught_by_score(0.85)),
