@@ -49,6 +49,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 
 DEFENCES: dict[str, dict[str, Any]] = {
     "attention_block": {"edge": 60, "discard": 0.5},
+    "clp": {"u": 2.5},
     "fine_prune": {"epochs": 2, "batch_size": 16, "pace": 0.1, "lr": 1e-3},
     "fine_prune/adamw": {"optimizer": "adamw", "layer": "mlp", "pace": 0.1, "epochs": 2, "batch_size": 16},
     "fine_tune": {"epochs": 2, "batch_size": 16, "flip": True, "crop": 1, "lr": 1e-3},
