@@ -56,6 +56,7 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "fine_tune/adamw": {"optimizer": "adamw", "epochs": 2, "batch_size": 16},
     "max_softmax": {},
     "mm_bd": {"starts": 3, "steps": 30, "momentum": 0.2},
+    "neural_cleanse": {"images": 20, "epochs": 6, "batch_size": 10, "patience": 1, "stop": 2},
     "patch_process": {"transform": "both", "trials": 3, "blank": "mean"},
     "patch_process/shuffle": {"transform": "shuffle", "trials": 3},
     "psbd": {"where": "residual", "passes": 2, "rates": 3, "images": 20},

@@ -89,6 +89,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
     "fine_tune": ({"optimizer": "adamw", "lr": 0.01, "epochs": 30}, caught_by_repair),
     "max_softmax": ({}, caught_by_score(0.85)),
     "mm_bd": ({}, caught_by_judgement),
+    "neural_cleanse": ({}, caught_by_judgement),
     "patch_process": ({}, caught_by_score(0.95)),
     "psbd": ({}, caught_by_score(0.85)),
     "sage": ({}, caught_by_repair),
