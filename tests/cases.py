@@ -48,6 +48,8 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }
 
 DEFENCES: dict[str, dict[str, Any]] = {
+    "activation_clustering": {"dimensions": 4, "size": 0.45, "silhouette": 0.05, "starts": 3},
+    "activation_clustering/smaller": {"reduce": "ica", "dimensions": 3, "analysis": "smaller"},
     "attention_block": {"edge": 60, "discard": 0.5},
     "clp": {"u": 2.5},
     "fine_prune": {"epochs": 2, "batch_size": 16, "pace": 0.1, "lr": 1e-3},

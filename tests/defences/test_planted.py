@@ -82,6 +82,7 @@ def in_one_neuron(case: Evaluation) -> Evaluation:
 
 
 PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
+    "activation_clustering": ({}, caught_by_filter),  # 40 poisoned images in a class of 120 are just below 35 %
     "attention_block": ({"edge": 60}, caught_by_repair),  # 4 px: as large as the trigger
     "clp": ({}, caught_by_repair),
     "fine_prune": ({"drop": 0.05, "optimizer": "adamw", "lr": 0.01, "epochs": 30}, caught_by_repair),
