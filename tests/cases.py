@@ -68,5 +68,7 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "sage/adamw": {"optimizer": "adamw", "attention": "softmax", "epochs": 2, "batch_size": 16, "track": "loss"},
     "spectral": {"epsilon": 0.05, "factor": 2.0},
     "spectral/rank": {"share_of": "set", "score": "rank"},
+    "spectre": {"epsilon": 0.15, "alpha": 3.0, "dimensions": 3, "tau": 0.2},
+    "spectre/highest": {"classes": "highest", "drop": 1.5, "factor": 1.2},
     "strip": {"overlays": 5, "weight": 0.8, "overlay_weight": 0.6},
 }

@@ -95,6 +95,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
     "psbd": ({}, caught_by_score(0.85)),
     "sage": ({}, caught_by_repair),
     "spectral": ({"epsilon": 0.25}, caught_by_filter),  # 40 poisoned images in a class of 120 are a third
+    "spectre": ({"epsilon": 0.25}, caught_by_filter),  # as for spectral
     "strip": ({}, caught_by_score(0.8)),
 }
 PLANTED_OTHERWISE: dict[str, Callable[[Evaluation], Evaluation]] = {"clp": in_one_neuron}
