@@ -66,6 +66,8 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "psbd/token": {"where": "token", "passes": 2, "rate": 0.4},
     "sage": {"epochs": 2, "batch_size": 16, "every": 1, "lr": 1e-3},
     "sage/adamw": {"optimizer": "adamw", "attention": "softmax", "epochs": 2, "batch_size": 16, "track": "loss"},
+    "scale_up": {"largest": 7},
+    "scale_up/data-limited": {"setting": "data-limited", "largest": 9, "least": 3},
     "spectral": {"epsilon": 0.05, "factor": 2.0},
     "spectral/rank": {"share_of": "set", "score": "rank"},
     "spectre": {"epsilon": 0.15, "alpha": 3.0, "dimensions": 3, "tau": 0.2},

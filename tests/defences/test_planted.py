@@ -94,6 +94,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
     "patch_process": ({}, caught_by_score(0.95)),
     "psbd": ({}, caught_by_score(0.85)),
     "sage": ({}, caught_by_repair),
+    "scale_up": ({}, caught_by_score(0.8)),
     "spectral": ({"epsilon": 0.25}, caught_by_filter),  # 40 poisoned images in a class of 120 are a third
     "spectre": ({"epsilon": 0.25}, caught_by_filter),  # as for spectral
     "strip": ({}, caught_by_score(0.8)),
