@@ -56,6 +56,8 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "fine_prune/adamw": {"optimizer": "adamw", "layer": "mlp", "pace": 0.1, "epochs": 2, "batch_size": 16},
     "fine_tune": {"epochs": 2, "batch_size": 16, "flip": True, "crop": 1, "lr": 1e-3},
     "fine_tune/adamw": {"optimizer": "adamw", "epochs": 2, "batch_size": 16},
+    "ibd_psc": {"models": 2, "error": 0.5, "images": 20},
+    "ibd_psc/fixed": {"omega": 1.5, "models": 3},
     "max_softmax": {},
     "mm_bd": {"starts": 3, "steps": 30, "momentum": 0.2},
     "neural_cleanse": {"images": 20, "epochs": 6, "batch_size": 10, "patience": 1, "stop": 2},

@@ -88,6 +88,8 @@ PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
     "fine_prune": ({"drop": 0.05, "optimizer": "adamw", "lr": 0.01, "epochs": 30}, caught_by_repair),
     # the clean loss of so easy a task is 0: small steps change nothing, so large ones
     "fine_tune": ({"optimizer": "adamw", "lr": 0.01, "epochs": 30}, caught_by_repair),
+    # the ladder is made for deep ViTs: in 2 blocks, what breaks clean images breaks the trigger, too
+    "ibd_psc": ({"omega": 1.5}, caught_by_score(0.85)),
     "max_softmax": ({}, caught_by_score(0.85)),
     "mm_bd": ({}, caught_by_judgement),
     "neural_cleanse": ({}, caught_by_judgement),
