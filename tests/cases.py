@@ -75,4 +75,5 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "spectre": {"epsilon": 0.15, "alpha": 3.0, "dimensions": 3, "tau": 0.2},
     "spectre/highest": {"classes": "highest", "drop": 1.5, "factor": 1.2},
     "strip": {"overlays": 5, "weight": 0.8, "overlay_weight": 0.6},
+    "teco": {"severities": 2},
 }

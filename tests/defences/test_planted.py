@@ -100,6 +100,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Callable[[Row], bool]]] = {
     "spectral": ({"epsilon": 0.25}, caught_by_filter),  # 40 poisoned images in a class of 120 are a third
     "spectre": ({"epsilon": 0.25}, caught_by_filter),  # as for spectral
     "strip": ({}, caught_by_score(0.8)),
+    "teco": ({}, caught_by_score(0.6)),  # 0.63 here, 0.76 to 0.78 with four other draws of the corruptions
 }
 PLANTED_OTHERWISE: dict[str, Callable[[Evaluation], Evaluation]] = {"clp": in_one_neuron}
 """Cases of their own, for defences whose assumptions the common one does not fit; their files say why."""
