@@ -24,6 +24,8 @@ METHOD_LINES = {"attacks": 200, "defences": 200}
 FUNCTION_LINES = 45  # of code, from `def` to the last line
 TWIN_STATEMENTS = 5
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base", "manager", "managers"}
+SEARCHING = {"vitrap/defences/neural_cleanse.py"}
+"""Defences that search for a trigger: their optimiser moves masks and patterns, and no weights."""
 PRINTING = {"print", "rich.print", "sys.stdout.write"}
 SEEDING = {
     "random.seed",
@@ -190,9 +192,9 @@ def only_the_cli_prints(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def defences_train_on_the_common_floor(sources: Sequence[Source]) -> Iterator[str]:
-    """No optimiser, and so no training loop, of a defence's own."""
+    """No optimiser, and so no training loop, of a defence's own, unless it searches for a trigger."""
     for source in sources:
-        if source.path.startswith("vitrap/defences/"):
+        if source.path.startswith("vitrap/defences/") and source.path not in SEARCHING:
             own = (call for call in source.calls() if call[0].startswith("torch.optim"))
             yield from (source.at(node, f"{name}: train with vitrap.train.tuning") for name, node in own)
 

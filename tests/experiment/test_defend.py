@@ -122,7 +122,7 @@ def test_defences_in_a_spec_file(tmp_path: Path) -> None:
     [
         ("strip", r"defences = 'strip' must be tables with a name each: \[\[defences\]\]"),
         (["strip"], "must be tables"),
-        ([{}], r"defences\[0\].name = None is wrong: it must be one of attention_block"),
+        ([{}], r"defences\[0\].name = None is wrong: it must be one of activation_clustering"),
         ([{"name": 3}], r"defences\[0\].name = 3 is wrong"),
         ([{"name": "strop"}], "unknown defence 'strop'; did you mean 'strip'"),
         ([{"name": "strip", "overlay": 3}], r"unknown key 'defences\[0\].overlay'; did you mean .*overlays'"),

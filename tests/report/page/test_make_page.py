@@ -126,7 +126,7 @@ def test_hostile_names_stay_text() -> None:
     assert not [name for name in names if name.startswith("on")]
     words = " ".join(read.words)
     assert "{{7*7}}{% raw %}" in words
-    assert "49" not in words.replace("0.49", "")
+    assert not re.search(r"(?<![\d.])49(?!\d)", words), "7*7 was computed"
     assert "<script>alert(1)</script>" in words
     assert printable(words) == words
 
