@@ -170,7 +170,7 @@ def two_means(points: Points, starts: int, generator: Generator) -> InSecond:
     second = torch.multinomial(chances + 1e-300, 1, generator=generator)[:, 0]  # any point where all are equal
     centres = torch.stack([points[first], points[second]], 1)
     for _ in range(MOST_STEPS):
-        gaps = torch.cdist(centres.flatten(0, 1), points).unflatten(0, (starts, 2))
+        gaps = distances(centres, points)
         nearer = gaps[:, 1] < gaps[:, 0]
         members = torch.stack([~nearer, nearer], 1).double()
         sizes = members.sum(2, keepdim=True)
@@ -178,7 +178,14 @@ def two_means(points: Points, starts: int, generator: Generator) -> InSecond:
         if torch.equal(moved, centres):
             break
         centres = moved
-    return nearer[gaps.amin(1).square().sum(1).argmin()]
+    gaps = distances(centres, points)
+    best = gaps.amin(1).square().sum(1).argmin()
+    return gaps[best, 1] < gaps[best, 0]
+
+
+def distances(centres: Float64[Tensor, "starts 2 dim"], points: Points) -> Float64[Tensor, "starts 2 n"]:
+    """From both centres of each start to each point."""
+    return torch.cdist(centres.flatten(0, 1), points).unflatten(0, centres.shape[:2])
 
 
 def silhouettes(points: Points, second: InSecond) -> Float64[Tensor, " n"]:

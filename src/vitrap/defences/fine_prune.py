@@ -116,7 +116,7 @@ class FinePrune:
 
         # Step 3: fine-tune the others.
         def step(learner: Learner, batch: Batch) -> Terms:
-            return step_without(learner, batch, reader.weight, pruned)
+            return step_without(learner, batch, reader.get_parameter("weight"), pruned)
 
         # No warm-up: the model is already trained.
         recipe = replace(recipe_of(self, len(suspect.clean)), warmup=0.0)

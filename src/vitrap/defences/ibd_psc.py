@@ -123,7 +123,7 @@ class Psc:
         return consistency(torch.stack(amplified, 1), predicted)
 
 
-def last_norms_first(model: nn.Module) -> list[nn.Module]:
+def last_norms_first(model: nn.Module) -> Sequence[nn.LayerNorm]:
     """The LayerNorms of the ViT inside `model` that have a gain, in reverse order of execution.
 
     Raises:
